@@ -1,0 +1,123 @@
+"""What an engine is to those who use it, wherever it runs, and the messages of the socket between them.
+
+The wire: a 4-byte little-endian length, then one msgpack message; at most MAX_MESSAGE bytes. One message a step and
+direction, never one a token. The connection is the lease: when it closes, every request it submitted is aborted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Protocol
+
+import msgspec
+from msgspec import Meta
+
+from vai.request import Output, Request
+
+PROTOCOL = 1
+MAX_MESSAGE = 64 << 20
+
+
+class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One attached image: its digest, requests running and waiting, pages held, tokens made, seconds its attach took."""
+
+    image: str
+    running: int
+    waiting: int
+    pages: int
+    tokens: int
+    attach_seconds: float
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine at one moment. Bytes and seconds; `switch_*` are percentiles of pick-to-native-call, in seconds."""
+
+    pid: int
+    device: str
+    isa: str
+    threads: int
+    uptime: float
+    steps: int
+    pool_bytes: int
+    pool_used: int
+    models: list[ModelStatus]
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello", kw_only=True):
+    """First message each way."""
+
+    protocol: int = PROTOCOL
+    pid: int = 0
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    id: str
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """Let go of an image: its running requests end with reason "abort", its pages and its lease are given back."""
+
+    image: str
+
+
+class AskStatus(msgspec.Struct, frozen=True, tag="ask_status"):
+    pass
+
+
+class AskSwitches(msgspec.Struct, frozen=True, tag="ask_switches"):
+    """Ask for, and forget, the last pick-to-native-call times."""
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    """All that one step brought for this connection."""
+
+    outputs: list[Output]
+
+
+class Status(msgspec.Struct, frozen=True, tag="status"):
+    status: EngineStatus
+
+
+class Switches(msgspec.Struct, frozen=True, tag="switches"):
+    """Seconds from the scheduler's pick to the native call, of steps after a step of the same model and of another."""
+
+    same: list[float]
+    switched: list[float]
+
+
+class Released(msgspec.Struct, frozen=True, tag="released"):
+    image: str
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The last question could not be answered: (code, sentence) of a VaiError."""
+
+    code: str
+    message: Annotated[str, Meta(max_length=65536)]
+
+
+ToEngine = Hello | Submit | Abort | Release | AskStatus | AskSwitches
+FromEngine = Hello | Outputs | Status | Switches | Released | Failed
+
+
+class EnginePort(Protocol):
+    """An engine, in this process or behind a socket. One asyncio loop owns it."""
+
+    def generate(self, request: Request) -> AsyncIterator[Output]:
+        """Outputs of one request, in order; closing the iterator early aborts it.
+
+        Raises the VaiError the engine refused it with (before the first output), and Unavailable if the engine goes away.
+        """
+        ...
+
+    async def status(self) -> EngineStatus: ...
+
+    async def switches(self) -> Switches: ...
+
+    async def release(self, image: str) -> None: ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,120 @@
+"""The operation set: what a Program may say, one signature and one contract each.
+
+Operations are *semantic*: they say what is computed, not how. Values are named float32 arrays whose first axis is the
+step's flattened rows M (R after `Rows`). Weights are logical tensor names of the image. All arithmetic is IEEE-754
+binary32, each operation rounded on its own (DESIGN section 5), in the order written here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """output [M, width] = rows `tokens` of `weight` [vocabulary, width], dequantized: code * scale, one rounding."""
+
+    output: str
+    weight: str
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm:
+    """output[m] = (x[m] * r) * weight, r = 1 / sqrt(ss / n + epsilon), ss = sum of squares in the R16 order.
+
+    R16: 16 partial sums, element i goes to p[i mod 16] in ascending order; then p[j] += p[j+8], +4, +2, +1.
+    The division by n, the addition, sqrt and the reciprocal are four operations, each rounded.
+    """
+
+    output: str
+    x: str
+    weight: str
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """output [M, N] = x [M, K] times `weight` [N, K] transposed, in the exact kind; then + addend, + bias, + residual.
+
+    Block types quantize x to int8 per row and group of 32; acc = +0, then for each group in ascending order
+    acc = acc + (float(isum) * (dw * da)). Float types: acc = acc + (x[k] * w[n, k]) for ascending k.
+    """
+
+    output: str
+    x: str
+    weight: str
+    bias: str | None = None
+    addend: str | None = None
+    residual: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding of x [M, heads * head_dim] by each row's position.
+
+    Pair i of a head rotates by the angle a = position * frequencies[i] (binary64 product): x0' = x0*c - x1*s,
+    x1' = x0*s + x1*c, where c and s are cos(a), sin(a) computed in binary64 (see reference.py) and rounded to binary32.
+    pairing "norm": (2i, 2i+1); "neox": (i, i + n/2) with n = 2 * len(frequencies). Columns from n on pass unchanged.
+    """
+
+    output: str
+    x: str
+    heads: int
+    head_dim: int
+    pairing: str
+    frequencies: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvWrite:
+    """Store k and v [M, kv_heads * head_dim] of every row at its position, in `layer` of cache group `group`.
+
+    The KV type is the Plan's: "bf16" (round to nearest even) or "f32".
+    """
+
+    k: str
+    v: str
+    group: int
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """output [M, heads * head_dim]: causal grouped-query attention over the pages, own rows included.
+
+    Query head h reads KV head h // (heads / kv_heads). Per row and head, for the tokens t = 0..position:
+    s[t] = (sum over ascending d of q[d] * k[t][d], multiply and add rounded apart) * scale; m = max s;
+    e[t] = exp(s[t] - m). In chunks of 1,024 tokens counted from position 0: l_c = R16 sum of e, o_c[d] = sum over
+    ascending t of e[t] * v[t][d], both from +0. Then l and o are the sums of l_c and o_c over ascending chunks, from the
+    first chunk's value on, and output[d] = o[d] / l.
+    """
+
+    output: str
+    q: str
+    group: int
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Glu:
+    """output = act(gate) * up. "silu": g / (1 + exp(-g))."""
+
+    output: str
+    gate: str
+    up: str
+    act: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """output [R, n] = the rows `output_rows` of x: what the caller asked results for."""
+
+    output: str
+    x: str
+
+
+Op = Embed | RmsNorm | Linear | Rope | KvWrite | Attention | Glu | Rows

@@ -1,0 +1,118 @@
+"""A model's forward pass as data: the Program, the arguments of one step, and the shape of what it keeps between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vai.kernels.ops import Op
+
+PAGE_TOKENS = 32  # of one cache group; a constant, never tuned
+ATTENTION_CHUNK = 1024  # tokens, counted from position 0
+KV_BYTES = {"bf16": 2, "f32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGroup:
+    """Layers whose KV lives in the same pages: `layers` of them, each with planes K and V of kv_heads * head_dim.
+
+    A page holds PAGE_TOKENS tokens of all layers. At offset layer * layer_bytes stands K as
+    [kv_heads][PAGE_TOKENS / 16][head_dim][16 tokens], then V as [kv_heads][PAGE_TOKENS][head_dim].
+    `window`: tokens a query may look back, None for all.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+    def layer_bytes(self, kv_type: str) -> int:
+        return 2 * PAGE_TOKENS * self.kv_heads * self.head_dim * KV_BYTES[kv_type]
+
+    def page_bytes(self, kv_type: str) -> int:
+        return self.layers * self.layer_bytes(kv_type)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Operations in order, what they keep (`groups`), and the named results a caller may ask for.
+
+    `outputs` maps a public name ("logits") to a value. `constants` maps each logical tensor name to its (rows, columns);
+    a vector has (n, 1). `context` is the longest sequence, in tokens.
+    """
+
+    ops: tuple[Op, ...]
+    groups: tuple[CacheGroup, ...]
+    outputs: Mapping[str, str]
+    constants: Mapping[str, tuple[int, int]]
+    width: int
+    vocabulary: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepArgs:
+    """One step: M rows of S sequences of one model, flattened. All arrays C-contiguous.
+
+    seq_start: sequence s owns rows [seq_start[s], seq_start[s+1]). context[s]: its tokens already in the cache before
+    this step. positions[m]: absolute. block_tables[g][s, i]: byte offset in the pool of the page with tokens
+    [32 i, 32 i + 32) of group g; entries past the sequence's last page are not read. output_rows: indices into the M
+    rows, ascending. kind: "exact" (the only one so far).
+    """
+
+    tokens: NDArray[np.int32]  # [M]
+    positions: NDArray[np.int32]  # [M]
+    seq_start: NDArray[np.int32]  # [S + 1]
+    context: NDArray[np.int32]  # [S]
+    block_tables: tuple[NDArray[np.int64], ...]  # per group [S, pages]
+    output_rows: NDArray[np.int32]  # [R]
+    kind: str = "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleArgs:
+    """How each of R rows is drawn; all arrays [R]. `position` is the new token's absolute position.
+
+    `logprobs`: -1 none, else how many alternatives (0..20).
+    """
+
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int32]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    seed: NDArray[np.uint64]
+    choice: NDArray[np.uint32]
+    position: NDArray[np.uint32]
+    logprobs: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """tokens [R]; logprob [R] (NaN where not asked); top_ids and top_logprobs [R, 20], the first `logprobs` are valid."""
+
+    tokens: NDArray[np.int32]
+    logprob: NDArray[np.float32]
+    top_ids: NDArray[np.int32]
+    top_logprobs: NDArray[np.float32]
+
+
+class Plan(Protocol):
+    """A Program lowered for one image and one machine. Not thread-safe: one step at a time."""
+
+    workspace_bytes: int
+    kv_type: str
+
+    def forward(self, step: StepArgs, pool: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Run one step and return the logits [R, vocabulary], valid until the next call.
+
+        `pool` is the whole scratchpad; the step's pages in it are written. Releases the interpreter lock.
+        """
+        ...
+
+    def lines(self) -> list[str]:
+        """One line for each fused operation, for people."""
+        ...

@@ -1,0 +1,79 @@
+"""What travels between text and engine: a request in token ids, and what comes back for it. Words never get here.
+
+Bounds live in the types, so that nothing out of range reaches the engine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+TokenId = Annotated[int, Meta(ge=0, le=(1 << 24) - 1)]
+MAX_STOP_IDS = 64
+MAX_LOGPROBS = 20
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+
+    `seed` None: one is drawn at admission and reported. `logprobs`: None for none, else how many alternatives (0..20)
+    come with each chosen token.
+    """
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=1 << 24)] = 1 << 24
+    min_tokens: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
+    stop_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_IDS)] = ()
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One prompt for one model. `id` is unique within the connection; `image` is the digest of a resident image.
+
+    A stop id ends the request with reason "stop" and is itself the last token reported. `max_tokens` is cut by the
+    engine to what the context still holds; a prompt that fills the context is refused (ContextTooLong).
+    """
+
+    id: Annotated[str, Meta(min_length=1, max_length=64)]
+    image: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    tokens: Annotated[list[TokenId], Meta(min_length=1, max_length=1 << 24)]
+    sampling: SamplingParams = SamplingParams()
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithm of the chosen token's probability before temperature and filters, and the best alternatives."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Timing(msgspec.Struct, frozen=True, array_like=True):
+    """Seconds by one monotonic clock of the engine: queued, until the prompt was computed, since the first token."""
+
+    queued: float
+    prefill: float
+    decode: float
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one step brought for one request. The last one has `finish`: "stop", "length", "abort" or "error".
+
+    `seed` and `cached_tokens` come with or before the first token; `timing` with the last. With "error", `error` is
+    (code, sentence) of the VaiError to raise.
+    """
+
+    id: str
+    tokens: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    finish: str | None = None
+    seed: int | None = None
+    cached_tokens: int = 0
+    error: tuple[str, str] | None = None
+    timing: Timing | None = None
