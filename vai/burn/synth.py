@@ -1,0 +1,318 @@
+"""Synthetic checkpoints: GGUF files of any decoder shape with seeded random weights and a working vocabulary.
+
+They cost what real ones cost, and they are sensitive: weights, norms and biases are scaled so that activations neither
+vanish nor explode and every architecture flag moves the logits. The same arguments give the same file everywhere, so
+only integers of the bit generator and tables with rounded entries decide, never a library's normal distribution.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vai.burn.gguf import TENSOR_TYPES, GgufWriter, ValueType, tensor_bytes
+from vai.errors import BadRequest
+from vai.models.spec import Spec, expected_tensors
+from vai.text.vocabulary import byte_level_bpe
+
+SHAPES: Mapping[str, Spec] = {
+    # For tests: small, odd, and with an epsilon large enough to matter.
+    "tiny": Spec(
+        architecture="llama",
+        pairing="norm",
+        layers=3,
+        width=192,
+        ffn=352,
+        heads=6,
+        kv_heads=2,
+        head_dim=32,
+        vocabulary=512,
+        context=4096,
+        norm_epsilon=0.0625,
+        rope_base=100_000.0,
+        rope_dims=32,
+        rope_scaling="linear",
+        rope_factor=4.0,
+    ),
+    "tiny-qwen2": Spec(
+        architecture="qwen2",
+        pairing="neox",
+        layers=2,
+        width=160,
+        ffn=416,
+        heads=6,
+        kv_heads=2,
+        head_dim=48,
+        vocabulary=523,
+        context=4096,
+        norm_epsilon=0.0625,
+        rope_base=1_000_000.0,
+        rope_dims=48,
+        tied=True,
+        qkv_bias=True,
+    ),
+    "qwen2-1.5b": Spec(
+        architecture="qwen2",
+        pairing="neox",
+        layers=28,
+        width=1536,
+        ffn=8960,
+        heads=12,
+        kv_heads=2,
+        head_dim=128,
+        vocabulary=151_936,
+        context=32_768,
+        norm_epsilon=1e-6,
+        rope_base=1_000_000.0,
+        rope_dims=128,
+        tied=True,
+        qkv_bias=True,
+    ),
+    "deepseek-coder-6.7b": Spec(
+        architecture="llama",
+        pairing="norm",
+        layers=32,
+        width=4096,
+        ffn=11_008,
+        heads=32,
+        kv_heads=32,
+        head_dim=128,
+        vocabulary=32_256,
+        context=16_384,
+        norm_epsilon=1e-6,
+        rope_base=100_000.0,
+        rope_dims=128,
+        rope_scaling="linear",
+        rope_factor=4.0,
+    ),
+}
+
+MAX_BYTES = 8 << 30
+PIECE = 1 << 21  # weights made at a time
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.file_type
+
+_QWEN2_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_DEEPSEEK_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n' }}"
+    "{% else %}{{ '### Response:\\n' + message['content'] + '\\n<|EOT|>\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+)
+
+
+def synthesize(path: Path, *, shape: str | Spec, type: str, seed: int = 0) -> int:
+    """Write a checkpoint of `shape` (a name of SHAPES, or a Spec) with matrices of `type`; return its bytes.
+
+    Vectors are F32 in every type. Raises BadRequest for an unknown shape or type, a width that is not whole blocks, or
+    a file over MAX_BYTES.
+    """
+    name, spec = (shape, _shape(shape)) if isinstance(shape, str) else (f"{shape.architecture}-synthetic", shape)
+    if type not in FILE_TYPES:
+        raise BadRequest(f"'{type}' is not a type that can be synthesized; choose one of {', '.join(FILE_TYPES)}.")
+    if not 0 <= seed < 1 << 63:
+        raise BadRequest("The seed must be a whole number from 0 to 2^63 - 1.")
+    tensors = expected_tensors(spec)
+    _check_size(name, type, tensors)
+    with GgufWriter(path) as writer:
+        _write_metadata(writer, name, spec, type)
+        for tensor, (rows, columns) in tensors.items():
+            if columns == 1:
+                writer.declare(tensor, "F32", (rows,))
+            else:
+                writer.declare(tensor, type, (rows, columns))
+        for tensor, (rows, columns) in tensors.items():
+            stream = _Stream(seed, tensor)
+            if columns == 1:
+                writer.write(_vector(tensor, rows, stream).data)
+                continue
+            make = _MAKERS[type](_gain(tensor, spec) / math.sqrt(columns))
+            for start in range(0, rows * columns, PIECE):
+                writer.write(make(min(PIECE, rows * columns - start), stream).data)
+    return path.stat().st_size
+
+
+def _shape(name: str) -> Spec:
+    if name not in SHAPES:
+        raise BadRequest(f"There is no shape '{name}'; choose one of {', '.join(SHAPES)}.")
+    return SHAPES[name]
+
+
+def _check_size(name: str, type: str, tensors: Mapping[str, tuple[int, int]]) -> None:
+    total = 0
+    for tensor, (rows, columns) in tensors.items():
+        if columns % TENSOR_TYPES[type].block and columns > 1:
+            raise BadRequest(f"{tensor} has {columns} columns, not whole blocks of {type}; choose F32 or F16.")
+        total += tensor_bytes(type, (rows, columns)) if columns > 1 else 4 * rows
+    if total > MAX_BYTES:
+        raise BadRequest(
+            f"{name} in {type} would be {total / 1e9:.1f} GB; the limit is {MAX_BYTES / 1e9:.1f} GB. "
+            "Choose Q4_0 or Q8_0."
+        )
+
+
+def _gain(tensor: str, spec: Spec) -> float:
+    """Standard deviation of an output over that of its normalized input."""
+    if tensor == "token_embd.weight" and not spec.tied:
+        return math.sqrt(spec.width)  # rows of unit variance
+    if tensor in ("token_embd.weight", "output.weight"):
+        return 3.0  # logits that are far from uniform
+    if tensor.endswith(("attn_q.weight", "attn_k.weight")):
+        return 1.5  # attention that prefers some tokens
+    return 1.0
+
+
+class _Stream:
+    """The random bits of one tensor, independent of every other's."""
+
+    def __init__(self, seed: int, tensor: str) -> None:
+        self._bits = np.random.SFC64(np.random.SeedSequence([seed, zlib.crc32(tensor.encode())]))
+
+    def words(self, count: int) -> NDArray[np.uint16]:
+        """`count` uniform 16-bit numbers."""
+        raw = self._bits.random_raw(-(-count // 4))
+        return np.asarray(raw, dtype="<u8").view("<u2")[:count]
+
+
+def _quantiles(count: int) -> NDArray[np.float64]:
+    """The normal distribution at `count` equally likely points, rounded to 2^-12: the same on every platform."""
+    normal = NormalDist()
+    upper = [round(normal.inv_cdf((2 * i + 1) / (2 * count)) * 4096) / 4096 for i in range(count // 2, count)]
+    half = np.array(upper)
+    return np.concatenate([-half[::-1], half])
+
+
+_NORMAL = _quantiles(1 << 16)
+Make = Callable[[int, _Stream], NDArray[Any]]
+
+
+def _vector(tensor: str, n: int, stream: _Stream) -> NDArray[np.float32]:
+    noise = 0.3 * _NORMAL[stream.words(n)]
+    return (noise if tensor.endswith(".bias") else 1.0 + noise).astype("<f4")
+
+
+def _float32(deviation: float) -> Make:
+    table = (deviation * _NORMAL).astype("<f4")
+    return lambda count, stream: table[stream.words(count)]
+
+
+def _float16(deviation: float) -> Make:
+    table = (deviation * _NORMAL).astype("<f2")
+    return lambda count, stream: table[stream.words(count)]
+
+
+def _bfloat16(deviation: float) -> Make:
+    bits = (deviation * _NORMAL).astype("<f4").view("<u4").astype(np.uint64)
+    table = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")  # round to nearest even
+    return lambda count, stream: table[stream.words(count)]
+
+
+def _scales(scale: float) -> NDArray[np.float16]:
+    """256 block scales of both signs, from 3/4 to 5/4 of `scale`."""
+    magnitudes = scale * (0.75 + 0.5 * np.arange(128) / 128)
+    return np.concatenate([magnitudes, -magnitudes]).astype("<f2")
+
+
+def _blocks(scales: NDArray[np.float16], codes: NDArray[np.uint8], stream: _Stream) -> NDArray[np.uint8]:
+    """Blocks of 32 weights: an fp16 scale before each row of code bytes."""
+    blocks = np.empty((len(codes), 2 + codes.shape[1]), np.uint8)
+    blocks[:, :2] = scales[stream.words(len(codes)) & 0xFF].view(np.uint8).reshape(-1, 2)
+    blocks[:, 2:] = codes
+    return blocks
+
+
+def _q4_0(deviation: float) -> Make:
+    codes = np.clip(np.rint(2.75 * _quantiles(256)), -8, 7)
+    scales = _scales(deviation / float(codes.std()))
+    nibbles = (codes + 8).astype(np.uint8)
+    pairs = np.bitwise_or.outer(nibbles << 4, nibbles).reshape(-1).astype(np.uint8)  # a 16-bit number: two weights
+
+    def make(count: int, stream: _Stream) -> NDArray[np.uint8]:
+        return _blocks(scales, pairs[stream.words(count // 2)].reshape(-1, 16), stream)
+
+    return make
+
+
+def _q8_0(deviation: float) -> Make:
+    codes = np.rint(44.0 * _quantiles(256))
+    codes[0] = -128  # no quantizer writes it, the format allows it, and kernels get it wrong
+    scales = _scales(deviation / float(codes.std()))
+    table = codes.astype(np.int8).view(np.uint8)
+
+    def make(count: int, stream: _Stream) -> NDArray[np.uint8]:
+        return _blocks(scales, table[stream.words(count // 2).view(np.uint8)].reshape(-1, 32), stream)
+
+    return make
+
+
+_MAKERS: Mapping[str, Callable[[float], Make]] = {
+    "F32": _float32,
+    "F16": _float16,
+    "BF16": _bfloat16,
+    "Q4_0": _q4_0,
+    "Q8_0": _q8_0,
+}
+
+
+def _write_metadata(writer: GgufWriter, name: str, spec: Spec, type: str) -> None:
+    prefix = spec.architecture
+    writer.add("general.architecture", prefix, ValueType.STRING)
+    writer.add("general.name", f"{name} (synthetic)", ValueType.STRING)
+    writer.add("general.file_type", FILE_TYPES[type], ValueType.UINT32)
+    writer.add("general.quantization_version", 2, ValueType.UINT32)
+    for key, value in _integers(spec):
+        writer.add(f"{prefix}.{key}", value, ValueType.UINT32)
+    writer.add(f"{prefix}.attention.layer_norm_rms_epsilon", spec.norm_epsilon, ValueType.FLOAT32)
+    writer.add(f"{prefix}.rope.freq_base", spec.rope_base, ValueType.FLOAT32)
+    if spec.rope_scaling != "none":
+        writer.add(f"{prefix}.rope.scaling.type", spec.rope_scaling, ValueType.STRING)
+        writer.add(f"{prefix}.rope.scaling.factor", spec.rope_factor, ValueType.FLOAT32)
+    _write_tokenizer(writer, spec)
+
+
+def _integers(spec: Spec) -> Iterator[tuple[str, int]]:
+    yield "vocab_size", spec.vocabulary
+    yield "context_length", spec.context
+    yield "embedding_length", spec.width
+    yield "block_count", spec.layers
+    yield "feed_forward_length", spec.ffn
+    yield "attention.head_count", spec.heads
+    yield "attention.head_count_kv", spec.kv_heads
+    yield "attention.key_length", spec.head_dim
+    yield "attention.value_length", spec.head_dim
+    yield "rope.dimension_count", spec.rope_dims
+
+
+def _write_tokenizer(writer: GgufWriter, spec: Spec) -> None:
+    """A byte-level BPE vocabulary with the special tokens, roles and template of the family's instruct models."""
+    if spec.architecture == "qwen2":
+        pre, template, add_bos = "qwen2", _QWEN2_TEMPLATE, False
+        bos, eos, pad, *others = "<|endoftext|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>"
+    else:
+        pre, template, add_bos = "deepseek-coder", _DEEPSEEK_TEMPLATE, True
+        bos, eos, pad, *others = "<｜begin▁of▁sentence｜>", "<|EOT|>", "<｜end▁of▁sentence｜>"
+    specials = list(dict.fromkeys([bos, *others, eos, pad]))
+    vocabulary = byte_level_bpe(spec.vocabulary, specials)
+    key = "tokenizer.ggml."
+    writer.add(key + "model", "gpt2", ValueType.STRING)
+    writer.add(key + "pre", pre, ValueType.STRING)
+    writer.add(key + "tokens", vocabulary.tokens, ValueType.STRING)
+    writer.add(key + "token_type", vocabulary.types, ValueType.INT32)
+    writer.add(key + "merges", vocabulary.merges, ValueType.STRING)
+    for role, token in (("bos", bos), ("eos", eos), ("padding", pad)):
+        writer.add(f"{key}{role}_token_id", vocabulary.tokens.index(token), ValueType.UINT32)
+    writer.add(key + "add_bos_token", add_bos, ValueType.BOOL)
+    writer.add("tokenizer.chat_template", template, ValueType.STRING)

@@ -1,0 +1,80 @@
+"""The plain decoder as a Program: pre-norm blocks of grouped-query attention with RoPE, and gated feed-forward."""
+
+from __future__ import annotations
+
+import decimal
+import math
+from collections.abc import Sequence
+
+from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
+from vai.kernels.program import CacheGroup, Program
+from vai.models.spec import Spec, expected_tensors
+
+
+def build(spec: Spec) -> Program:
+    """The forward pass of `spec`, from token ids to logits (Llama: Touvron et al. 2023; Qwen 2: Yang et al. 2024)."""
+    frequencies = rope_frequencies(spec.rope_base, spec.rope_dims, spec.rope_factor, spec.rope_divisors)
+    ops: list[Op] = [Embed("embedding", "token_embd.weight")]
+    x = "embedding"
+    for layer in range(spec.layers):
+        ops += _block(spec, layer, x, frequencies)
+        x = f"blk.{layer}.output"
+    ops += [
+        # Only the rows that are asked for go through the final norm and the output projection.
+        Rows("last", x),
+        RmsNorm("last.norm", "last", "output_norm.weight", spec.norm_epsilon),
+        Linear("logits", "last.norm", "token_embd.weight" if spec.tied else "output.weight"),
+    ]
+    return Program(
+        ops=tuple(ops),
+        groups=(CacheGroup(layers=spec.layers, kv_heads=spec.kv_heads, head_dim=spec.head_dim),),
+        outputs={"logits": "logits"},
+        constants=expected_tensors(spec),
+        width=spec.width,
+        vocabulary=spec.vocabulary,
+        context=spec.context,
+    )
+
+
+def _block(spec: Spec, layer: int, x: str, frequencies: tuple[float, ...]) -> list[Op]:
+    """x + attention(norm(x)), then that plus feed_forward(norm of that)."""
+    b = f"blk.{layer}."
+    bias = {name: f"{b}attn_{name}.bias" if spec.qkv_bias else None for name in "qkv"}
+    return [
+        RmsNorm(b + "attn_norm", x, b + "attn_norm.weight", spec.norm_epsilon),
+        Linear(b + "q", b + "attn_norm", b + "attn_q.weight", bias=bias["q"]),
+        Linear(b + "k", b + "attn_norm", b + "attn_k.weight", bias=bias["k"]),
+        Linear(b + "v", b + "attn_norm", b + "attn_v.weight", bias=bias["v"]),
+        Rope(b + "q.rope", b + "q", spec.heads, spec.head_dim, spec.pairing, frequencies),
+        Rope(b + "k.rope", b + "k", spec.kv_heads, spec.head_dim, spec.pairing, frequencies),
+        KvWrite(b + "k.rope", b + "v", group=0, layer=layer),
+        Attention(
+            b + "attention",
+            b + "q.rope",
+            group=0,
+            layer=layer,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            scale=1.0 / math.sqrt(spec.head_dim),
+        ),
+        Linear(b + "attn_output", b + "attention", b + "attn_output.weight", residual=x),
+        RmsNorm(b + "ffn_norm", b + "attn_output", b + "ffn_norm.weight", spec.norm_epsilon),
+        Linear(b + "gate", b + "ffn_norm", b + "ffn_gate.weight"),
+        Linear(b + "up", b + "ffn_norm", b + "ffn_up.weight"),
+        Glu(b + "glu", b + "gate", b + "up", act="silu"),
+        Linear(b + "output", b + "glu", b + "ffn_down.weight", residual=b + "attn_output"),
+    ]
+
+
+def rope_frequencies(base: float, dims: int, factor: float, divisors: Sequence[float] = ()) -> tuple[float, ...]:
+    """Radians per token of each rotated pair i: base^(-2i / dims) / factor [/ divisors[i]], dims / 2 of them.
+
+    In decimal, because the platforms' pow() disagree in the last bit and these numbers decide every logit.
+    """
+    with decimal.localcontext(decimal.Context(prec=50)):
+        frequencies = [decimal.Decimal(base) ** (decimal.Decimal(-2 * i) / dims) for i in range(dims // 2)]
+        scaled = [frequency / decimal.Decimal(factor) for frequency in frequencies]
+        if divisors:
+            scaled = [frequency / decimal.Decimal(each) for frequency, each in zip(scaled, divisors, strict=True)]
+        return tuple(float(frequency) for frequency in scaled)

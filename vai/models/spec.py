@@ -1,0 +1,291 @@
+"""What a decoder is, in numbers: read from a checkpoint's metadata, stored in the image, turned into a Program.
+
+Everything that comes from a file is checked here. What VAI does not compute is refused by name: a model that runs with
+a feature ignored answers plausible nonsense.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from vai.errors import CorruptImage, MalformedFile, UnsupportedModel
+from vai.models.families import llama, qwen2
+from vai.models.family import Family, Pairing
+
+FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (llama.FAMILY, qwen2.FAMILY)}
+ROPE_DIVISORS = "rope_freqs.weight"  # a tensor that becomes part of the spec, not of the image
+
+MAX_LAYERS, MAX_WIDTH, MAX_FFN, MAX_HEADS, MAX_HEAD_DIM = 1024, 1 << 16, 1 << 20, 1 << 10, 1 << 10
+MAX_VOCABULARY, MAX_CONTEXT = 1 << 24, 1 << 24
+MAX_ROPE_BASE, MAX_ROPE_FACTOR = 1e15, 1e6
+
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A dense decoder. Sizes in elements; `ffn` is the inner width of the gated feed-forward layer.
+
+    context: longest sequence in tokens. rope_dims: leading elements of a head that RoPE rotates. rope_factor: positions
+    are divided by it ("linear"); 1 for "none". rope_divisors: one for each rotated pair, or empty.
+    tied: the output projection is the token embedding. Raises ValueError where fields contradict one another.
+    """
+
+    architecture: str
+    pairing: Pairing
+    layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
+    width: Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
+    ffn: Annotated[int, Meta(ge=1, le=MAX_FFN)]
+    heads: Annotated[int, Meta(ge=1, le=MAX_HEADS)]
+    kv_heads: Annotated[int, Meta(ge=1, le=MAX_HEADS)]
+    head_dim: Annotated[int, Meta(ge=2, le=MAX_HEAD_DIM)]
+    vocabulary: Annotated[int, Meta(ge=1, le=MAX_VOCABULARY)]
+    context: Annotated[int, Meta(ge=1, le=MAX_CONTEXT)]
+    norm_epsilon: Annotated[float, Meta(gt=0, le=1)]
+    rope_base: Annotated[float, Meta(gt=1, le=MAX_ROPE_BASE)]
+    rope_dims: Annotated[int, Meta(ge=2, le=MAX_HEAD_DIM)]
+    rope_scaling: Literal["none", "linear"] = "none"
+    rope_factor: Annotated[float, Meta(gt=0, le=MAX_ROPE_FACTOR)] = 1.0
+    rope_divisors: tuple[Positive, ...] = ()
+    tied: bool = False
+    qkv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.architecture not in FAMILIES:
+            raise ValueError(f"architecture '{self.architecture}' is not one of {', '.join(FAMILIES)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key-value heads evenly")
+        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
+            raise ValueError(f"RoPE over {self.rope_dims} elements does not fit heads of {self.head_dim}")
+        if self.rope_scaling == "none" and self.rope_factor != 1.0:
+            raise ValueError("a RoPE factor needs a scaling type")
+        if self.rope_divisors and len(self.rope_divisors) != self.rope_dims // 2:
+            raise ValueError(f"{len(self.rope_divisors)} RoPE divisors for {self.rope_dims // 2} pairs")
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: equal specs give equal bytes."""
+        return json.dumps(msgspec.to_builtins(self), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Spec:
+        """The spec section of an image. Raises CorruptImage."""
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            raise CorruptImage(f"The image's spec section cannot be read: {error}. Burn the model again.") from None
+
+
+def spec_from_gguf(
+    metadata: Mapping[str, object],
+    tensors: Mapping[str, tuple[int, int]],
+    *,
+    rope_divisors: Sequence[float] = (),
+) -> Spec:
+    """The spec of a GGUF checkpoint, and proof that its tensors are the ones that spec needs.
+
+    tensors: name -> (rows, columns) as burn.gguf gives them, a vector of n as (1, n). rope_divisors: the values of
+    `rope_freqs.weight` where there is such a tensor. Raises UnsupportedModel for what VAI does not compute,
+    MalformedFile for what contradicts itself.
+    """
+    architecture = _Keys(metadata, "general").text("architecture")
+    family = FAMILIES.get(architecture)
+    if family is None:
+        raise UnsupportedModel(
+            f"The architecture '{architecture}' is not supported; VAI runs {', '.join(sorted(FAMILIES))}."
+        )
+    keys = _Keys(metadata, architecture)
+    _refuse_what_is_not_computed(keys)
+    layers = keys.integer("block_count", 1, MAX_LAYERS)
+    heads = keys.integer("attention.head_count", 1, MAX_HEADS, per_layer=layers)
+    width = keys.integer("embedding_length", 1, MAX_WIDTH)
+    head_dim = keys.integer("attention.key_length", 2, MAX_HEAD_DIM, default=width // heads)
+    if keys.integer("attention.value_length", 2, MAX_HEAD_DIM, default=head_dim) != head_dim:
+        raise UnsupportedModel("Keys and values of different lengths (attention.value_length) are not supported.")
+    scaling, factor = _rope_scaling(keys)
+    spec_fields = {
+        "architecture": architecture,
+        "pairing": family.pairing,
+        "layers": layers,
+        "width": width,
+        "ffn": keys.integer("feed_forward_length", 1, MAX_FFN, per_layer=layers),
+        "heads": heads,
+        "kv_heads": keys.integer("attention.head_count_kv", 1, MAX_HEADS, default=heads, per_layer=layers),
+        "head_dim": head_dim,
+        "vocabulary": _vocabulary(keys, tensors),
+        "context": keys.integer("context_length", 1, MAX_CONTEXT),
+        "norm_epsilon": keys.number("attention.layer_norm_rms_epsilon", 1.0),
+        "rope_base": keys.number("rope.freq_base", MAX_ROPE_BASE, default=10_000.0),
+        "rope_dims": keys.integer("rope.dimension_count", 2, MAX_HEAD_DIM, default=head_dim),
+        "rope_scaling": scaling,
+        "rope_factor": factor,
+        "rope_divisors": _rope_divisors(family, tensors, rope_divisors),
+        "tied": "output.weight" not in tensors,
+        "qkv_bias": _qkv_bias(family, tensors),
+    }
+    try:
+        spec = msgspec.convert(spec_fields, Spec)
+    except msgspec.ValidationError as error:
+        raise MalformedFile(f"The checkpoint contradicts itself: {error}.") from None
+    _check_tensors(spec, tensors)
+    return spec
+
+
+def expected_tensors(spec: Spec) -> dict[str, tuple[int, int]]:
+    """Every tensor of the model in canonical order: GGUF name -> (rows, columns); a vector of n is (n, 1)."""
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    tensors = {"token_embd.weight": (spec.vocabulary, spec.width)}
+    for layer in range(spec.layers):
+        block = {
+            "attn_norm.weight": (spec.width, 1),
+            "attn_q.weight": (q, spec.width),
+            "attn_k.weight": (kv, spec.width),
+            "attn_v.weight": (kv, spec.width),
+            "attn_output.weight": (spec.width, q),
+            "ffn_norm.weight": (spec.width, 1),
+            "ffn_gate.weight": (spec.ffn, spec.width),
+            "ffn_up.weight": (spec.ffn, spec.width),
+            "ffn_down.weight": (spec.width, spec.ffn),
+        }
+        if spec.qkv_bias:
+            block |= {"attn_q.bias": (q, 1), "attn_k.bias": (kv, 1), "attn_v.bias": (kv, 1)}
+        tensors |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
+    tensors["output_norm.weight"] = (spec.width, 1)
+    if not spec.tied:
+        tensors["output.weight"] = (spec.vocabulary, spec.width)
+    return tensors
+
+
+class _Keys:
+    """The metadata of one architecture, each value checked as it is read."""
+
+    def __init__(self, metadata: Mapping[str, object], prefix: str) -> None:
+        self.metadata = metadata
+        self.prefix = prefix
+
+    def get(self, key: str) -> object:
+        return self.metadata.get(f"{self.prefix}.{key}")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._present(key, default)
+        if not isinstance(value, str) or not 0 < len(value) <= 64 or not value.isprintable():
+            raise MalformedFile(f"{self.prefix}.{key} must be a short text.")
+        return value
+
+    def integer(self, key: str, low: int, high: int, *, default: int | None = None, per_layer: int = 0) -> int:
+        """`per_layer`: the value may also be an array with one entry a layer, which must all be equal."""
+        value = self._present(key, default)
+        if per_layer and isinstance(value, Sequence) and not isinstance(value, str):
+            if len(value) != per_layer:
+                raise MalformedFile(f"{self.prefix}.{key} has {len(value)} entries for {per_layer} layers.")
+            if any(entry != value[0] for entry in value):
+                raise UnsupportedModel(f"{self.prefix}.{key} differs between layers, which is not supported.")
+            value = value[0]
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise MalformedFile(f"{self.prefix}.{key} must be a whole number from {low:,} to {high:,}.")
+        return value
+
+    def number(self, key: str, high: float, *, default: float | None = None) -> float:
+        """A number above 0 and up to `high`."""
+        value = self._present(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
+            raise MalformedFile(f"{self.prefix}.{key} must be a number above 0 and up to {high:g}.")
+        return float(value)
+
+    def _present(self, key: str, default: object) -> object:
+        value = self.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise MalformedFile(f"The checkpoint lacks {self.prefix}.{key}.")
+        return value
+
+
+# Keys that change the computation, with the value that means "no change": anything else is refused by name.
+_NEUTRAL: Mapping[str, object] = {
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "nextn_predict_layers": 0,
+    "attention.sliding_window": 0,
+    "attention.causal": True,
+    "attention.scale": 0.0,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attention.temperature_scale": 0.0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+    "logit_scale": 0.0,
+    "embedding_scale": 0.0,
+    "residual_scale": 0.0,
+    "pooling_type": 0,
+    "use_parallel_residual": False,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 0.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
+
+
+def _refuse_what_is_not_computed(keys: _Keys) -> None:
+    for key, neutral in _NEUTRAL.items():
+        value = keys.get(key)
+        if value is not None and value != neutral:
+            raise UnsupportedModel(f"{keys.prefix}.{key} is set, and VAI does not compute that yet.")
+
+
+def _rope_scaling(keys: _Keys) -> tuple[str, float]:
+    # Files of 2023 call the linear factor `rope.scale_linear`.
+    key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"
+    factor = keys.number(key, MAX_ROPE_FACTOR, default=1.0)
+    scaling = keys.text("rope.scaling.type", "linear")
+    if scaling not in ("none", "linear"):
+        raise UnsupportedModel(f"RoPE scaling of type '{scaling}' is not supported; VAI computes 'linear'.")
+    if scaling == "none" or factor == 1.0:
+        return "none", 1.0
+    return "linear", factor
+
+
+def _vocabulary(keys: _Keys, tensors: Mapping[str, tuple[int, int]]) -> int:
+    if "token_embd.weight" not in tensors:
+        raise MalformedFile("The checkpoint lacks the tensor token_embd.weight.")
+    rows = tensors["token_embd.weight"][0]
+    if keys.integer("vocab_size", 1, MAX_VOCABULARY, default=rows) != rows:
+        raise MalformedFile(f"{keys.prefix}.vocab_size contradicts the {rows:,} rows of token_embd.weight.")
+    return rows
+
+
+def _rope_divisors(
+    family: Family, tensors: Mapping[str, tuple[int, int]], values: Sequence[float]
+) -> tuple[float, ...]:
+    if ROPE_DIVISORS not in tensors:
+        return ()
+    if not family.rope_divisors or len(values) != math.prod(tensors[ROPE_DIVISORS]):
+        raise UnsupportedModel(f"The tensor {ROPE_DIVISORS} is not supported in this checkpoint.")
+    if not all(math.isfinite(value) and value > 0 for value in values):
+        raise MalformedFile(f"{ROPE_DIVISORS} must hold finite numbers above 0.")
+    return tuple(float(value) for value in values)
+
+
+def _qkv_bias(family: Family, tensors: Mapping[str, tuple[int, int]]) -> bool:
+    present = "blk.0.attn_q.bias" in tensors
+    if family.qkv_bias == "optional":
+        return present
+    return family.qkv_bias == "required"
+
+
+def _check_tensors(spec: Spec, tensors: Mapping[str, tuple[int, int]]) -> None:
+    expected = expected_tensors(spec)
+    for name, (rows, columns) in expected.items():
+        if name not in tensors:
+            raise MalformedFile(f"The checkpoint lacks the tensor {name}.")
+        shape = (rows, columns) if columns > 1 else (1, rows)
+        if tensors[name] != shape:
+            raise MalformedFile(f"The tensor {name} has shape {tensors[name]}; the metadata asks for {shape}.")
+    for name in tensors:
+        if name not in expected and name != ROPE_DIVISORS:
+            raise UnsupportedModel(
+                f"The tensor {name[:80]!r} has no place in a '{spec.architecture}' model as VAI computes it."
+            )
