@@ -1,0 +1,199 @@
+"""Burning in the background: one `python -m vai.burn` at a time, its progress read from its standard output.
+
+Used by the daemon for names whose image is absent (after a reboot) and for `load` requests. A burn that is killed
+leaves nothing behind, so nothing here needs undoing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vai.daemon.supervise import Process, last_line
+from vai.errors import CorruptImage, Interrupted, InUse, ModelNotFound, VaiError, by_code
+from vai.rom import segment
+from vai.rom.registry import Name, Registry
+
+log = logging.getLogger("vai.daemon")
+
+_LINE_LIMIT = 1 << 20
+_NICE = 10
+
+
+def burn_argv(root: Path, source: str) -> list[str]:
+    """The command that burns `source` into `root`, one JSON object a line on its standard output."""
+    return [sys.executable, "-m", "vai.burn", "--root", str(root), "--source", source]
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """One line of the burner: {"step", "done", "total"}, at last {"digest", ...} or {"error": {"code", "message"}}."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+@dataclass(slots=True)
+class Load:
+    """One wish to have an image: from a file, under a name (or none), with the digest the name promises (or None)."""
+
+    source: str
+    name: str | None = None
+    expected: str | None = None
+    state: str = "waiting"  # then "burning", at last "done" or "failed"
+    done: int = 0
+    total: int = 0
+    began: float | None = None
+    seconds: float | None = None
+    digest: str | None = None
+    error: VaiError | None = None
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def report(self) -> dict[str, Any]:
+        """As the status shows it. `rate` in bytes a second and `eta` in seconds where they can be known."""
+        elapsed = time.monotonic() - self.began if self.began is not None and self.state == "burning" else None
+        rate = self.done / elapsed if elapsed and self.done else None
+        return {
+            "source": self.source,
+            "name": self.name,
+            "state": self.state,
+            "done": self.done,
+            "total": self.total,
+            "rate": rate,
+            "eta": (self.total - self.done) / rate if rate and self.total else None,
+            "digest": self.digest,
+            "error": None if self.error is None else self.error.message,
+        }
+
+
+class Loader:
+    """Loads, one after the other. All of them are remembered until the daemon ends, the last MEMORY at most."""
+
+    MEMORY = 100
+
+    def __init__(self, root: Path, names: Path, output: Path) -> None:
+        self.root = root
+        self.registry = Registry(root, names)
+        self.output = output
+        self.loads: list[Load] = []
+        self._queue: asyncio.Queue[Load] = asyncio.Queue()
+        self._process: Process | None = None
+
+    def wanted(self) -> list[Load]:
+        """What is named and absent, queued; names of one image once."""
+        resident = {image.digest for image in self.registry.resident()}
+        absent: dict[str, Name] = {}
+        for name in self.registry.names():
+            if name.digest not in resident:
+                absent.setdefault(name.digest, name)
+        return [self.add(Load(name.source, expected=name.digest)) for name in absent.values()]
+
+    def by_name(self, wanted: str) -> Load:
+        """A load of the image that `wanted` names, over at once where that is resident. Raises ModelNotFound."""
+        name = self.registry.get(wanted)
+        load = Load(name.source, expected=name.digest)
+        if any(image.digest == name.digest for image in self.registry.resident()):
+            load.state, load.digest = "done", name.digest
+            load.over.set()
+            return load
+        return self.add(load)
+
+    def add(self, load: Load) -> Load:
+        """Queue a load, or find the equal one that is already waiting or burning."""
+        for other in self.loads:
+            if not other.over.is_set() and (other.source, other.name) == (load.source, load.name):
+                return other
+        self.loads = [*self.loads[-self.MEMORY + 1 :], load]
+        self._queue.put_nowait(load)
+        return load
+
+    async def run(self) -> None:
+        """Burn what is queued, for ever."""
+        while True:
+            load = await self._queue.get()
+            try:
+                await self._burn(load)
+                self._finish(load)
+            except VaiError as error:
+                load.state, load.error = "failed", error
+                log.warning("load of %s failed: %s", load.source, error.message)
+            finally:
+                load.over.set()
+
+    async def _burn(self, load: Load) -> None:
+        """Run the burner over `load.source`; sets `load.digest`. Raises the VaiError it reports."""
+        before = {image.digest for image in self.registry.resident()}
+        if load.expected in before:
+            load.digest = load.expected
+            return
+        if not Path(load.source).exists():
+            raise ModelNotFound(f"{load.source} is gone; load it from where it is now: vai load FILE --name NAME.")
+        load.state, load.began = "burning", time.monotonic()
+        log.info("burning %s", load.source)
+        reading, writing = os.pipe()
+        try:
+            argv = burn_argv(self.root, load.source)
+            self._process = Process.start(argv, output=self.output, stdout=writing)
+        finally:
+            os.close(writing)
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, _NICE)  # a load must not stall running streams
+        await self._follow(load, reading)
+        code = await self._process.exited()
+        self._process.close()
+        self._process = None
+        if load.error is not None:
+            raise load.error
+        if load.digest is None:
+            raise Interrupted(f"The burn of {load.source} ended early (exit code {code}): {last_line(self.output)}")
+        if load.expected not in (None, load.digest):
+            self._discard(load, load.digest in before)
+
+    async def _follow(self, load: Load, reading: int) -> None:
+        """Read the burner's lines to their end."""
+        reader = asyncio.StreamReader(limit=_LINE_LIMIT)
+        pipe = os.fdopen(reading, "rb", buffering=0)  # the transport closes it
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), pipe
+        )
+        try:
+            while line := await reader.readline():
+                message = parse(line)
+                load.done = int(message.get("done", load.done))
+                load.total = int(message.get("total", load.total))
+                load.digest = message.get("digest", load.digest)
+                if isinstance(error := message.get("error"), dict):
+                    load.error = by_code(str(error.get("code")))(str(error.get("message")))
+        finally:
+            transport.close()
+
+    def _discard(self, load: Load, was_there: bool) -> None:
+        """The file no longer holds the weights that the name promises: never serve others under that name."""
+        if not was_there and load.digest is not None:
+            with contextlib.suppress(InUse):
+                segment.remove(self.root, load.digest)
+        raise CorruptImage(
+            f"{load.source} has changed: its name promises image {load.expected}, it now gives {load.digest}. "
+            "If that is what you want, load it again: vai load FILE --name NAME"
+        )
+
+    def _finish(self, load: Load) -> None:
+        load.state = "done"
+        load.seconds = None if load.began is None else time.monotonic() - load.began
+        if load.name is not None and load.digest is not None:
+            self.registry.put(Name(name=load.name, source=load.source, recipe={}, digest=load.digest, overrides={}))
+        log.info("%s is resident as image %s", load.source, load.digest)
+
+    async def stop(self, patience: float) -> None:
+        """End the burn in progress, if there is one; it leaves nothing."""
+        if self._process is not None:
+            await self._process.end(patience)

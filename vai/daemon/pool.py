@@ -1,0 +1,45 @@
+"""The scratchpad's memory: a memfd of which the daemon keeps a descriptor, so that it outlives the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+from vai.errors import NotEnoughRoom
+
+SLAB = 16 << 20
+MOST_BY_DEFAULT = 4 << 30
+_NAME = "vai-pool"
+
+
+def default_bytes(free: int) -> int:
+    """A quarter of the free memory, at most 4 GiB, in whole slabs."""
+    return max(SLAB, min(free // 4, MOST_BY_DEFAULT) // SLAB * SLAB)
+
+
+def create(size: int) -> int:
+    """A descriptor of new zeroed memory of `size` bytes rounded up to slabs. Pages come into being when touched.
+
+    Its size is sealed: nobody can shrink it under a reader (that would be SIGBUS). Raises NotEnoughRoom.
+    """
+    size = -(-size // SLAB) * SLAB
+    descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        os.close(descriptor)
+        raise NotEnoughRoom(f"A scratchpad of {size} bytes is refused by the system: {error.strerror}.") from None
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return descriptor
+
+
+def reopen(pid: int) -> int | None:
+    """A descriptor of the pool that process `pid` holds, or None: a new daemon gets it back from a living engine."""
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(link.readlink()).startswith(f"/memfd:{_NAME}"):
+                    return os.open(link, os.O_RDWR | os.O_CLOEXEC)
+    return None

@@ -1,0 +1,250 @@
+"""The daemon: `vai serve`. It keeps an engine and a server running, and burns again what is named and absent.
+
+It holds no truth of its own: roles come from locks, images from segments, names from their files, the pool from the
+engine that uses it. So it may be killed at any instant; the next one goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vai.daemon import pool, protocol, roles
+from vai.daemon.loads import Load, Loader
+from vai.daemon.supervise import Job, Supervisor
+from vai.errors import BadRequest, NotSupported, Unavailable, VaiError
+from vai.rom import segment
+from vai.rom.room import free_room
+
+log = logging.getLogger("vai.daemon")
+
+SERVER_PATIENCE = 10.0  # seconds for open streams to end after SIGTERM
+ENGINE_PATIENCE = 5.0
+LONGEST_SOCKET_PATH = 107  # sun_path of unix(7), less its final zero
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the daemon was told. `kv_bytes` None: a share of free memory. `api_key_file`: read once, at start."""
+
+    root: Path
+    names: Path
+    logs: Path
+    host: str
+    port: int
+    threads: int
+    kv_bytes: int | None = None
+    isa: str | None = None
+    api_key_file: Path | None = None
+
+
+class Daemon:
+    """One daemon of one root."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.began = time.monotonic()
+        self.loader = Loader(settings.root, settings.names, settings.logs / "burn.log")
+        self.pool = -1
+        self.supervisors: list[Supervisor] = []
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until SIGTERM, SIGINT, SIGHUP or a `shutdown` request; then engine and server are ended too.
+
+        Raises AlreadyRunning where this root has a daemon, Unavailable where the port is taken, BadRequest where a role
+        refuses its arguments.
+        """
+        settings = self.settings
+        path = roles.socket_path(settings.root, "daemon")
+        if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
+            raise BadRequest(f"{settings.root} is too long a path for sockets; choose a shorter one with VAI_ROOT.")
+        segment.prepare(settings.root)
+        with roles.RoleLock(settings.root, "daemon"):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+            log.info("daemon: process %d over %s", os.getpid(), settings.root)
+            segment.sweep(settings.root)
+            self._prepare()
+            path.unlink(missing_ok=True)
+            async with await asyncio.start_unix_server(self._serve, path):
+                try:
+                    await self._work()
+                finally:
+                    path.unlink(missing_ok=True)
+
+    def _prepare(self) -> None:
+        """Decide what engine and server are started with; those that live already are adopted as they are."""
+        settings = self.settings
+        engine = roles.holder(settings.root, "engine")
+        adopted = pool.reopen(engine) if engine else None
+        free = free_room(settings.root).free
+        self.pool = adopted or pool.create(settings.kv_bytes or pool.default_bytes(free))
+        if roles.holder(settings.root, "server") is None:
+            _check_port(settings.host, settings.port)
+        self.supervisors = [Supervisor(self._engine()), Supervisor(self._server())]
+
+    def _engine(self) -> Job:
+        settings, path = self.settings, roles.socket_path(self.settings.root, "engine")
+        argv = [sys.executable, "-m", "vai.engine.service", "--root", str(settings.root), "--socket", str(path)]
+        argv += ["--lock", str(roles.lock_path(settings.root, "engine")), "--threads", str(settings.threads)]
+        argv += ["--kv-bytes", str(os.fstat(self.pool).st_size), "--pool-fd", str(self.pool)]
+        if settings.isa is not None:
+            argv += ["--isa", settings.isa]
+
+        async def ready(pid: int) -> bool:
+            return roles.listener(path) == pid
+
+        output = settings.logs / "engine.log"
+        return Job("engine", settings.root, argv, output, ready, lambda pid: str(path), pass_fds=(self.pool,))
+
+    def _server(self) -> Job:
+        settings, root = self.settings, self.settings.root
+        argv = [sys.executable, "-m", "vai.server", "--root", str(root), "--names", str(settings.names)]
+        argv += ["--host", settings.host, "--port", str(settings.port), "--lock", str(roles.lock_path(root, "server"))]
+        argv += ["--engine-socket", str(roles.socket_path(root, "engine"))]
+        argv += ["--daemon-socket", str(roles.socket_path(root, "daemon"))]
+        pass_fds: tuple[int, ...] = ()
+        if settings.api_key_file is not None:
+            key = _secret(settings.api_key_file)
+            argv += ["--api-key-file", f"/proc/self/fd/{key}"]
+            pass_fds = (key,)
+
+        def address(pid: int) -> str:
+            return f"http://{roles.option(pid, '--host') or '?'}:{roles.option(pid, '--port') or '?'}"
+
+        async def ready(pid: int) -> bool:
+            host, port = roles.option(pid, "--host"), roles.option(pid, "--port")
+            return host is not None and port is not None and await _healthy(host, int(port))
+
+        return Job("server", root, argv, settings.logs / "server.log", ready, address, pass_fds=pass_fds)
+
+    async def _work(self) -> None:
+        """Run everything until the end is asked for, then end everything."""
+        self.loader.wanted()
+        stop = asyncio.create_task(self._stop.wait())
+        tasks = [asyncio.create_task(supervisor.run()) for supervisor in self.supervisors]
+        loading = asyncio.create_task(self.loader.run())
+        await asyncio.wait([stop, loading, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        asked = self._stop.is_set()
+        log.info("daemon: stopping; weights stay in memory")
+        engine, server = self.supervisors
+        await asyncio.gather(self.loader.stop(ENGINE_PATIENCE), server.stop(SERVER_PATIENCE, adopted=asked))
+        await engine.stop(ENGINE_PATIENCE, adopted=asked)
+        for task in (stop, loading):
+            task.cancel()
+        ended, _ = await asyncio.wait([loading, *(task for task in tasks if asked or task.done())])
+        for task in ended:
+            if not task.cancelled():
+                task.result()
+        log.info("daemon: stopped")
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection: questions and answers until it closes."""
+        try:
+            _, uid = roles.peer(writer.get_extra_info("socket"))
+            if uid == os.getuid():
+                await self._converse(reader, writer)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            try:
+                question = await protocol.read(reader)
+            except BadRequest as error:  # where the next message begins is unknown now: answer and close
+                writer.write(protocol.encode(protocol.failure(error)))
+                await writer.drain()
+                return
+            if question is None:
+                return
+            try:
+                answer = {"ok": True, **await self._answer(question)}
+            except VaiError as error:
+                answer = protocol.failure(error)
+            writer.write(protocol.encode(answer))
+            await writer.drain()
+
+    async def _answer(self, question: protocol.Message) -> dict[str, Any]:
+        match question.get("op"):
+            case "ping":
+                return {"pid": os.getpid()}
+            case "status":
+                return self._status()
+            case "load":
+                return await self._load(question)
+            case "shutdown":
+                self._stop.set()
+                return {"pid": os.getpid()}
+            case other:
+                raise NotSupported(f"The daemon knows ping, status, load and shutdown, not {other!r}.")
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "root": str(self.settings.root),
+            "uptime": time.monotonic() - self.began,
+            "pool_bytes": os.fstat(self.pool).st_size,
+            "roles": [supervisor.report() for supervisor in self.supervisors],
+            "loads": [load.report() for load in self.loader.loads],
+        }
+
+    async def _load(self, question: protocol.Message) -> dict[str, Any]:
+        """{"op": "load", "name"} burns again what a name means; {"source", "name"} burns a file under a name.
+
+        With "wait" true (the default) the answer comes at the end of the load, and is its error if it failed.
+        """
+        source, name, wait = question.get("source"), question.get("name"), question.get("wait", True)
+        if not isinstance(name, str) or not (source is None or isinstance(source, str)) or not isinstance(wait, bool):
+            raise BadRequest("A load needs a name (and, for a new model, its source file) as text; wait is a boolean.")
+        load = self.loader.by_name(name) if source is None else self.loader.add(Load(source, name=name))
+        if wait:
+            await load.over.wait()
+            if load.error is not None:
+                raise load.error
+        return load.report()
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuse now what the server would refuse in a moment. Raises Unavailable where another program has the port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = "is in use by another program" if error.errno == errno.EADDRINUSE else f"cannot be used: {error}"
+            raise Unavailable(f"{host}:{port} {reason}; choose another with vai serve --port.") from None
+
+
+def _secret(path: Path) -> int:
+    """A descriptor of private memory with the key in it, for every server this daemon starts."""
+    descriptor = os.memfd_create("vai-api-key", os.MFD_CLOEXEC)
+    os.write(descriptor, path.read_bytes())
+    return descriptor
+
+
+async def _healthy(host: str, port: int) -> bool:
+    """Whether GET /health answers 200."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - asked of ourselves, nothing is bound
+    with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+        async with asyncio.timeout(2.0):
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                writer.write(f"GET /health HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n".encode())
+                return (await reader.readline()).split(b" ")[1:2] == [b"200"]
+            finally:
+                writer.close()
+    return False
