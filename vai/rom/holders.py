@@ -1,0 +1,61 @@
+"""Who holds a lease: read from /proc/locks, so nothing has to run and nothing can be stale."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+PROC = Path("/proc")
+
+
+class Holder(NamedTuple):
+    """A process with a lock. start_time: clock ticks since boot; with the pid it names a process once and for all."""
+
+    pid: int
+    start_time: int
+    command: str
+
+
+def holders(path: Path) -> list[Holder]:
+    """The processes that hold a flock on the file at `path`; empty if there is no file. Ascending by pid."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return []
+    wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    pids = set()
+    for line in (PROC / "locks").read_text().splitlines():
+        fields = line.split()  # "1: FLOCK ADVISORY READ pid major:minor:inode 0 EOF"; "1: -> ..." only waits
+        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == wanted:
+            pids.add(int(fields[4]))
+    living = [holder for pid in pids if (holder := _holder(pid)) is not None]
+    if len(living) < len(pids):  # who took the lock is gone, and left it to a child
+        living += [h for pid in _openers(found) - pids if (h := _holder(pid)) is not None]
+    return sorted(living)
+
+
+def _holder(pid: int) -> Holder | None:
+    try:
+        start = int((PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        command = (PROC / f"{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return Holder(pid, start, command[:120] or "a process")
+
+
+def _openers(file: os.stat_result) -> set[int]:
+    """Processes of this user with a descriptor of the file."""
+    found = set()
+    for directory in PROC.glob("[0-9]*/fd"):
+        try:
+            descriptors = list(directory.iterdir())
+        except OSError:
+            continue  # another user's, or gone
+        for descriptor in descriptors:
+            try:
+                if os.path.samestat(descriptor.stat(), file):
+                    found.add(int(directory.parent.name))
+            except OSError:
+                continue  # closed meanwhile
+    return found

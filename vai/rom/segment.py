@@ -1,0 +1,428 @@
+"""The life of an image file: room, partial, publication, lease, removal, verification, huge pages.
+
+Layout of a root: `images/<digest>.rom`, `images/.<random>.partial`, `run/room.lock`. A lease is `flock(LOCK_SH)` on a
+description the reader opened itself; no counter and no pid is stored anywhere, so a kill leaves nothing to clean up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import socket
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+from vai.errors import CorruptImage, InUse, ModelNotFound, NotEnoughRoom, Unavailable
+from vai.rom import image as form
+from vai.rom.holders import Holder, holders
+from vai.rom.image import Header, TensorTable
+from vai.rom.mapping import MADV_COLLAPSE, reopen
+from vai.rom.mapping import Mapping as Memory
+from vai.rom.room import RESERVE, Room, free_room
+from vai.rom.view import Image, map_data, read_section
+
+__all__ = [
+    "Holder", "Partial", "Room", "attach", "collapse", "free_room", "holders", "huge_share", "image_path", "prepare",
+    "read_header", "read_sections", "remove", "resident_share", "sweep", "verify",
+]  # fmt: skip
+
+ALLOCATION_STEP = 64 << 20
+LEASE_PATIENCE = 5.0  # seconds a reader waits for the instant in which a remover holds the file
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+def image_path(root: Path, digest: str) -> Path:
+    """Where the image of this digest lies. Raises ModelNotFound for what is no digest: no path can be smuggled in."""
+    if not form.is_digest(digest):
+        raise ModelNotFound(f"'{digest[:80]}' is not the digest of an image (64 hex digits); `vai ls` shows them.")
+    return root / "images" / f"{digest}.rom"
+
+
+def prepare(root: Path) -> None:
+    """Make root, images and run, or check them: directories of this user, closed to others. Raises Unavailable."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    for directory in (root, root / "images", root / "run"):
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        found = directory.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise Unavailable(f"{directory} must be a directory and is not; move it away, or set VAI_ROOT.")
+        if found.st_uid != os.geteuid():
+            raise Unavailable(f"{directory} belongs to user {found.st_uid}, not to you; set VAI_ROOT to one of yours.")
+        if found.st_mode & 0o077:
+            raise Unavailable(f"{directory} is open to other users; close it with: chmod 700 {directory}")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """LOCK_EX on a file of ours (made if absent) or on a directory, for the length of the block."""
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _names_inode(path: Path, fd: int) -> bool:
+    """Whether `path` still is the file behind `fd`."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(found, os.fstat(fd))
+
+
+# --- burning ----------------------------------------------------------------------------------------------------------
+
+
+class Partial:
+    """An image being burned: room is checked and taken at entry, and unless `publish` succeeds nothing remains.
+
+        with Partial(root, file_bytes=..., data_offset=...) as partial:
+            partial.data[...] = ...
+            digest = partial.publish(sections, burn_seconds)
+
+    file_bytes, data_offset: as `image.layout` gives them. reserve: bytes of memory that stay free for others.
+    Raises NotEnoughRoom (before a byte is written), Unavailable (the directories).
+    """
+
+    data: memoryview
+    """The data area, writable until `publish`; zeros at first."""
+
+    def __init__(self, root: Path, *, file_bytes: int, data_offset: int, reserve: int = RESERVE) -> None:
+        self._root = root
+        self._images = root / "images"
+        self._file_bytes = file_bytes
+        self._data_offset = data_offset
+        self._reserve = reserve
+        self._fd = -1  # for writing and mapping
+        self._lease = -1  # for the lock
+        self.path = self._images / f".{secrets.token_hex(8)}.partial"
+
+    def __enter__(self) -> Partial:
+        prepare(self._root)
+        with _locked(self._root / "run/room.lock"):
+            sweep(self._root)
+            _require_room(self._root, self._file_bytes, self._file_bytes, self._reserve)
+            try:
+                self._create()
+                self._allocate()
+                self._memory = Memory(self._fd, self._data_offset, self._file_bytes - self._data_offset, writable=True)
+            except BaseException:
+                self._discard()
+                raise
+        self.data = self._memory.view
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._discard()
+
+    def publish(self, sections: Mapping[str, bytes], burn_seconds: float) -> str:
+        """Freeze the data, write the sections, make the image visible under its digest, and return that.
+
+        sections: one byte string for each of SECTIONS, of the lengths the file was planned with. An image of this
+        digest that is there already stays; this one is dropped. Raises CorruptImage for a tensor table that is wrong.
+        """
+        table = TensorTable.from_bytes(sections["tensors"])
+        plan = form.layout({name: len(sections[name]) for name in form.SECTIONS}, table.data_bytes)
+        if (plan.data_offset, plan.file_bytes) != (self._data_offset, self._file_bytes):
+            raise ValueError(f"planned as {self._data_offset}, {self._file_bytes}, but the sections make it {plan}")
+        self._memory.freeze()
+        for name, offset in zip(form.SECTIONS, plan.section_offsets, strict=True):
+            _write(self._fd, sections[name], offset)
+        header = form.build_header(
+            sections, table.data_bytes, burned_at=time.time(), burn_seconds=burn_seconds, host=socket.gethostname()
+        )
+        _write(self._fd, header, 0)
+        digest = form.parse_header(header, self._file_bytes).digest
+        with _locked(self._images):  # LOCK_EX to LOCK_SH is no atomic step: a sweep must not come between
+            fcntl.flock(self._lease, fcntl.LOCK_SH)
+            with contextlib.suppress(FileExistsError):
+                os.link(self.path, image_path(self._root, digest), follow_symlinks=False)
+            self.path.unlink()
+        return digest
+
+    def _create(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with _locked(self._images):  # no sweep between open and flock
+            self._fd = os.open(self.path, flags, 0o400)
+            self._lease = reopen(self._fd)
+            fcntl.flock(self._lease, fcntl.LOCK_EX)
+
+    def _allocate(self) -> None:
+        # fallocate, not truncate: touching a hole in a full tmpfs is SIGBUS. In steps, since tmpfs undoes a whole
+        # call when a signal comes; Python repeats the interrupted one.
+        for offset in range(0, self._file_bytes, ALLOCATION_STEP):
+            _require_room(self._root, self._file_bytes, self._file_bytes - offset, self._reserve)
+            try:
+                os.posix_fallocate(self._fd, offset, min(ALLOCATION_STEP, self._file_bytes - offset))
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
+                    raise
+                given = f"the system gave {_size(offset)} ({error.strerror})"
+                raise NotEnoughRoom(f"Need {_size(self._file_bytes)}, and {given}. {_WAY_OUT}") from None
+
+    def _discard(self) -> None:
+        if self._fd >= 0:
+            self.path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+        if self._lease >= 0:
+            os.close(self._lease)
+            self._lease = -1
+
+
+_WAY_OUT = "Remove a model with `vai rm NAME` (`vai ls` shows their sizes), or stop what uses the memory."
+
+
+def _require_room(root: Path, total: int, need: int, reserve: int) -> None:
+    room = free_room(root, reserve=reserve)
+    if need > room.free:
+        raise NotEnoughRoom(f"Need {_size(total)}, free {_size(room.free)}: {room.limit}. {_WAY_OUT}")
+
+
+def _size(value: int) -> str:
+    if value < 1 << 30:
+        return f"{value / (1 << 20):.1f} MiB"
+    return f"{value / (1 << 30):.2f} GiB"
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+# --- attaching --------------------------------------------------------------------------------------------------------
+
+
+def attach(root: Path, digest: str) -> Image:
+    """Take a lease and check header, tensor table and spec. Raises ModelNotFound, CorruptImage, WrongVersion, InUse."""
+    path = image_path(root, digest)
+    fd = _lease(path, digest)
+    try:
+        header = _header(fd, digest)
+        table = TensorTable.from_bytes(read_section(fd, header, "tensors"))
+        if table.data_bytes != header.data_bytes:
+            raise CorruptImage(
+                f"The header and the tensor table of image {digest[:12]} disagree; burn the model again."
+            )
+        return Image(fd, path, header, table, read_section(fd, header, "spec"))
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def read_sections(root: Path, digest: str, *names: str) -> dict[str, bytes]:
+    """Copies of metadata sections, checked, without a lease. Raises ModelNotFound, CorruptImage, WrongVersion."""
+    fd = _open(image_path(root, digest), digest)
+    try:
+        header = _header(fd, digest)
+        return {name: read_section(fd, header, name) for name in names}
+    finally:
+        os.close(fd)
+
+
+def read_header(root: Path, digest: str) -> Header:
+    """The header of an image, without a lease. Raises ModelNotFound, CorruptImage, WrongVersion."""
+    fd = _open(image_path(root, digest), digest)
+    try:
+        return _header(fd, digest)
+    finally:
+        os.close(fd)
+
+
+def _open(path: Path, digest: str) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise ModelNotFound(f"No image {digest[:12]} is resident; `vai ls` shows those that are.") from None
+    except OSError as error:
+        raise Unavailable(f"The image {digest[:12]} cannot be opened: {error.strerror}.") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CorruptImage(f"{path} is not a file; move it away.")
+    return fd
+
+
+def _header(fd: int, digest: str) -> Header:
+    header = form.parse_header(os.pread(fd, form.HEADER_BYTES, 0), os.fstat(fd).st_size)
+    if header.digest != digest:
+        raise CorruptImage(
+            f"The file of image {digest[:12]} holds image {header.digest[:12]}; remove it and burn again."
+        )
+    return header
+
+
+def _lease(path: Path, digest: str) -> int:
+    """A descriptor of the file now at `path`, with LOCK_SH."""
+    deadline = time.monotonic() + LEASE_PATIENCE
+    while True:
+        fd = _open(path, digest)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            if time.monotonic() > deadline:
+                raise InUse(f"The image {digest[:12]} is locked by {_named(holders(path))}; try again.") from None
+            time.sleep(0.001)
+            continue
+        if _names_inode(path, fd):
+            return fd
+        os.close(fd)  # removed, or removed and burned again, between open and lock
+
+
+# --- removing ---------------------------------------------------------------------------------------------------------
+
+
+def remove(root: Path, digest: str, *, force: bool = False) -> int:
+    """Delete an image and return its bytes. Raises ModelNotFound, and InUse naming the holders unless `force`.
+
+    With `force` it is gone from its name at once, and the last reader frees the bytes.
+    """
+    path = image_path(root, digest)
+    fd = _open(path, digest)
+    try:
+        with _locked(root / "images"):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not force:
+                    raise InUse(
+                        f"The image {digest[:12]} is in use by {_named(holders(path))}. Stop what uses it, or "
+                        "remove it with --force: its memory then comes back when the last of them ends."
+                    ) from None
+            found = os.fstat(fd)
+            if _names_inode(path, fd):
+                path.unlink()
+            for partial in _partials(root):  # of a burner killed between link and unlink
+                if os.path.samestat(partial.lstat(), found):
+                    partial.unlink()
+            return found.st_size
+    finally:
+        os.close(fd)
+
+
+def sweep(root: Path) -> list[Path]:
+    """Delete what killed burners left, and return it. A living burner's partial is locked, and stays."""
+    swept = []
+    with _locked(root / "images"):
+        for partial in _partials(root):
+            try:
+                fd = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            except OSError:
+                continue  # a symlink or somebody else's file: not a partial of ours
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if os.fstat(fd).st_nlink == 1:  # 2: published, the locks are its readers'
+                    continue
+            finally:
+                os.close(fd)
+            partial.unlink(missing_ok=True)
+            swept.append(partial)
+    return swept
+
+
+def _partials(root: Path) -> list[Path]:
+    return sorted((root / "images").glob(".*.partial"))
+
+
+def _named(found: list[Holder]) -> str:
+    return ", ".join(f"{h.command} (pid {h.pid})" for h in found) or "a process that has just ended"
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+def verify(image: Image, threads: int = 2) -> None:
+    """Hash every section and chunk. Raises CorruptImage naming the section or the tensors that are not as burned."""
+    fd = _lease(image.path, image.digest)
+    try:
+        header = _header(fd, image.digest)
+        for name in form.SECTIONS:
+            read_section(fd, header, name)
+        _check_padding(fd, header)
+    finally:
+        os.close(fd)
+    table, data = image.table, image.data
+
+    def intact(index: int) -> bool:
+        chunk = data[index * table.chunk_bytes : (index + 1) * table.chunk_bytes]
+        return hashlib.sha256(chunk).digest() == table.chunks[index]
+
+    with ThreadPoolExecutor(threads) as pool:
+        wrong = [index for index, good in enumerate(pool.map(intact, range(len(table.chunks)))) if not good]
+    if wrong:
+        names = list(dict.fromkeys(tensor.name for index in wrong for tensor in table.at(index)))
+        raise CorruptImage(
+            f"The image {image.digest[:12]} is corrupt in {', '.join(names) or 'its padding'} "
+            f"({len(wrong)} of {len(table.chunks)} chunks of 4 MiB). Remove it with --force and burn the model again."
+        )
+
+
+def _check_padding(fd: int, header: Header) -> None:
+    """What no hash covers between the sections is zero."""
+    sections = list(header.sections.values())
+    starts = [section.offset + section.length for section in sections]
+    ends = [section.offset for section in sections[1:]] + [header.data_offset]
+    for start, end in zip(starts, ends, strict=True):
+        if any(os.pread(fd, end - start, start)):
+            raise CorruptImage(f"The image {header.digest[:12]} has bytes where it must have none; burn it again.")
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def resident_share(image: Image) -> float:
+    """Share of the data area that is in memory and not swapped out, 0 to 1."""
+    pages = -(-image.header.data_bytes // os.sysconf("SC_PAGESIZE"))
+    return image.mapping.resident_pages() / pages
+
+
+def huge_share(image: Image) -> float:
+    """Share of the data area that a fresh mapping reads through 2 MiB pages, 0 to 1. Touches one byte every 2 MiB."""
+    memory = map_data(image.fileno(), image.header)
+    bytes(memory.view[:: form.DATA_ALIGN])
+    return _huge_bytes(memory.address) / image.header.data_bytes
+
+
+def _huge_bytes(address: int) -> int:
+    """Bytes of the mapping at `address` that this process maps through huge page-table entries."""
+    inside, huge = False, 0
+    with open("/proc/self/smaps") as smaps:
+        for line in smaps:
+            key, _, rest = line.partition(" ")
+            if not key.endswith(":"):
+                inside = int(key.partition("-")[0], 16) == address
+            elif inside and key in ("ShmemPmdMapped:", "FilePmdMapped:"):
+                huge += int(rest.split()[0]) << 10
+    return huge
+
+
+def collapse(image: Image, step: int = form.DATA_ALIGN) -> float:
+    """Rebuild the data area from 2 MiB pages, `step` bytes a call; the share that is huge afterwards, 0 to 1.
+
+    Best effort: a range the kernel cannot collapse (no free huge page, not a tmpfs) stays as it was.
+    The caller sets the priority.
+    """
+    whole = image.header.data_bytes // form.DATA_ALIGN * form.DATA_ALIGN
+    for start in range(0, whole, step):
+        try:
+            image.mapping.advise(MADV_COLLAPSE, start, min(step, whole - start))
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOSYS):
+                break  # a kernel or filesystem that does not do this at all
+    return huge_share(image)
