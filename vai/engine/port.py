@@ -19,7 +19,7 @@ MAX_MESSAGE = 64 << 20
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One attached image: its digest, requests running and waiting, pages held, tokens made, seconds its attach took."""
+    """One attached image: its digest, requests running and waiting, pages held, tokens made, seconds to attach."""
 
     image: str
     running: int
@@ -30,7 +30,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine at one moment. Bytes and seconds; `switch_*` are percentiles of pick-to-native-call, in seconds."""
+    """The engine at one moment. Bytes and seconds; `pool_used` counts pages in use, `steps` those of all models."""
 
     pid: int
     device: str
@@ -51,10 +51,14 @@ class Hello(msgspec.Struct, frozen=True, tag="hello", kw_only=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Answered by outputs only: a refusal is an output with finish "error"."""
+
     request: Request
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """End a request; nothing more is said about it. Ids are not used again on the same connection."""
+
     id: str
 
 
@@ -110,7 +114,8 @@ class EnginePort(Protocol):
     def generate(self, request: Request) -> AsyncIterator[Output]:
         """Outputs of one request, in order; closing the iterator early aborts it.
 
-        Raises the VaiError the engine refused it with (before the first output), and Unavailable if the engine goes away.
+        Raises the VaiError that the engine refused it with (before the first output) or that ended it (finish "error"),
+        and Unavailable if the engine goes away.
         """
         ...
 

@@ -85,8 +85,8 @@ class Attention:
     Query head h reads KV head h // (heads / kv_heads). Per row and head, for the tokens t = 0..position:
     s[t] = (sum over ascending d of q[d] * k[t][d], multiply and add rounded apart) * scale; m = max s;
     e[t] = exp(s[t] - m). In chunks of 1,024 tokens counted from position 0: l_c = R16 sum of e, o_c[d] = sum over
-    ascending t of e[t] * v[t][d], both from +0. Then l and o are the sums of l_c and o_c over ascending chunks, from the
-    first chunk's value on, and output[d] = o[d] / l.
+    ascending t of e[t] * v[t][d], both from +0. Then l and o are the sums of l_c and o_c over ascending chunks, from
+    the first chunk's value on, and output[d] = o[d] / l.
     """
 
     output: str

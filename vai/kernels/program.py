@@ -92,7 +92,8 @@ class SampleArgs:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """tokens [R]; logprob [R] (NaN where not asked); top_ids and top_logprobs [R, 20], the first `logprobs` are valid."""
+    """tokens [R], -1 for a row with a NaN logit; logprob [R] (NaN where not asked); top_ids and top_logprobs [R, 20],
+    the first `logprobs` are valid."""
 
     tokens: NDArray[np.int32]
     logprob: NDArray[np.float32]

@@ -1,0 +1,67 @@
+"""The peer beside us: llama.cpp's server on the same file, from page cache, at its best flags, which are printed."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from vai.cli.bench.client import Raw
+from vai.cli.bench.stand import DEADLINE, free_port
+
+PROMPT = "The quick brown fox jumps over the lazy dog"
+
+
+def _pss(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/{pid}/smaps_rollup has no Pss")
+
+
+def _ready(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.005)
+    raise RuntimeError("the peer did not become ready")
+
+
+def start(binary: Path, file: Path, threads: int, flags: list[str], tokens: int = 32) -> dict[str, Any]:
+    """Start the peer once: seconds to ready, to the first token, its memory (PSS), and its decode rate."""
+    port = free_port()
+    words = ["-m", str(file), "--port", str(port), "-t", str(threads), "-c", "2048", "-np", "1", *flags]
+    begin = time.perf_counter()
+    process = subprocess.Popen([binary, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _ready(port, process)
+        ready = time.perf_counter() - begin
+        raw = Raw("127.0.0.1", port)
+        body = {"prompt": PROMPT, "n_predict": 1, "temperature": 0, "cache_prompt": False}
+        first, status, answer = raw.post("/completion", body)
+        if status != 200:
+            raise RuntimeError(f"the peer refused: {answer[:200]!r}")
+        rates = []
+        for _ in range(3):
+            _, _, answer = raw.post("/completion", {**body, "n_predict": tokens, "ignore_eos": True})
+            rates.append(json.loads(answer)["timings"]["predicted_per_second"])
+        raw.close()
+        return {
+            "flags": " ".join(words[2:]),
+            "ready": ready,
+            "first_answer": ready + first,
+            "pss": _pss(process.pid),
+            "tokens_per_second": sorted(rates)[1],
+        }
+    finally:
+        process.kill()
+        process.wait()
