@@ -1,4 +1,4 @@
-"""A model's forward pass as data: the Program, the arguments of one step, and the shape of what it keeps between steps."""
+"""A model's forward pass as data: the Program, the arguments of one step, and what it keeps between steps."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class CacheGroup:
 class Program:
     """Operations in order, what they keep (`groups`), and the named results a caller may ask for.
 
-    `outputs` maps a public name ("logits") to a value. `constants` maps each logical tensor name to its (rows, columns);
-    a vector has (n, 1). `context` is the longest sequence, in tokens.
+    `outputs` maps a public name ("logits") to a value. `constants` maps each logical tensor name to (rows, columns); a
+    vector has (n, 1). `context` is the longest sequence, in tokens.
     """
 
     ops: tuple[Op, ...]

@@ -208,7 +208,7 @@ def attach(stand: Stand, digest: str) -> dict[str, Any]:
         }
         of_one = result[str(count)]
         click.echo(
-            f"{count} process{'es' if count > 1 else ''}: attach {milliseconds(of_one['attach'])}, private growth at most "
+            f"{count} process{'es' if count > 1 else ''}: attach {milliseconds(of_one['attach'])}, private growth "
             f"{of_one['rss_anon_growth'] / 1e3:.0f} kB, shared memory together {shared / 1e6:.1f} MB "
             f"= {100 * shared / bytes_:.2f} % of one image"
         )
