@@ -132,6 +132,9 @@ def place(sizes: Iterable[int]) -> tuple[list[int], int]:
     return offsets, align(end, TENSOR_ALIGN)
 
 
+_TABLE_KEYS = ["abi", "chunk_bytes", "chunks", "data_bytes", "tensors"]
+
+
 class TensorTable:
     """The `tensors` section: what lies where in the data area, and a SHA-256 per chunk of it.
 
@@ -171,7 +174,7 @@ class TensorTable:
                 "chunk_bytes": self.chunk_bytes,
                 "chunks": [chunk.hex() for chunk in self.chunks],
                 "data_bytes": self.data_bytes,
-                "tensors": [{**t._asdict(), "parts": [p._asdict() for p in t.parts]} for t in self.tensors],
+                "tensors": self.tensors,
             }
         )
 
@@ -179,16 +182,17 @@ class TensorTable:
     def from_bytes(cls, section: bytes) -> TensorTable:
         """Parse and check everything. Raises CorruptImage (WrongVersion for another ABI)."""
         try:
-            table = _object(json.loads(section), "abi", "chunk_bytes", "chunks", "data_bytes", "tensors")
+            table = json.loads(section)
         except (ValueError, RecursionError):
             raise CorruptImage("The tensor table is not JSON; burn the model again.") from None
+        _check(type(table) is dict and sorted(table) == _TABLE_KEYS, "its keys are not those it must have")
         if table["abi"] != ABI:
-            raise WrongVersion(f"The tensor table has version {table['abi']!r}, not {ABI}; burn the model again.")
-        data_bytes = _integer(table["data_bytes"], 1, MAX_DATA)
-        _check(table["chunk_bytes"] == CHUNK, "its chunks are not 4 MiB")
-        chunks, tensors = _list(table["chunks"], MAX_DATA // CHUNK), _list(table["tensors"], MAX_TENSORS)
+            raise WrongVersion(f"The tensor table has version {table['abi']!r:.20}, not {ABI}; burn the model again.")
+        chunks, data_bytes, tensors = _typed([table[key] for key in _TABLE_KEYS[2:]], [list, int, list])
+        _check(0 < data_bytes <= MAX_DATA, "its data area is empty or endless")
         _check(len(chunks) == -(-data_bytes // CHUNK), "it has not one hash a chunk")
-        _check(all(isinstance(c, str) and _DIGEST.fullmatch(c) for c in chunks), "a chunk hash is not a SHA-256")
+        _check(all(type(c) is str and _DIGEST.fullmatch(c) for c in chunks), "a chunk hash is not a SHA-256")
+        _check(len(tensors) <= MAX_TENSORS, "it has too many tensors")
         parsed = cls(data_bytes, [bytes.fromhex(c) for c in chunks], [_stored(t) for t in tensors])
         parsed._check_layout()
         _check(parsed.to_bytes() == section, "it is not in canonical form")
@@ -208,46 +212,35 @@ def _check(condition: bool, fault: str) -> None:
         raise CorruptImage(f"The tensor table is wrong: {fault}; burn the model again.")
 
 
-def _object(value: Any, *keys: str) -> dict[str, Any]:
-    _check(isinstance(value, dict) and set(value) == set(keys), f"not an object of {', '.join(keys)}")
-    checked: dict[str, Any] = value
-    return checked
+_TENSOR_TYPES = [str, str, int, int, int, int, list]
+_PART_TYPES = [str, int, int, int]
 
 
-def _list(value: Any, most: int) -> list[Any]:
-    _check(isinstance(value, list) and 0 < len(value) <= most, "a list is missing, empty or too long")
+def _typed(value: Any, types: list[type]) -> list[Any]:
+    # type(), not isinstance: to JSON, true is not 1.
+    _check(type(value) is list and [type(item) for item in value] == types, "an entry has not the fields it must have")
     checked: list[Any] = value
     return checked
 
 
-def _integer(value: Any, low: int, high: int) -> int:
-    _check(type(value) is int and low <= value <= high, "a number is out of bounds")
-    checked: int = value
-    return checked
-
-
-def _name(value: Any) -> str:
-    _check(isinstance(value, str) and _NAME.fullmatch(value) is not None, "a name is not 1 to 256 printable characters")
-    checked: str = value
-    return checked
-
-
 def _stored(value: Any) -> StoredTensor:
-    fields = _object(value, *StoredTensor._fields)
-    name, kind = _name(fields["name"]), fields["type"]
-    _check(kind == VECTOR or (isinstance(kind, str) and kind in BLOCK_TYPES), f"{name} has an unknown type")
-    rows = _integer(fields["rows"], 1, MAX_EXTENT)
-    columns = _integer(fields["columns"], 1, MAX_EXTENT if kind != VECTOR else 1)
+    name, kind, rows, columns, offset, size, parts = _typed(value, _TENSOR_TYPES)
+    _check(_NAME.fullmatch(name) is not None, "a name is not 1 to 256 printable characters")
+    _check(kind == VECTOR or kind in BLOCK_TYPES, f"{name} has an unknown type")
+    _check(0 < rows <= MAX_EXTENT and 0 < columns <= MAX_EXTENT, f"{name} has a shape out of bounds")
     _check(rows % BLOCK_ROWS == 0, f"{name} has rows that are not a multiple of 16")
-    _check(fields["bytes"] == tensor_bytes(kind, rows, columns), f"{name} has not the bytes of its shape")
-    parts = tuple(_part(p) for p in _list(fields["parts"], rows // BLOCK_ROWS))
-    _check(_tiles(parts, rows // BLOCK_ROWS), f"the parts of {name} do not tile its rows")
-    return StoredTensor(name, kind, rows, columns, _integer(fields["offset"], 0, MAX_DATA), fields["bytes"], parts)
+    _check(kind != VECTOR or columns == 1, f"{name} is a vector with columns")
+    _check(size == tensor_bytes(kind, rows, columns), f"{name} has not the bytes of its shape")
+    _check(0 < len(parts) <= rows // BLOCK_ROWS, f"{name} has no parts, or too many")
+    stored = StoredTensor(name, kind, rows, columns, offset, size, tuple(_part(part) for part in parts))
+    _check(_tiles(stored.parts, rows // BLOCK_ROWS), f"the parts of {name} do not tile its rows")
+    return stored
 
 
 def _part(value: Any) -> Part:
-    fields = _object(value, *Part._fields)
-    return Part(_name(fields["name"]), *(_integer(fields[f], 0, MAX_EXTENT) for f in Part._fields[1:]))
+    name, rows, first_block, block_step = _typed(value, _PART_TYPES)
+    _check(_NAME.fullmatch(name) is not None, "a name is not 1 to 256 printable characters")
+    return Part(name, rows, first_block, block_step)
 
 
 def _tiles(parts: tuple[Part, ...], blocks: int) -> bool:

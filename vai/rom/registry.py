@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import re
-import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ class Registry:
         path = self._path(name.name)
         content = json.dumps(asdict(name), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         self.directory.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+        partial = path.with_name(f".{os.urandom(8).hex()}.partial")
         try:
             with open(partial, "x", encoding="utf-8") as file:
                 file.write(content)
