@@ -1,0 +1,33 @@
+"""What fits is known before anything is allocated, and is exactly what the pool then gives."""
+
+from __future__ import annotations
+
+import pytest
+
+from vai.daemon.pool import SLAB
+from vai.kernels.program import PAGE_TOKENS
+from vai.scratchpad.budget import pages_for, tokens_that_fit
+from vai.scratchpad.pages import Owner, PagePool
+
+
+@pytest.mark.parametrize("page_bytes", [[4096], [917504], [SLAB], [SLAB + 1], [1 << 20, 3 << 20], [8192, 40 << 20]])
+@pytest.mark.parametrize("slabs", [1, 3, 17])
+def test_the_longest_sequence_is_what_an_empty_pool_can_allocate(page_bytes: list[int], slabs: int) -> None:
+    owners = [Owner("a" * 64, group, size) for group, size in enumerate(page_bytes)]
+    tokens = tokens_that_fit(slabs * SLAB, owners)
+    assert tokens is not None
+
+    def fits(pages: int) -> bool:
+        pool = PagePool(slabs * SLAB)
+        return all(pool.allocate(owner, pages) is not None for owner in owners)
+
+    assert fits(tokens // PAGE_TOKENS)
+    assert not fits(tokens // PAGE_TOKENS + 1)
+
+
+def test_a_model_that_keeps_nothing_fits_at_any_length() -> None:
+    assert tokens_that_fit(SLAB, []) is None
+
+
+def test_the_first_token_of_a_page_takes_the_page() -> None:
+    assert [pages_for(tokens) for tokens in (0, 1, 32, 33)] == [0, 1, 1, 2]

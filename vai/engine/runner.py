@@ -1,0 +1,44 @@
+"""Batch to logits: one native call, and the time from the scheduler's pick to it.
+
+That time is the whole price of a context select, so it is kept in two classes: steps of the same model as the step
+before, and steps of another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vai.engine.batch import Batch
+from vai.engine.port import Switches
+
+KEPT_TIMES = 1 << 14
+
+
+class Runner:
+    """Runs batches over one pool of pages."""
+
+    def __init__(self, pool: NDArray[np.uint8]) -> None:
+        self._pool = pool
+        self._last: str | None = None
+        self._same: deque[float] = deque(maxlen=KEPT_TIMES)
+        self._switched: deque[float] = deque(maxlen=KEPT_TIMES)
+
+    def forward(self, batch: Batch) -> NDArray[np.float32]:
+        """The logits [R, vocabulary] of a batch, valid until the model's next step."""
+        entry = batch.entry
+        step = batch.step_args()
+        times = self._same if entry.digest == self._last else self._switched
+        self._last = entry.digest
+        times.append((time.perf_counter_ns() - batch.picked_at) / 1e9)
+        return entry.plan.forward(step, self._pool)
+
+    def take_switches(self) -> Switches:
+        """The last times from pick to native call, in seconds, which are then forgotten."""
+        taken = Switches(list(self._same), list(self._switched))
+        self._same.clear()
+        self._switched.clear()
+        return taken

@@ -1,0 +1,256 @@
+"""Who runs next, and how many tokens of each: one scheduler over all models of an engine.
+
+Models take turns by served cost: the turn goes to the model that has been served least, for a short quantum, so that
+under load the order is A A A B B and not A B A B. Nobody waits longer than MAX_WAIT plus a step of each other model.
+Inside a model, every decoding sequence has a row in every step, and prompts fill the rest of the step in order of age.
+
+Pages come from one pool for all models. Requests are admitted in order of age across all models, each with room for
+its whole prompt; the oldest that does not fit makes the younger wait. A running sequence that needs a page where none
+is free takes the pages of the youngest, which is computed again later: the oldest always gets on, so everybody does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence as List
+
+from vai.engine.batch import Batch
+from vai.engine.sampler import Draw
+from vai.engine.select import Entry
+from vai.engine.sequence import Sequence
+from vai.errors import BadRequest, NotEnoughRoom, Overloaded, VaiError
+from vai.request import Output
+from vai.scratchpad.budget import pages_for
+from vai.scratchpad.pages import PagePool
+
+QUANTUM = 0.05  # seconds of one turn
+MAX_WAIT = 1.0  # seconds that a model with work may be passed over for those served less
+MAX_WAITING = 1024  # requests that are not admitted yet
+
+
+class ModelQueue:
+    """The requests of one model, oldest first: `running` have pages, `waiting` have none and are all younger."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.served = 0.0  # seconds of steps, set forward after idle times so that idling saves nothing up
+        self.passed_over_since = 0.0
+        self.tokens = 0  # made since the attach
+
+
+class Scheduler:
+    """Requests in, batches out, outputs out. Not thread-safe."""
+
+    def __init__(self, pool: PagePool, *, max_rows: int, max_sequences: int) -> None:
+        """`max_rows`: token budget of a step. `max_sequences`: sequences of one model that run at once."""
+        self._pool = pool
+        self._max_rows = max_rows
+        self._max_sequences = min(max_sequences, max_rows)  # so that a step has a row for each
+        self._queues: dict[str, ModelQueue] = {}
+        self._by_id: dict[str, Sequence] = {}
+        self._turn: ModelQueue | None = None
+        self._turn_used = 0.0
+        self._outputs: list[Output] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a request in the queue of its model. Raises BadRequest for an id in use, Overloaded for a full queue."""
+        identity = sequence.request.id
+        if identity in self._by_id:
+            raise BadRequest(f"A request with the id '{identity}' is already running.", param="id")
+        waiting = sum(len(queue.waiting) for queue in self._queues.values())
+        if waiting >= MAX_WAITING:
+            raise Overloaded(f"{waiting} requests are waiting already, which is as many as may; try again soon.")
+        self._by_id[identity] = sequence
+        queue = self._queues.setdefault(sequence.entry.digest, ModelQueue(sequence.entry))
+        queue.waiting.append(sequence)
+
+    def abort(self, identity: str) -> None:
+        """End a request now: its pages are free at once. One that is not there (any more) is fine."""
+        sequence = self._by_id.get(identity)
+        if sequence is not None:
+            self._end(sequence, "abort")
+
+    def forget(self, image: str) -> None:
+        """Abort every request of a model, and forget the model."""
+        queue = self._queues.get(image)
+        if queue is None:
+            return
+        for sequence in [*queue.running, *queue.waiting]:
+            self._end(sequence, "abort")
+        del self._queues[image]
+        if self._turn is queue:
+            self._turn = None
+
+    def has_work(self) -> bool:
+        """Whether any request is unfinished, or any output not taken."""
+        return bool(self._by_id or self._outputs)
+
+    def take_outputs(self) -> list[Output]:
+        """What happened to requests since the last call, in order."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def counts(self, image: str) -> tuple[int, int, int]:
+        """(running, waiting, tokens made) of a model."""
+        queue = self._queues.get(image)
+        return (len(queue.running), len(queue.waiting), queue.tokens) if queue is not None else (0, 0, 0)
+
+    def pick(self) -> Batch | None:
+        """The next step, or None where nobody has anything to compute."""
+        picked_at = time.perf_counter_ns()
+        self._admit(picked_at / 1e9)
+        while (queue := self._choose(picked_at / 1e9)) is not None:
+            batch = self._fill(queue, picked_at)
+            if batch.rows:
+                return batch
+        return None
+
+    def commit(self, batch: Batch, draws: List[Draw | VaiError]) -> None:
+        """Take the results of a step: one draw, or the reason why there is none, for each of `batch.drawing`."""
+        now = time.perf_counter()
+        queue = self._charge(batch, now)
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            sequence.computed += count
+        for sequence, draw in zip(batch.drawing, draws, strict=True):
+            if isinstance(draw, VaiError):
+                self._end(sequence, "error", draw)
+                continue
+            output = sequence.append(draw.token, draw.logprob, now)
+            queue.tokens += 1
+            if output.finish is not None:
+                self._leave(sequence)
+            self._outputs.append(output)
+
+    def fail(self, batch: Batch, error: VaiError) -> None:
+        """A step could not be computed: its requests end, everybody else goes on."""
+        self._charge(batch, time.perf_counter())
+        for sequence in batch.sequences:
+            self._end(sequence, "error", error)
+
+    # Turns
+
+    def _choose(self, now: float) -> ModelQueue | None:
+        ready = [queue for queue in self._queues.values() if queue.running]
+        if not ready:
+            return None
+        longest = min(ready, key=lambda queue: queue.passed_over_since)
+        if now - longest.passed_over_since > MAX_WAIT:
+            chosen = longest
+        elif self._turn is not None and self._turn.running and self._turn_used < QUANTUM:
+            chosen = self._turn
+        else:
+            chosen = min(ready, key=lambda queue: (queue.served, queue.passed_over_since))
+        if chosen is not self._turn:
+            self._turn, self._turn_used = chosen, 0.0
+        return chosen
+
+    def _charge(self, batch: Batch, now: float) -> ModelQueue:
+        queue = self._queues[batch.entry.digest]
+        seconds = now - batch.picked_at / 1e9
+        queue.served += seconds
+        queue.passed_over_since = now
+        self._turn_used += seconds
+        return queue
+
+    def _fill(self, queue: ModelQueue, picked_at: int) -> Batch:
+        """One row of every decoding sequence, then prompts up to the token budget."""
+        batch = Batch(queue.entry, picked_at)
+        for sequence in [sequence for sequence in queue.running if sequence.uncomputed == 1]:
+            if sequence.running and self._grow(sequence):  # growing may have preempted those after it
+                batch.add(sequence, 1)
+        for sequence in queue.running:
+            room = self._max_rows - batch.rows
+            if room and sequence.uncomputed > 1:
+                batch.add(sequence, min(room, sequence.uncomputed))
+        return batch
+
+    # Pages
+
+    def _admit(self, now: float) -> None:
+        """Let in the oldest requests, across all models, for as long as the pool has room for their prompts."""
+        while True:
+            queues = [q for q in self._queues.values() if q.waiting and len(q.running) < self._max_sequences]
+            if not queues:
+                return
+            queue = min(queues, key=lambda queue: queue.waiting[0].arrival)
+            sequence = queue.waiting[0]
+            if not self._reserve(sequence, len(sequence.tokens) + 1):
+                return
+            if not queue.running:
+                self._enter(queue, now)
+            queue.running.append(queue.waiting.popleft())
+            sequence.admit(now)
+
+    def _enter(self, queue: ModelQueue, now: float) -> None:
+        """A model has work again: it stands where the least served of the others stands."""
+        others = [other.served for other in self._queues.values() if other.running]
+        queue.served = max([queue.served, *([min(others)] if others else [])])
+        queue.passed_over_since = now
+
+    def _reserve(self, sequence: Sequence, tokens: int) -> bool:
+        """Pages for the first `tokens` tokens of a sequence in every cache group; all or nothing."""
+        count = pages_for(tokens)
+        taken: list[list[int]] = []
+        for owner, table in zip(sequence.entry.owners, sequence.block_table, strict=True):
+            pages = self._pool.allocate(owner, count - len(table)) if len(table) < count else []
+            if pages is None:
+                for earlier, group in zip(taken, sequence.entry.owners, strict=False):
+                    self._pool.free(group, earlier)
+                return False
+            taken.append(pages)
+        for pages, table in zip(taken, sequence.block_table, strict=True):
+            table.extend(pages)
+        return True
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Pages for one more token, from the youngest if there is no other way. False where it lost its own."""
+        while not self._reserve(sequence, sequence.computed + 1):
+            youngest = max(
+                (each for queue in self._queues.values() for each in queue.running), key=lambda each: each.arrival
+            )
+            if youngest is not sequence:
+                self._preempt(youngest)
+            elif any(each.running for each in self._by_id.values() if each is not sequence):
+                self._preempt(sequence)
+                return False
+            else:
+                room = NotEnoughRoom(
+                    f"The scratchpad of {self._pool.size} bytes cannot hold {len(sequence.tokens)} tokens of this "
+                    "model; start VAI with a larger one (VAI_KV), or ask for fewer tokens."
+                )
+                self._end(sequence, "error", room)
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        queue = self._queues[sequence.entry.digest]
+        queue.running.remove(sequence)
+        queue.waiting.appendleft(sequence)  # everything that waits there is younger
+        self._free(sequence)
+        sequence.running, sequence.computed = False, 0
+
+    def _free(self, sequence: Sequence) -> None:
+        for owner, table in zip(sequence.entry.owners, sequence.block_table, strict=True):
+            self._pool.free(owner, table.tolist())
+            del table[:]
+
+    # Ends
+
+    def _end(self, sequence: Sequence, finish: str, error: VaiError | None = None) -> None:
+        self._leave(sequence)
+        reason = None if error is None else (error.code, error.message)
+        timing = sequence.timing(time.perf_counter())
+        self._outputs.append(Output(id=sequence.request.id, finish=finish, error=reason, timing=timing))
+
+    def _leave(self, sequence: Sequence) -> None:
+        queue = self._queues[sequence.entry.digest]
+        if sequence.running:
+            queue.running.remove(sequence)
+        else:
+            queue.waiting.remove(sequence)
+        sequence.running = False
+        self._free(sequence)
+        del self._by_id[sequence.request.id]

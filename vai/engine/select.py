@@ -1,0 +1,96 @@
+"""Context select: from a digest to everything a step of that model needs.
+
+The first selection of an image attaches it and lowers its Program, milliseconds each; every later one is a lookup. Here
+the two memories meet: weights that never change, and the pages that every step rewrites.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from vai.kernels import table
+from vai.kernels.program import Plan, Program
+from vai.models.decoder import build
+from vai.models.spec import Spec
+from vai.rom import segment
+from vai.rom.view import Image
+from vai.scratchpad.pages import Owner
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One attached model. `owners`: in whose name its cache groups hold pages, in the Program's order."""
+
+    digest: str
+    program: Program
+    plan: Plan
+    owners: tuple[Owner, ...]
+    attach_seconds: float
+
+
+class Bank:
+    """The attached models of one engine, all lowered for the same thread pool, KV type and step size."""
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        workers: table.Workers,
+        backend: str,
+        isa: str | None,
+        kv_type: str,
+        max_rows: int,
+        max_sequences: int,
+    ) -> None:
+        self._root = root
+        self._workers = workers
+        self._backend = backend
+        self._isa = isa
+        self._kv_type = kv_type
+        self._max_rows = max_rows
+        self._max_sequences = max_sequences
+        self._entries: dict[str, tuple[Entry, Image]] = {}
+
+    def select(self, digest: str) -> Entry:
+        """The entry of an image, attached now if it was not. Raises ModelNotFound, CorruptImage, WrongVersion."""
+        found = self._entries.get(digest)
+        return found[0] if found is not None else self._attach(digest)
+
+    def release(self, digest: str) -> None:
+        """Let go of an image and its lease. Nobody may hold its entry any more. Unknown digests are fine."""
+        found = self._entries.pop(digest, None)
+        if found is not None:
+            image = found[1]
+            del found  # the plan reads the mapping: it goes first
+            image.close()
+
+    def entries(self) -> list[Entry]:
+        """Every attached model, in order of attachment."""
+        return [entry for entry, _ in self._entries.values()]
+
+    def _attach(self, digest: str) -> Entry:
+        began = time.perf_counter()
+        image = segment.attach(self._root, digest)
+        try:
+            program = build(Spec.from_bytes(image.spec))
+            plan = table.lower(
+                program,
+                image,
+                backend=self._backend,
+                kv_type=self._kv_type,
+                max_rows=self._max_rows,
+                max_sequences=self._max_sequences,
+                workers=self._workers,
+                isa=self._isa,
+            )
+        except BaseException:
+            image.close()
+            raise
+        owners = tuple(
+            Owner(digest, group, shape.page_bytes(self._kv_type)) for group, shape in enumerate(program.groups)
+        )
+        entry = Entry(digest, program, plan, owners, time.perf_counter() - began)
+        self._entries[digest] = (entry, image)
+        return entry

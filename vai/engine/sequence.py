@@ -1,0 +1,79 @@
+"""One request on its way: its tokens so far, how many of them are in the cache, and which pages hold them."""
+
+from __future__ import annotations
+
+import os
+from array import array
+
+from vai.engine.select import Entry
+from vai.request import Output, Request, Timing, TokenLogprob
+
+
+class Sequence:
+    """The state of one request inside the scheduler.
+
+    `tokens` are the prompt and everything made since; the first `computed` of them are in the cache, so
+    [computed, len(tokens)) is what the next steps compute. A step that computes the last one yields a new token.
+    After a preemption `computed` is 0 again and nothing else has changed: every row is computed to the same bits, and
+    draws are keyed by (seed, position), so the request continues as if it had never stopped.
+    """
+
+    def __init__(self, request: Request, entry: Entry, *, arrival: int, limit: int, now: float) -> None:
+        """`arrival` orders requests by age. `limit`: prompt and answer together have at most this many tokens."""
+        self.request = request
+        self.entry = entry
+        self.arrival = arrival
+        self.limit = limit
+        self.tokens = list(request.tokens)
+        self.computed = 0
+        self.running = False
+        self.block_table = [array("q") for _ in entry.owners]  # for each cache group, the byte offset of every page
+        seed = request.sampling.seed
+        self.seed = seed if seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
+        self.stop_ids = frozenset(request.sampling.stop_ids)
+        self._submitted = now
+        self._admitted: float | None = None
+        self._first_token: float | None = None
+
+    @property
+    def made(self) -> int:
+        """Tokens made so far."""
+        return len(self.tokens) - len(self.request.tokens)
+
+    @property
+    def uncomputed(self) -> int:
+        """Rows still to compute before the next token can be drawn: 1 while decoding, more in prefill."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def stop_is_masked(self) -> bool:
+        """Whether the next token must not be a stop id."""
+        return bool(self.stop_ids) and self.made < self.request.sampling.min_tokens
+
+    def admit(self, now: float) -> None:
+        """It has its pages and will be computed."""
+        self.running = True
+        if self._admitted is None:
+            self._admitted = now
+
+    def append(self, token: int, logprob: TokenLogprob | None, now: float) -> Output:
+        """Take the drawn token and say so; the output has `finish` if it was the last."""
+        first = self._first_token is None
+        if self._first_token is None:
+            self._first_token = now
+        self.tokens.append(token)
+        finish = "stop" if token in self.stop_ids else "length" if len(self.tokens) >= self.limit else None
+        return Output(
+            id=self.request.id,
+            tokens=[token],
+            logprobs=[] if logprob is None else [logprob],
+            finish=finish,
+            seed=self.seed if first else None,
+            timing=self.timing(now) if finish else None,
+        )
+
+    def timing(self, now: float) -> Timing:
+        """Seconds spent in each phase, up to `now`."""
+        admitted = now if self._admitted is None else self._admitted
+        first_token = now if self._first_token is None else self._first_token
+        return Timing(queued=admitted - self._submitted, prefill=first_token - admitted, decode=now - first_token)

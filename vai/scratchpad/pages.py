@@ -1,0 +1,132 @@
+"""The page pool: one memory for the KV pages of all models, and the exact account of who holds which page.
+
+The memory is cut into slabs of 16 MiB. A slab is lent to one owner (a cache group of a model), which cuts it into its
+pages; a page larger than a slab takes consecutive slabs. When the last page of a slab is free the slab goes back, so
+nothing is reserved per model. What is not there is not promised: `allocate` gives all or None.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vai.daemon.pool import SLAB
+from vai.errors import BadRequest
+from vai.rom.mapping import Mapping
+
+_SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+def map_pool(descriptor: int) -> NDArray[np.uint8]:
+    """The pool behind a memfd as flat bytes: shared, writable, at a 2 MiB aligned address, kept out of core dumps.
+
+    Raises BadRequest where the descriptor is not a pool: its size must be whole slabs, and sealed (memory that somebody
+    shrinks under a reader kills the reader).
+    """
+    try:
+        seals, size = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS), os.fstat(descriptor).st_size
+    except OSError as error:
+        raise BadRequest(f"File descriptor {descriptor} is not a scratchpad pool: {error.strerror}.") from None
+    if size == 0 or size % SLAB or seals & _SIZE_SEALS != _SIZE_SEALS:
+        raise BadRequest(
+            f"File descriptor {descriptor} is not a scratchpad pool: {size} bytes, seals {seals:#x}; "
+            f"a pool has whole slabs of {SLAB} bytes and a sealed size."
+        )
+    return np.frombuffer(Mapping(descriptor, 0, size, writable=True).view, dtype=np.uint8)
+
+
+class Owner(NamedTuple):
+    """Whose pages: cache group `group` of the image with digest `image`, `page_bytes` each."""
+
+    image: str
+    group: int
+    page_bytes: int
+
+    @property
+    def slabs_per_page(self) -> int:
+        """Consecutive slabs that one page takes; 1 also where many pages share one."""
+        return -(-self.page_bytes // SLAB)
+
+    @property
+    def pages_per_cut(self) -> int:
+        """Pages in one slab, or 1 in the consecutive slabs of a large page."""
+        return max(1, SLAB // self.page_bytes)
+
+
+class PagePool:
+    """Who holds which page of a memory of `size` bytes. Pages are known by their byte offset."""
+
+    def __init__(self, size: int) -> None:
+        if size <= 0 or size % SLAB:
+            raise AssertionError(f"a pool of {size} bytes is not whole slabs of {SLAB}")
+        self.size = size
+        self._lent = bytearray(size // SLAB)  # 1 for each slab that some owner has
+        self._open: dict[Owner, dict[int, set[int]]] = {}  # owner -> first slab -> free pages, if any
+        self._held: dict[Owner, int] = {}  # pages in use
+
+    def allocate(self, owner: Owner, count: int) -> list[int] | None:
+        """Offsets of `count` pages, or None (and nothing changed) where that many are not free."""
+        cuts = self._open.setdefault(owner, {})
+        while sum(map(len, cuts.values())) < count:
+            if not self._take_slab(owner, cuts):
+                self._give_back_unused(owner, cuts)
+                return None
+        pages: list[int] = []
+        for slab in list(cuts):
+            free = cuts[slab]
+            while free and len(pages) < count:
+                pages.append(free.pop())
+            if not free:
+                del cuts[slab]
+        self._held[owner] = self._held.get(owner, 0) + count
+        return pages
+
+    def free(self, owner: Owner, pages: list[int]) -> None:
+        """Take pages back. The slab of the last one is anybody's again."""
+        if not pages:
+            return
+        cuts = self._open.setdefault(owner, {})
+        for page in pages:
+            free = cuts.setdefault(page // SLAB, set())
+            if page in free:
+                raise AssertionError(f"page {page} of {owner} is free already")
+            free.add(page)
+        self._held[owner] -= len(pages)
+        self._give_back_unused(owner, cuts)
+
+    def held(self, image: str) -> int:
+        """Pages in use by all cache groups of an image."""
+        return sum(count for owner, count in self._held.items() if owner.image == image)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all pages in use."""
+        return sum(count * owner.page_bytes for owner, count in self._held.items())
+
+    @property
+    def free_slabs(self) -> int:
+        """Slabs that nobody has."""
+        return self._lent.count(0)
+
+    def _take_slab(self, owner: Owner, cuts: dict[int, set[int]]) -> bool:
+        """Cut one more slab (or run of slabs) for `owner`. Runs come from the far end: singles do not split them."""
+        run = owner.slabs_per_page
+        slab = self._lent.find(0) if run == 1 else self._lent.rfind(bytes(run))
+        if slab < 0:
+            return False
+        self._lent[slab : slab + run] = b"\1" * run
+        start = slab * SLAB
+        cuts[slab] = set(range(start, start + owner.pages_per_cut * owner.page_bytes, owner.page_bytes))
+        return True
+
+    def _give_back_unused(self, owner: Owner, cuts: dict[int, set[int]]) -> None:
+        for slab in [slab for slab, free in cuts.items() if len(free) == owner.pages_per_cut]:
+            del cuts[slab]
+            self._lent[slab : slab + owner.slabs_per_page] = bytes(owner.slabs_per_page)
+        if not cuts and not self._held.get(owner):
+            self._open.pop(owner, None)
+            self._held.pop(owner, None)
