@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,19 @@ class Load:
         }
 
 
+def _of(name: Name) -> Load:
+    """The load that makes a name's image resident; where it never had one, the name is written with the new digest."""
+    return Load(name.source, name=None if name.digest else name.name, expected=name.digest)
+
+
+def renamed(registry: Registry, name: str, source: str, digest: str) -> Name:
+    """The name as it is after a load: what the user chose for it before (recipe, overrides) stays."""
+    for known in registry.names():
+        if known.name == name:
+            return replace(known, source=source, digest=digest)
+    return Name(name=name, source=source, digest=digest)
+
+
 class Loader:
     """Loads, one after the other. All of them are remembered until the daemon ends, the last MEMORY at most."""
 
@@ -90,22 +103,21 @@ class Loader:
 
     def wanted(self) -> list[Load]:
         """What is named and absent, queued; names of one image once."""
-        resident = {image.digest for image in self.registry.resident()}
         absent: dict[str, Name] = {}
         for name in self.registry.names():
-            if name.digest not in resident:
-                absent.setdefault(name.digest, name)
-        return [self.add(Load(name.source, expected=name.digest)) for name in absent.values()]
+            if name.digest is None or not self.registry.is_resident(name.digest):
+                absent.setdefault(name.digest or name.name, name)
+        return [self.add(_of(name)) for name in absent.values()]
 
     def by_name(self, wanted: str) -> Load:
         """A load of the image that `wanted` names, over at once where that is resident. Raises ModelNotFound."""
         name = self.registry.get(wanted)
-        load = Load(name.source, expected=name.digest)
-        if any(image.digest == name.digest for image in self.registry.resident()):
-            load.state, load.digest = "done", name.digest
-            load.over.set()
-            return load
-        return self.add(load)
+        load = _of(name)
+        if name.digest is None or not self.registry.is_resident(name.digest):
+            return self.add(load)
+        load.state, load.digest = "done", name.digest
+        load.over.set()
+        return load
 
     def add(self, load: Load) -> Load:
         """Queue a load, or find the equal one that is already waiting or burning."""
@@ -131,10 +143,10 @@ class Loader:
 
     async def _burn(self, load: Load) -> None:
         """Run the burner over `load.source`; sets `load.digest`. Raises the VaiError it reports."""
-        before = {image.digest for image in self.registry.resident()}
-        if load.expected in before:
+        if load.expected is not None and self.registry.is_resident(load.expected):
             load.digest = load.expected
             return
+        before = {image.digest for image in self.registry.resident()}
         if not Path(load.source).exists():
             raise ModelNotFound(f"{load.source} is gone; load it from where it is now: vai load FILE --name NAME.")
         load.state, load.began = "burning", time.monotonic()
@@ -190,7 +202,7 @@ class Loader:
         load.state = "done"
         load.seconds = None if load.began is None else time.monotonic() - load.began
         if load.name is not None and load.digest is not None:
-            self.registry.put(Name(name=load.name, source=load.source, recipe={}, digest=load.digest, overrides={}))
+            self.registry.put(renamed(self.registry, load.name, load.source, load.digest))
         log.info("%s is resident as image %s", load.source, load.digest)
 
     async def stop(self, patience: float) -> None:

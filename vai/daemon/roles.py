@@ -70,6 +70,16 @@ def holder(root: Path, role: str) -> int | None:
     return listener(socket_path(root, role))
 
 
+def refuse_second(root: Path, role: str) -> None:
+    """Raise AlreadyRunning, naming who has `role`, where somebody has it."""
+    pid = holder(root, role)
+    if pid is not None:
+        raise AlreadyRunning(
+            f"The {role} of {root} is already running: process {pid} ({' '.join(arguments(pid))}). "
+            "`vai status` shows it, `vai stop` ends it."
+        )
+
+
 class RoleLock:
     """The held lock of a role. Closing it (or ending the process) gives the role up; the file stays."""
 
@@ -78,12 +88,7 @@ class RoleLock:
         self.path = lock_path(root, role)
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for _ in range(_ATTEMPTS):  # a holder may end, or another process come first, between question and lock
-            pid = holder(root, role)
-            if pid is not None:
-                raise AlreadyRunning(
-                    f"The {role} of {root} is already running: process {pid} ({' '.join(arguments(pid))}). "
-                    "`vai status` shows it, `vai stop` ends it."
-                )
+            refuse_second(root, role)
             descriptor = self._take()
             if descriptor is not None:
                 self._descriptor = descriptor

@@ -193,11 +193,12 @@ class Daemon:
 
     def _status(self) -> dict[str, Any]:
         return {
-            "pid": os.getpid(),
             "root": str(self.settings.root),
-            "uptime": time.monotonic() - self.began,
             "pool_bytes": os.fstat(self.pool).st_size,
-            "roles": [supervisor.report() for supervisor in self.supervisors],
+            "roles": {
+                "daemon": {"state": "ready", "pid": os.getpid(), "uptime": time.monotonic() - self.began},
+                **{supervisor.job.role: supervisor.report() for supervisor in self.supervisors},
+            },
             "loads": [load.report() for load in self.loader.loads],
         }
 

@@ -223,7 +223,6 @@ class Supervisor:
         """As the status shows it; seconds."""
         process, now = self.process, time.monotonic()
         return {
-            "role": self.job.role,
             "state": self.state,
             "pid": None if process is None else process.pid,
             "address": None if process is None else self.job.address(process.pid),

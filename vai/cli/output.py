@@ -1,0 +1,49 @@
+"""How the command line writes: sizes, durations, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+DIGEST_DIGITS = 12
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+def size(count: float) -> str:
+    """Bytes for a person: 913 B, 4.2 MiB, 3.56 GiB."""
+    if count < 1 << 10:
+        return f"{count:.0f} B"
+    for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), start=1):
+        value = count / 1024**power
+        if value < 1000 or unit == "TiB":
+            break
+    return f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person: 0.4 s, 12 s, 5 min, 3 h, 2 d."""
+    for limit, divisor, unit in ((10, 1, "s"), (120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / divisor:.1f} {unit}" if limit == 10 else f"{seconds / divisor:.0f} {unit}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def short(digest: str | None) -> str:
+    """The first digits of a digest, as every command accepts them."""
+    return "-" if digest is None else digest[:DIGEST_DIGITS]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns, nothing else: readable for people, easy for awk."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_json(value: Any) -> None:
+    """For programs. Keys stay as they are from one version to the next; new ones may come."""
+    click.echo(json.dumps(value, indent=2))

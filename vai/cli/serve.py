@@ -1,0 +1,109 @@
+"""`vai serve`: become the daemon, or start it in the background."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vai import config
+from vai.config import Config
+from vai.daemon import client, roles
+from vai.daemon.supervise import last_line, open_log
+from vai.errors import Unavailable
+
+_START_PATIENCE = 120.0
+_POLL = 0.02
+
+
+@click.command()
+@click.option("--host", help="Address to listen on; default 127.0.0.1. Any other needs VAI_API_KEY.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on; default 8642.")
+@click.option(
+    "--kv", help="Scratchpad for all models together, as in 4G; default a quarter of free memory, at most 4G."
+)
+@click.option("--threads", type=click.IntRange(1, 1024), help="Compute threads; default one for each core.")
+@click.option("--detach", is_flag=True, help="Return when VAI is ready, and leave it running in the background.")
+def serve(host: str | None, port: int | None, kv: str | None, threads: int | None, detach: bool) -> None:
+    """Start VAI: a daemon that keeps an engine and an OpenAI-compatible HTTP server running.
+
+    Models in memory answer at once; models that are named but not in memory are burned again in the background.
+    Ctrl-C (or `vai stop`) ends all processes; the weights stay. If an engine and a server still run without their
+    daemon, the new one takes them over without disturbing a request.
+
+    \b
+    vai serve
+    vai serve --port 9000 --kv 2G --detach
+    """
+    settings = config.load()
+    settings = replace(
+        settings,
+        host=host or settings.host,
+        port=port or settings.port,
+        threads=threads or settings.threads,
+        kv_bytes=config.parse_size(kv) if kv else settings.kv_bytes,
+    )
+    roles.refuse_second(settings.root, "daemon")
+    argv, key = _daemon(settings)
+    if detach:
+        _start(settings, argv, key)
+    else:
+        os.execv(sys.executable, argv)  # noqa: S606 - our own program, and no shell is wanted
+
+
+def _daemon(settings: Config) -> tuple[list[str], int | None]:
+    """The daemon's command line, and the descriptor of the API key: as an argument, anybody could read it in `ps`."""
+    argv = [sys.executable, "-m", "vai.daemon", "--root", str(settings.root), "--names", str(settings.names)]
+    argv += ["--logs", str(settings.logs), "--host", settings.host, "--port", str(settings.port)]
+    argv += ["--threads", str(settings.threads)]
+    if settings.kv_bytes is not None:
+        argv += ["--kv-bytes", str(settings.kv_bytes)]
+    if settings.isa is not None:
+        argv += ["--isa", settings.isa]
+    if settings.api_key is None:
+        return argv, None
+    key = os.memfd_create("vai-api-key", 0)  # inherited through exec
+    os.write(key, settings.api_key.encode())
+    return [*argv, "--api-key-file", f"/proc/self/fd/{key}"], key
+
+
+def _start(settings: Config, argv: list[str], key: int | None) -> None:
+    """Start the daemon in a session of its own and wait until engine and server are ready."""
+    path = settings.logs / "daemon.log"
+    with open_log(path) as log:
+        daemon = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=() if key is None else (key,),
+        )
+    deadline = time.monotonic() + _START_PATIENCE
+    while daemon.poll() is None:
+        states = _states(settings.root)
+        if states and all(state["state"] == "ready" for state in states.values()):
+            click.echo(f"VAI is ready at {states['server']['address']}/v1 (daemon: process {daemon.pid}).")
+            daemon.returncode = 0  # it lives on: not ours to wait for
+            return
+        if time.monotonic() > deadline:
+            raise Unavailable(
+                f"VAI was not ready within {_START_PATIENCE:.0f} s; `vai status` and `vai logs` show why."
+            )
+        time.sleep(_POLL)
+    click.echo(last_line(path), err=True)  # the daemon's own last words, which say what is wrong
+    sys.exit(daemon.returncode)
+
+
+def _states(root: Path) -> dict[str, Any]:
+    try:
+        states: dict[str, Any] = client.call(roles.socket_path(root, "daemon"), "status", timeout=5.0)["roles"]
+    except Unavailable:
+        return {}
+    return states
