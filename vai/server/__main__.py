@@ -1,0 +1,128 @@
+"""The server process: `python -m vai.server`. Every value is an argument; the API key comes through a descriptor."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+import uvloop
+
+from vai import llm
+from vai.daemon.roles import RoleLock
+from vai.errors import BadRequest, Unavailable, VaiError
+from vai.server.app import build
+from vai.server.guard import is_loopback
+from vai.server.protocol import Protocol
+
+MAX_KEY_BYTES = 4096
+KEEP_ALIVE_SECONDS = 60
+GRACE_SECONDS = 10  # streams may end this long after SIGTERM
+BACKLOG = 2048
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line of the process."""
+    parser = argparse.ArgumentParser(prog="vai.server", description="The HTTP server of VAI; started by `vai serve`.")
+    parser.add_argument("--root", type=Path, required=True, help="where images and run files are")
+    parser.add_argument("--names", type=Path, required=True, help="where name files are")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a key")
+    parser.add_argument("--port", type=int, default=8642, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--engine-socket", type=Path, required=True, help="socket of the engine")
+    parser.add_argument("--daemon-socket", type=Path, help="socket of the daemon, which loads models on demand")
+    parser.add_argument("--api-key-fd", type=int, help="inherited descriptor that the API key is read from")
+    return parser
+
+
+def read_key(descriptor: int) -> str:
+    """The key behind an inherited descriptor, which is closed. Raises BadRequest."""
+    try:
+        with os.fdopen(descriptor, "rb") as source:
+            raw = source.read(MAX_KEY_BYTES + 1)
+    except OSError as error:
+        raise BadRequest(f"--api-key-fd {descriptor} cannot be read: {error.strerror}.") from None
+    key = raw.strip()
+    if not key or len(raw) > MAX_KEY_BYTES or not key.isascii() or not key.decode("ascii").isprintable():
+        raise BadRequest(f"The API key must be 1 to {MAX_KEY_BYTES} printable ASCII characters.")
+    return key.decode("ascii")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket on the first address of `host`. Raises Unavailable, naming the address."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, number)
+    except OSError as error:
+        raise BadRequest(f"--host {host} is not an address: {error.strerror}.") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise Unavailable(
+            f"Cannot listen on {host} port {port}: {error.strerror}. Choose another with --port."
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+def _stop_quietly(number: int, frame: FrameType | None) -> None:
+    """uvicorn raises the signal again once it has shut down; this keeps the exit status 0."""
+
+
+async def serve(args: argparse.Namespace, listener: socket.socket, api_key: str | None) -> None:
+    """Answer requests until SIGTERM or SIGINT."""
+    port = llm.connect(args.engine_socket)
+    try:
+        frontend = llm.Frontend(args.root, args.names, port)
+        app = build(frontend, port, daemon_socket=args.daemon_socket, host=args.host, api_key=api_key)
+        config = uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+        await uvicorn.Server(config).serve(sockets=[listener])
+    finally:
+        await port.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the server; returns the exit code."""
+    args = arguments().parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        api_key = None if args.api_key_fd is None else read_key(args.api_key_fd)
+        if api_key is None and not is_loopback(args.host):
+            raise BadRequest(
+                f"--host {args.host} can be reached from other machines, so the server needs a key: set VAI_API_KEY, "
+                "or listen on 127.0.0.1."
+            )
+        with RoleLock(args.root, "server"), listen(args.host, args.port) as listener:
+            address, number = listener.getsockname()[:2]
+            shown = f"[{address}]" if ":" in address else address
+            logging.getLogger("vai.server").info("Listening on http://%s:%d", shown, number)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, _stop_quietly)
+            uvloop.run(serve(args, listener, api_key))
+    except VaiError as error:
+        print(error.message, file=sys.stderr)  # noqa: T201 - the process's own last word
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Answers in the OpenAI format, whole or as server-sent events, built from the same deltas of the same generation."""
+
+from __future__ import annotations
+
+import codecs
+import secrets
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from msgspec import UNSET, UnsetType
+
+from vai.request import TokenLogprob
+from vai.server import schema
+from vai.server.schema import encode
+
+if TYPE_CHECKING:
+    from vai.llm import Delta, Model
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+def event(data: bytes) -> bytes:
+    """One server-sent event; JSON has no line breaks of its own."""
+    return b"data: " + data + b"\n\n"
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What has come for one prompt so far."""
+
+    text: list[str] = field(default_factory=list)
+    finish: str | None = None
+    tokens: int = 0
+    cached: int = 0
+    started: bool = False
+
+
+class Answer(ABC):
+    """One HTTP answer with a choice per prompt. Feed it every delta once, by `add` or by `chunk`, in order."""
+
+    prefix: str
+
+    def __init__(self, model: Model, prompt_tokens: list[int], *, logprobs: bool, usage_chunk: bool) -> None:
+        """`prompt_tokens`: length of each prompt. `usage_chunk`: the stream ends with a chunk that has the usage."""
+        self.id = f"{self.prefix}{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.model = model
+        self.name = model.card.name
+        self.fingerprint = f"vai-{model.card.digest[:12]}"
+        self.prompt_tokens = sum(prompt_tokens)
+        self.choices = [_Choice() for _ in prompt_tokens]
+        self.with_logprobs = logprobs
+        self.usage_chunk = usage_chunk
+
+    @property
+    def usage(self) -> schema.Usage:
+        """Tokens over all choices, so far."""
+        made = sum(choice.tokens for choice in self.choices)
+        return schema.usage(self.prompt_tokens, made, sum(choice.cached for choice in self.choices))
+
+    @property
+    def finished(self) -> bool:
+        return all(choice.finish is not None for choice in self.choices)
+
+    @property
+    def finish(self) -> str:
+        """How the choices ended, for the log."""
+        return ",".join(choice.finish or "open" for choice in self.choices)
+
+    def _take(self, index: int, delta: Delta) -> _Choice:
+        choice = self.choices[index]
+        choice.tokens += len(delta.token_ids)
+        choice.cached = max(choice.cached, delta.cached_tokens)
+        choice.finish = delta.finish
+        return choice
+
+    def _tail(self) -> bytes:
+        """What ends a stream: the usage where it was asked for, and the end mark."""
+        if not self.finished:
+            return b""
+        return (event(self._usage_chunk()) if self.usage_chunk else b"") + DONE
+
+    @property
+    def _unknown_usage(self) -> UnsetType | None:
+        return None if self.usage_chunk else UNSET
+
+    @abstractmethod
+    def add(self, index: int, delta: Delta) -> None:
+        """Keep a delta of choice `index` for `whole`."""
+
+    @abstractmethod
+    def whole(self) -> bytes:
+        """The answer as one JSON object, after the last delta."""
+
+    @abstractmethod
+    def chunk(self, index: int, delta: Delta) -> bytes:
+        """The events of one delta of choice `index`; with the last delta of all, also those that end the stream."""
+
+    @abstractmethod
+    def _usage_chunk(self) -> bytes: ...
+
+
+class ChatAnswer(Answer):
+    """/v1/chat/completions."""
+
+    prefix = "chatcmpl-"
+
+    def __init__(self, model: Model, prompt_tokens: list[int], *, logprobs: bool, usage_chunk: bool) -> None:
+        super().__init__(model, prompt_tokens, logprobs=logprobs, usage_chunk=usage_chunk)
+        self._logprobs: list[list[schema.ChatLogprob]] = [[] for _ in prompt_tokens]
+
+    def add(self, index: int, delta: Delta) -> None:
+        self._take(index, delta).text.append(delta.text)
+        if self.with_logprobs:
+            self._logprobs[index].extend(self._places(delta))
+
+    def whole(self) -> bytes:
+        choices = [
+            schema.ChatChoice(
+                index,
+                schema.AnswerMessage("".join(choice.text)),
+                schema.ChatLogprobs(self._logprobs[index]) if self.with_logprobs else None,
+                choice.finish or "stop",
+            )
+            for index, choice in enumerate(self.choices)
+        ]
+        return encode(schema.Chat(self.id, self.created, self.name, self.fingerprint, choices, self.usage))
+
+    def chunk(self, index: int, delta: Delta) -> bytes:
+        choice = self._take(index, delta)
+        places = schema.ChatLogprobs(self._places(delta)) if self.with_logprobs and delta.token_ids else None
+        events = b""
+        if delta.text or places or not choice.started:
+            role = None if choice.started else "assistant"
+            events = self._event(index, schema.AnswerDelta(role, delta.text), places, None)
+            choice.started = True
+        if delta.finish is not None:
+            events += self._event(index, schema.AnswerDelta(), None, delta.finish)
+        return events + self._tail()
+
+    def _event(
+        self, index: int, delta: schema.AnswerDelta, places: schema.ChatLogprobs | None, finish: str | None
+    ) -> bytes:
+        choice = schema.ChatChunkChoice(index, delta, places, finish)
+        return event(
+            encode(
+                schema.ChatChunk(
+                    self.id, self.created, self.name, self.fingerprint, [choice], usage=self._unknown_usage
+                )
+            )
+        )
+
+    def _usage_chunk(self) -> bytes:
+        return encode(schema.ChatChunk(self.id, self.created, self.name, self.fingerprint, [], usage=self.usage))
+
+    def _places(self, delta: Delta) -> list[schema.ChatLogprob]:
+        return [self._place(*pair) for pair in zip(delta.token_ids, delta.logprobs, strict=True)]
+
+    def _place(self, token: int, logprob: TokenLogprob) -> schema.ChatLogprob:
+        chosen = self._candidate(token, logprob.logprob)
+        top = [self._candidate(*pair) for pair in zip(logprob.top_ids, logprob.top_logprobs, strict=True)]
+        return schema.ChatLogprob(chosen.token, chosen.logprob, chosen.bytes, top)
+
+    def _candidate(self, token: int, logprob: float) -> schema.TopLogprob:
+        raw = self.model.token_bytes(token)
+        return schema.TopLogprob(raw.decode(errors="replace"), _finite(logprob), list(raw))
+
+
+class TextAnswer(Answer):
+    """/v1/completions."""
+
+    prefix = "cmpl-"
+
+    def __init__(self, model: Model, prompt_tokens: list[int], *, logprobs: bool, usage_chunk: bool) -> None:
+        super().__init__(model, prompt_tokens, logprobs=logprobs, usage_chunk=usage_chunk)
+        self._logprobs = [schema.CompletionLogprobs() for _ in prompt_tokens]
+        self._offsets = [_Offset() for _ in prompt_tokens]
+
+    def add(self, index: int, delta: Delta) -> None:
+        self._take(index, delta).text.append(delta.text)
+        if self.with_logprobs:
+            self._extend(self._logprobs[index], index, delta)
+
+    def whole(self) -> bytes:
+        choices = [
+            schema.TextChoice(
+                index,
+                "".join(choice.text),
+                self._logprobs[index] if self.with_logprobs else None,
+                choice.finish or "stop",
+            )
+            for index, choice in enumerate(self.choices)
+        ]
+        return encode(schema.Completion(self.id, self.created, self.name, self.fingerprint, choices, self.usage))
+
+    def chunk(self, index: int, delta: Delta) -> bytes:
+        self._take(index, delta)
+        places = None
+        if self.with_logprobs and delta.token_ids:
+            places = schema.CompletionLogprobs()
+            self._extend(places, index, delta)
+        if not delta.text and places is None and delta.finish is None:
+            return b""
+        choice = schema.TextChoice(index, delta.text, places, delta.finish)
+        chunk = schema.Completion(
+            self.id, self.created, self.name, self.fingerprint, [choice], usage=self._unknown_usage
+        )
+        return event(encode(chunk)) + self._tail()
+
+    def _usage_chunk(self) -> bytes:
+        return encode(schema.Completion(self.id, self.created, self.name, self.fingerprint, [], usage=self.usage))
+
+    def _extend(self, places: schema.CompletionLogprobs, index: int, delta: Delta) -> None:
+        for token, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
+            raw = self.model.token_bytes(token)
+            places.tokens.append(_spelled(raw))
+            places.token_logprobs.append(_finite(logprob.logprob))
+            places.top_logprobs.append(
+                {
+                    _spelled(self.model.token_bytes(other)): _finite(value)
+                    for other, value in zip(logprob.top_ids, logprob.top_logprobs, strict=True)
+                }
+            )
+            places.text_offset.append(self._offsets[index].before(raw))
+
+
+def _spelled(raw: bytes) -> str:
+    """A token as this API writes it: its text, or `bytes:\\xe2\\x80` where it is not whole UTF-8."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class _Offset:
+    """Characters of whole text before each token, when tokens may end inside a character."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = 0
+
+    def before(self, raw: bytes) -> int:
+        offset = self._characters
+        self._characters += len(self._decoder.decode(raw))
+        return offset

@@ -1,0 +1,469 @@
+"""What clients write and what they get back: the OpenAI wire format as typed structs, bounds in the types.
+
+A field is one of three things, and never silently a fourth: it does what it says, it is harmless whatever it says
+(`user`, `metadata`, ...), or it is refused by name. `decode_chat` and `decode_completion` raise BadRequest, or
+NotSupported for what is meaningful but not done here, with `param` naming the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from vai.errors import BadRequest, NotSupported, VaiError
+from vai.request import MAX_LOGPROBS, MAX_STOP_IDS, TokenId
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+MAX_PROMPTS = 64
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
+_SHOWN = 80  # characters of a client's own words that an error message repeats
+
+ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
+Harmless = Annotated[str, Meta(max_length=1 << 16)] | None
+Anything = msgspec.Raw | UnsetType
+Tokens = Annotated[int, Meta(ge=1, le=1 << 24)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stop = (
+    Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+    | Annotated[list[StopString], Meta(max_length=MAX_STOPS)]
+)
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class Common(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Fields that both kinds of request have. None is the same as absent, as in the OpenAI clients."""
+
+    model: ModelName
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 24)] | None = None  # -1 and 0 are off
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
+    max_tokens: Tokens | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=1 << 24)] | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS // 2)] | None = None
+    ignore_eos: bool | None = None
+    # Harmless whatever they say.
+    user: Harmless = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: Harmless = None
+    prompt_cache_key: Harmless = None
+    # Taken with the value that asks for nothing, else refused: REFUSED below.
+    n: Annotated[int, Meta(ge=1, le=16384)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    logit_bias: dict[str, float] | None = None
+    service_tier: Harmless = None
+    skip_special_tokens: bool | None = None
+    priority: int | None = None
+    structured_outputs: Anything = UNSET
+    cache_salt: Anything = UNSET
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One piece of a message's content. Only text is taken."""
+
+    type: Annotated[str, Meta(max_length=64)]
+    text: str | None = None
+    image_url: Anything = UNSET
+    input_audio: Anything = UNSET
+    file: Anything = UNSET
+    refusal: Anything = UNSET
+    prompt_cache_breakpoint: Anything = UNSET
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One turn of a conversation, as the client wrote it."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Annotated[list[Part], Meta(min_length=1, max_length=MAX_PARTS)] | None = None
+    name: Annotated[str, Meta(max_length=256)] | None = None
+    refusal: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+    function_call: Anything = UNSET
+    tool_call_id: str | None = None
+    audio: Anything = UNSET
+    annotations: list[msgspec.Raw] | None = None
+    reasoning_content: str | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
+    type: Annotated[str, Meta(max_length=64)]
+
+
+class ChatRequest(Common, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    parallel_tool_calls: bool | None = None
+    verbosity: Harmless = None
+    store: bool | None = None
+    tools: list[msgspec.Raw] | None = None
+    tool_choice: Anything = UNSET
+    functions: list[msgspec.Raw] | None = None
+    function_call: Anything = UNSET
+    response_format: ResponseFormat | None = None
+    modalities: list[str] | None = None
+    reasoning_effort: Harmless = None
+    chat_template_kwargs: dict[str, msgspec.Raw] | None = None
+    audio: Anything = UNSET
+    prediction: Anything = UNSET
+    web_search_options: Anything = UNSET
+    moderation: Anything = UNSET
+    prompt_cache_options: Anything = UNSET
+    prompt_cache_retention: Anything = UNSET
+
+
+class CompletionRequest(Common, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/completions. `prompt` is one text, one list of token ids, or a list of either."""
+
+    prompt: str | Annotated[list[TokenId | str | list[TokenId]], Meta(min_length=1, max_length=1 << 22)]
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: Annotated[int, Meta(ge=1, le=16384)] | None = None
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _null(value: object) -> bool:
+    return isinstance(value, UnsetType) or (isinstance(value, msgspec.Raw) and bytes(value) == b"null")
+
+
+def _one_of(*words: str) -> Callable[[Any], bool]:
+    quoted = {f'"{word}"'.encode() for word in words}
+    return lambda value: _null(value) or (bytes(value) in quoted if isinstance(value, msgspec.Raw) else value in words)
+
+
+def _equal(*values: object) -> Callable[[Any], bool]:
+    return lambda value: value in values
+
+
+def _empty(value: Any) -> bool:
+    return not value
+
+
+# Field -> whether its value asks for nothing. Whatever else is set is refused with code not_supported; null passes.
+_REFUSED: dict[str, Callable[[Any], bool]] = {
+    "n": _equal(1),
+    "best_of": _equal(1),
+    "presence_penalty": _equal(0),
+    "frequency_penalty": _equal(0),
+    "repetition_penalty": _equal(1),
+    "logit_bias": _empty,
+    "service_tier": _one_of("auto", "default"),
+    "skip_special_tokens": _equal(True),
+    "priority": _equal(0),
+    "structured_outputs": _null,
+    "cache_salt": _null,
+    "store": _equal(False),
+    "tools": _empty,
+    "tool_choice": _one_of("none", "auto"),
+    "functions": _empty,
+    "function_call": _one_of("none", "auto"),
+    "response_format": lambda value: value.type == "text",
+    "modalities": _equal([], ["text"]),
+    "reasoning_effort": _one_of("none"),
+    "chat_template_kwargs": _empty,
+    "audio": _null,
+    "prediction": _null,
+    "web_search_options": _null,
+    "moderation": _null,
+    "prompt_cache_options": _null,
+    "prompt_cache_retention": _null,
+    "echo": _equal(False),
+    "suffix": _empty,
+}
+_REFUSED_IN_MESSAGE: dict[str, Callable[[Any], bool]] = {
+    "tool_calls": _empty,
+    "function_call": _null,
+    "audio": _null,
+}
+
+R = TypeVar("R", ChatRequest, CompletionRequest)
+_chat_decoder = msgspec.json.Decoder(ChatRequest)
+_completion_decoder = msgspec.json.Decoder(CompletionRequest)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def _invalid(error: msgspec.ValidationError) -> BadRequest:
+    """msgspec's message ("Expected ... - at `$.a[0]`", "... unknown field `b`") as a sentence, its field as param."""
+    text, _, place = str(error).partition(" - at `$")
+    path = place.rstrip("`").lstrip(".")
+    _, marker, field = text.partition(" field `")
+    if marker:
+        name = _short(field.removesuffix("`"))
+        path = f"{path}.{name}" if path else name
+        if "missing" in text:
+            return BadRequest(f"The field '{path}' is required.", param=path)
+        return BadRequest(f"The field '{path}' is not known here; leave it out.", param=path)
+    path = _short(path)
+    if path:
+        return BadRequest(f"The value of '{path}' is not valid: {_short(text).replace('`', '')}.", param=path)
+    return BadRequest(f"The body must be a JSON object: {_short(text).replace('`', '')}.")
+
+
+def _decode(decoder: msgspec.json.Decoder[R], body: bytes) -> R:
+    try:
+        request = decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from None
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"The body is not valid JSON: {_short(str(error))}.") from None
+    except UnicodeDecodeError:
+        raise BadRequest("The body is not valid UTF-8.") from None
+    except RecursionError:
+        raise BadRequest("The body is nested too deeply.") from None
+    _refuse(request, _REFUSED)
+    options = request.stream_options
+    if options is not None and not request.stream:
+        raise BadRequest("'stream_options' needs 'stream': true.", param="stream_options")
+    if options is not None and options.include_obfuscation:
+        raise NotSupported("'stream_options.include_obfuscation' is not supported.", param="stream_options")
+    return request
+
+
+def _refuse(request: msgspec.Struct, table: dict[str, Callable[[Any], bool]], prefix: str = "") -> None:
+    for field in request.__struct_fields__:
+        passes = table.get(field)
+        value = getattr(request, field)
+        if passes is not None and value is not None and not passes(value):
+            name = prefix + field
+            raise NotSupported(f"'{name}' is not supported here with this value; leave it out.", param=name)
+
+
+def decode_chat(body: bytes) -> ChatRequest:
+    """A chat request. Raises BadRequest or NotSupported."""
+    request = _decode(_chat_decoder, body)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise BadRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
+    given = {request.max_tokens, request.max_completion_tokens} - {None}
+    if len(given) > 1:
+        raise BadRequest("'max_tokens' and 'max_completion_tokens' differ; send one.", param="max_completion_tokens")
+    return request
+
+
+def decode_completion(body: bytes) -> CompletionRequest:
+    """A completion request. Raises BadRequest or NotSupported."""
+    return _decode(_completion_decoder, body)
+
+
+def plain_messages(messages: list[Message]) -> list[dict[str, str]]:
+    """Messages as chat templates know them: role (developer is system) and text. Raises BadRequest or NotSupported."""
+    return [_plain(message, f"messages[{number}].") for number, message in enumerate(messages)]
+
+
+def _plain(message: Message, prefix: str) -> dict[str, str]:
+    if message.role in ("tool", "function"):
+        raise NotSupported(f"Messages of role '{message.role}' are not supported.", param=prefix + "role")
+    _refuse(message, _REFUSED_IN_MESSAGE, prefix)
+    plain = {"role": "system" if message.role == "developer" else message.role, "content": _text(message, prefix)}
+    return plain if message.name is None else plain | {"name": message.name}
+
+
+def _text(message: Message, prefix: str) -> str:
+    content = message.content
+    if isinstance(content, str):
+        return content
+    if content is None:
+        if message.role == "assistant":
+            return ""
+        raise BadRequest(f"A message of role '{message.role}' needs content.", param=prefix + "content")
+    pieces = []
+    for number, part in enumerate(content):
+        name = f"{prefix}content[{number}]"
+        if part.type != "text":
+            raise NotSupported(f"Content of type '{part.type}' is not supported; send text.", param=name + ".type")
+        if part.text is None:
+            raise BadRequest("A text part needs 'text'.", param=name + ".text")
+        pieces.append(part.text)
+    return "".join(pieces)
+
+
+def prompts(request: CompletionRequest) -> list[str | list[int]]:
+    """The prompts of a completion request, each a text or token ids. Raises BadRequest."""
+    given = request.prompt
+    if isinstance(given, str):
+        return [given]
+    kinds = {type(item) for item in given}
+    if len(kinds) > 1:
+        raise BadRequest("'prompt' mixes texts, token ids and lists; send one kind.", param="prompt")
+    if int in kinds:
+        return [[item for item in given if isinstance(item, int)]]
+    if len(given) > MAX_PROMPTS:
+        raise BadRequest(f"'prompt' has {len(given)} prompts; at most {MAX_PROMPTS} go in one request.", param="prompt")
+    return [item for item in given if not isinstance(item, int)]
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+class PromptDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int = 0
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of one request; `cached_tokens` of the prompt were taken from the prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+def usage(prompt: int, completion: int, cached: int) -> Usage:
+    return Usage(prompt, completion, prompt + completion, PromptDetails(cached))
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """One candidate for a place: its text (damaged where the token is not whole UTF-8), and its exact bytes."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    content: list[ChatLogprob]
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """The older shape: parallel lists. `text_offset` counts characters from the start of the choice's text."""
+
+    tokens: list[str] = []
+    token_logprobs: list[float] = []
+    top_logprobs: list[dict[str, float]] = []
+    text_offset: list[int] = []
+
+
+class AnswerMessage(msgspec.Struct, frozen=True):
+    content: str
+    role: str = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class Chat(msgspec.Struct, frozen=True):
+    """Answer of /v1/chat/completions."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: str = "chat.completion"
+
+
+class TextChoice(msgspec.Struct, frozen=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """Answer of /v1/completions, and one chunk of its stream, where `usage` is as in ChatChunk."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: str = "text_completion"
+
+
+class AnswerDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True):
+    index: int
+    delta: AnswerDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatChunk(msgspec.Struct, frozen=True):
+    """One chunk of a chat stream. `usage` is null until the last one where the client asked for it, else absent."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: str = "chat.completion.chunk"
+
+
+class ModelEntry(msgspec.Struct, frozen=True):
+    id: str
+    created: int
+    max_model_len: int
+    object: str = "model"
+    owned_by: str = "vai"
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    data: list[ModelEntry]
+    object: str = "list"
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    error: ErrorDetail
+
+
+encode = msgspec.json.Encoder().encode
+
+
+def error_body(message: str, *, kind: str, code: str, param: str | None = None) -> bytes:
+    """An OpenAI error body."""
+    return encode(ErrorBody(ErrorDetail(message, kind, param, code)))
+
+
+def error_bytes(error: VaiError) -> bytes:
+    """The OpenAI error body of one of our errors."""
+    return error_body(error.message, kind=error.type, code=error.code, param=error.param)
