@@ -6,7 +6,6 @@ a feature ignored answers plausible nonsense.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
@@ -17,6 +16,7 @@ from msgspec import Meta
 from vai.errors import CorruptImage, MalformedFile, UnsupportedModel
 from vai.models.families import llama, qwen2
 from vai.models.family import Family, Pairing
+from vai.rom.image import canonical_json
 
 FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (llama.FAMILY, qwen2.FAMILY)}
 ROPE_DIVISORS = "rope_freqs.weight"  # a tensor that becomes part of the spec, not of the image
@@ -69,7 +69,7 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: equal specs give equal bytes."""
-        return json.dumps(msgspec.to_builtins(self), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        return canonical_json(msgspec.to_builtins(self))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Spec:

@@ -1,0 +1,572 @@
+"""The NumPy reference: runs a Program itself over the bytes of an image, bit for bit as ops.py and this file say.
+
+It is the twin every native kernel is measured against, so it shares no helper with native code and uses nothing whose
+bits depend on the machine: no libm, no float sum, no float matrix product but one that is exact (`_integer_sums`).
+Floats are IEEE-754 binary32 unless said otherwise, each operation rounded on its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vai.errors import CorruptImage
+from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
+from vai.kernels.program import ATTENTION_CHUNK, PAGE_TOKENS, CacheGroup, Program, SampleArgs, Sampled, StepArgs
+from vai.request import MAX_LOGPROBS
+from vai.rom.image import VECTOR
+
+if TYPE_CHECKING:
+    from vai.rom.image import Part, StoredTensor
+    from vai.rom.view import Image
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Bytes = NDArray[np.uint8]
+
+LANES = 16  # rows of a stored block, and partial sums of the R16 order
+GROUP = 32  # elements that share an activation scale
+_F = np.float32
+
+
+# ---------------------------------------------------------------- elementary functions
+
+_EXP = np.array(
+    [1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1], np.float32
+)
+
+
+@np.errstate(all="ignore")
+def exp(x: Floats) -> Floats:
+    """e^x in binary32, maximum error 0.97 ulp: 0 below -87.3, clamped above 88.3, NaN passes (Cephes' polynomial)."""
+    clamped = np.where(x > _F(88.3), _F(88.3), x)
+    n = np.rint(clamped * _F(1.44269504))
+    r = (clamped - n * _F(0.693359375)) - n * _F(-2.12194440e-4)
+    p = np.full_like(r, _EXP[0])
+    for coefficient in _EXP[1:]:
+        p = p * r + coefficient
+    t = (p * (r * r) + r) + _F(1)
+    usable = x >= _F(-87.3)
+    power = np.where(usable, n, _F(0)).astype(np.int32) << 23
+    scaled = (t.view(np.int32) + power).view(np.float32)
+    return np.where(usable, scaled, np.where(np.isnan(x), x, _F(0)))
+
+
+_PIO2_1, _PIO2_2, _PIO2_3 = 1.57079632673412561417e00, 6.07710050630396597660e-11, 2.02226624879595063154e-21
+_SIN = (  # S6 .. S1 of fdlibm's __kernel_sin
+    1.58969099521155010221e-10,
+    -2.50507602534068634195e-08,
+    2.75573137070700676789e-06,
+    -1.98412698298579493134e-04,
+    8.33333333332248946124e-03,
+    -1.66666666666666324348e-01,
+)
+_COS = (  # C6 .. C1 of fdlibm's __kernel_cos
+    -1.13596475577881948265e-11,
+    2.08757232129817482790e-09,
+    -2.75573143513906633035e-07,
+    2.48015872894767294178e-05,
+    -1.38888888888741095749e-03,
+    4.16666666666666019037e-02,
+)
+
+
+def _horner(z: Doubles, coefficients: tuple[float, ...]) -> Doubles:
+    value = np.full_like(z, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = coefficient + z * value
+    return value
+
+
+def sin_cos(angle: Doubles) -> tuple[Doubles, Doubles]:
+    """Sine and cosine in binary64 of angles up to some 10^6, reduced by a three-part pi/2."""
+    n = np.rint(angle * 0.6366197723675814)
+    r = ((angle - n * _PIO2_1) - n * _PIO2_2) - n * _PIO2_3
+    z = r * r
+    sine = r + (r * z) * _horner(z, _SIN)
+    cosine = (1.0 - 0.5 * z) + (z * z) * _horner(z, _COS)
+    quadrant = n.astype(np.int64) & 3
+    swapped = (quadrant & 1).astype(bool)
+    s, c = np.where(swapped, cosine, sine), np.where(swapped, sine, cosine)
+    return np.where(quadrant >= 2, -s, s), np.where((quadrant == 1) | (quadrant == 2), -c, c)
+
+
+def log(x: float) -> float:
+    """Natural logarithm in binary64 of a normal number above 0, by the series of artanh."""
+    mantissa, exponent = math.frexp(x)
+    if mantissa < 0.7071067811865476:
+        mantissa, exponent = mantissa * 2.0, exponent - 1
+    t = (mantissa - 1.0) / (mantissa + 1.0)
+    z = t * t
+    series = 1.0 / 21.0
+    for odd in range(19, 1, -2):
+        series = 1.0 / odd + z * series
+    return exponent * 0.6931471805599453 + (2.0 * t) * (1.0 + z * series)
+
+
+@np.errstate(all="ignore")
+def sum_r16(x: Floats) -> Floats:
+    """Sum over the last axis in the R16 order: element i joins partial sum i mod 16, then +8, +4, +2, +1."""
+    partial = np.zeros((*x.shape[:-1], LANES), np.float32)
+    for start in range(0, x.shape[-1], LANES):
+        piece = x[..., start : start + LANES]
+        partial[..., : piece.shape[-1]] += piece
+    for half in (8, 4, 2, 1):
+        partial = partial[..., :half] + partial[..., half : 2 * half]
+    return partial[..., 0]
+
+
+# ---------------------------------------------------------------- stored tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A matrix [N, K] in natural order: float values, or int8-range codes with a scale for each group of 32."""
+
+    values: NDArray[Any]  # float32 or int16 [N, K]
+    scales: Floats | None  # [N, K / 32], None for float values
+
+
+def _float_tiles(raw: Bytes, k: int, interleave: int, dtype: str, columns: int) -> NDArray[Any]:
+    """Blocks of [k / interleave][16 rows][interleave] values as [stored rows, columns]."""
+    across = -(-columns // k)
+    tiles = raw.view(dtype).reshape(-1, across, k // interleave, LANES, interleave)
+    return tiles.transpose(0, 3, 1, 2, 4).reshape(-1, across * k)[:, :columns]
+
+
+def _widen_bf16(bits: NDArray[np.uint16]) -> Floats:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _f32(raw: Bytes, columns: int) -> Matrix:
+    return Matrix(_float_tiles(raw, 16, 1, "<f4", columns), None)
+
+
+def _f16(raw: Bytes, columns: int) -> Matrix:
+    return Matrix(_float_tiles(raw, 32, 2, "<f2", columns).astype(np.float32), None)
+
+
+def _bf16(raw: Bytes, columns: int) -> Matrix:
+    return Matrix(_widen_bf16(_float_tiles(raw, 32, 2, "<u2", columns)), None)
+
+
+def _block_scales(blocks: Bytes) -> Floats:
+    """The 2 x 16 fp16 scales at the front of each block [rows of blocks, across, bytes] as [stored rows, groups]."""
+    scales = np.ascontiguousarray(blocks[:, :, :64]).view("<f2")
+    down, across = blocks.shape[:2]
+    return scales.reshape(down, across, 2, LANES).transpose(0, 3, 1, 2).reshape(-1, across * 2).astype(np.float32)
+
+
+def _q4_0(raw: Bytes, columns: int) -> Matrix:
+    across = -(-columns // 64)
+    blocks = raw.reshape(-1, across, 576)
+    lines = blocks[:, :, 64:].reshape(-1, across, 8, LANES, 4)
+    codes = np.stack([lines & 15, lines >> 4], axis=-2)  # [down, across, line, row, nibble, byte]
+    natural = codes.transpose(0, 3, 1, 2, 4, 5).reshape(-1, across * 64)[:, :columns]
+    return Matrix(natural.astype(np.int16) - 8, _block_scales(blocks)[:, : -(-columns // GROUP)])
+
+
+def _q8_0(raw: Bytes, columns: int) -> Matrix:
+    across = -(-columns // 64)
+    blocks = raw.reshape(-1, across, 1088)
+    lines = blocks[:, :, 64:].reshape(-1, across, 16, LANES, 4)
+    natural = lines.transpose(0, 3, 1, 2, 4).reshape(-1, across * 64)[:, :columns]
+    return Matrix(natural.astype(np.int16) - 128, _block_scales(blocks)[:, : -(-columns // GROUP)])
+
+
+_UNPACK: dict[str, Callable[[Bytes, int], Matrix]] = {
+    "F32": _f32,
+    "F16": _f16,
+    "BF16": _bf16,
+    "Q4_0": _q4_0,
+    "Q8_0": _q8_0,
+}
+
+
+def _part_rows(part: Part) -> NDArray[np.int64]:
+    """Stored row of each row of a part."""
+    row = np.arange(part.rows)
+    return LANES * (part.first_block + row // LANES * part.block_step) + row % LANES
+
+
+def unpack(tensor: StoredTensor, part: Part, data: memoryview) -> Matrix:
+    """One logical matrix out of the bytes of the stored tensor that holds it."""
+    stored = _UNPACK[tensor.type](np.frombuffer(data, np.uint8), tensor.columns)
+    rows = _part_rows(part)
+    return Matrix(stored.values[rows], None if stored.scales is None else stored.scales[rows])
+
+
+def unpack_vector(part: Part, data: memoryview) -> Floats:
+    """One logical norm or bias."""
+    vector: Floats = np.frombuffer(data, "<f4")[_part_rows(part)]
+    return vector
+
+
+# ---------------------------------------------------------------- operations
+
+
+def embed(weight: Matrix, tokens: NDArray[np.int32]) -> Floats:
+    """Rows of the table, dequantized: code * scale is one rounding."""
+    rows: Floats = weight.values[tokens].astype(np.float32)
+    if weight.scales is None:
+        return rows
+    return rows * np.repeat(weight.scales[tokens], GROUP, axis=1)
+
+
+@np.errstate(all="ignore")
+def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
+    mean = sum_r16(x * x) / _F(x.shape[-1])
+    r = _F(1) / np.sqrt(mean + _F(epsilon))
+    scaled: Floats = (x * r[..., None]) * weight
+    return scaled
+
+
+@np.errstate(all="ignore")
+def quantize(x: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Activation codes [M, K] and scales [M, K / 32]: da = max|x| / 127, q = rint(x * (127 / max|x|)), half to even.
+
+    A group below 2^-100 becomes zeros (127 / max would overflow); one with a non-finite value gets scale NaN and zeros,
+    so that every output of its row is NaN.
+    """
+    groups = x.reshape(len(x), x.shape[1] // GROUP, GROUP)
+    largest = np.abs(groups).max(axis=2)  # NaN where there is one
+    usable = np.isfinite(largest) & (largest >= _F(2.0**-100))
+    inverse = np.where(usable, _F(127) / largest, _F(0))
+    codes = np.where(usable[..., None], np.rint(groups * inverse[..., None]), _F(0)).astype(np.int8)
+    scales = np.where(usable, largest / _F(127), np.where(np.isfinite(largest), _F(0), _F(np.nan)))
+    return codes.reshape(x.shape), scales
+
+
+def _integer_sums(codes: NDArray[np.int8], weights: NDArray[np.int16]) -> Floats:
+    """Exact sums over one group: [M, 32] x [N, 32] -> [M, N].
+
+    A float matrix product, in whatever order and fused or not, because it cannot round: every product and every partial
+    sum is an integer of at most 32 * 127 * 128 = 520,192 < 2^24.
+    """
+    product: Floats = codes.astype(np.float32) @ weights.astype(np.float32).T
+    return product
+
+
+@np.errstate(all="ignore")
+def linear(x: Floats, weight: Matrix) -> Floats:
+    """x [M, K] times weight [N, K] transposed in the exact kind: one accumulator an output, ascending."""
+    acc = np.zeros((len(x), len(weight.values)), np.float32)
+    if weight.scales is None:
+        for k in range(x.shape[1]):
+            acc += x[:, k, None] * weight.values[:, k]
+        return acc
+    codes, scales = quantize(x)
+    for group in range(scales.shape[1]):
+        columns = slice(group * GROUP, (group + 1) * GROUP)
+        sums = _integer_sums(codes[:, columns], weight.values[:, columns])
+        acc += sums * (weight.scales[:, group] * scales[:, group, None])
+    return acc
+
+
+@np.errstate(all="ignore")
+def rope(x: Floats, positions: NDArray[np.int32], op: Rope) -> Floats:
+    """Rotate pairs of x [M, heads * head_dim]; angles, sines and cosines in binary64, the rotation in binary32."""
+    angle = positions.astype(np.float64)[:, None] * np.array(op.frequencies)
+    sine, cosine = (each.astype(np.float32)[:, None, :] for each in sin_cos(angle))
+    pairs = len(op.frequencies)
+    out = x.reshape(len(x), op.heads, op.head_dim).copy()
+    if op.pairing == "norm":
+        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    else:
+        first, second = slice(0, pairs), slice(pairs, 2 * pairs)
+    x0, x1 = out[:, :, first].copy(), out[:, :, second].copy()
+    out[:, :, first] = x0 * cosine - x1 * sine
+    out[:, :, second] = x0 * sine + x1 * cosine
+    return out.reshape(x.shape)
+
+
+@np.errstate(all="ignore")
+def attend(q: Floats, positions: NDArray[np.int32], k: Floats, v: Floats, scale: float) -> Floats:
+    """Causal attention of one sequence: q [M, heads, d], k and v [kv_heads, tokens, d] -> [M, heads, d]."""
+    rows, heads, head_dim = q.shape
+    shared = np.arange(heads) // (heads // len(k))  # the KV head of each query head
+    k, v = k[shared], v[shared]
+    scores = np.zeros((heads, rows, k.shape[1]), np.float32)
+    for d in range(head_dim):
+        scores += q[:, :, d].T[:, :, None] * k[:, None, :, d]
+    scores *= _F(scale)
+    visible = np.arange(k.shape[1]) <= positions[:, None]
+    top = np.where(visible, scores, _F(-np.inf)).max(axis=2)
+    # A token that is not visible adds +0, which changes no sum: a sum that starts at +0 is never -0.
+    weights = np.where(visible, exp(scores - top[:, :, None]), _F(0))
+    total, out = np.zeros((heads, rows), np.float32), np.zeros((heads, rows, head_dim), np.float32)
+    for start in range(0, k.shape[1], ATTENTION_CHUNK):
+        chunk = slice(start, start + ATTENTION_CHUNK)
+        mixed = np.zeros_like(out)
+        for t in range(start, min(start + ATTENTION_CHUNK, k.shape[1])):
+            mixed += np.where(visible[:, t, None], weights[:, :, t, None] * v[:, None, t], _F(0))
+        total += sum_r16(weights[:, :, chunk])
+        out += mixed
+    return (out / total[:, :, None]).transpose(1, 0, 2)
+
+
+@np.errstate(all="ignore")
+def silu_glu(gate: Floats, up: Floats) -> Floats:
+    return (gate / (_F(1) + exp(-gate))) * up
+
+
+# ---------------------------------------------------------------- pages
+
+
+def narrow_bf16(x: Floats) -> NDArray[np.uint16]:
+    """Round to nearest even; a NaN stays one (quiet)."""
+    bits = x.view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(x), (bits >> 16) | 0x0040, rounded).astype(np.uint16)
+
+
+class _Pages:
+    """K and V planes of one layer of one cache group inside the pool."""
+
+    def __init__(self, pool: Bytes, group: CacheGroup, layer: int, kv_type: str) -> None:
+        self._pool = pool
+        self._group = group
+        self._dtype = np.dtype("<u2" if kv_type == "bf16" else "<f4")
+        self._plane = group.layer_bytes(kv_type) // 2
+        self._start = layer * group.layer_bytes(kv_type)
+
+    def keys(self, page: int) -> NDArray[Any]:
+        """View [kv_heads, 2, head_dim, 16] of the page at byte `page`."""
+        g = self._group
+        return self._view(page + self._start).reshape(g.kv_heads, PAGE_TOKENS // LANES, g.head_dim, LANES)
+
+    def values(self, page: int) -> NDArray[Any]:
+        """View [kv_heads, 32, head_dim] of the page at byte `page`."""
+        return self._view(page + self._start + self._plane).reshape(
+            self._group.kv_heads, PAGE_TOKENS, self._group.head_dim
+        )
+
+    def write(self, page: int, slot: int, k: Floats, v: Floats) -> None:
+        """Store k and v [kv_heads, head_dim] of one token."""
+        self.keys(page)[:, slot // LANES, :, slot % LANES] = self._stored(k)
+        self.values(page)[:, slot] = self._stored(v)
+
+    def read(self, pages: NDArray[np.int64], tokens: int) -> tuple[Floats, Floats]:
+        """k and v [kv_heads, tokens, head_dim] as stored."""
+        g = self._group
+        shape = (g.kv_heads, PAGE_TOKENS, g.head_dim)
+        k = np.concatenate([self.keys(int(p)).transpose(0, 1, 3, 2).reshape(shape) for p in pages], axis=1)
+        v = np.concatenate([self.values(int(p)) for p in pages], axis=1)
+        return self._loaded(k[:, :tokens]), self._loaded(v[:, :tokens])
+
+    def _view(self, start: int) -> NDArray[Any]:
+        return self._pool[start : start + self._plane].view(self._dtype)
+
+    def _stored(self, x: Floats) -> NDArray[Any]:
+        return narrow_bf16(x) if self._dtype.itemsize == 2 else x
+
+    def _loaded(self, x: NDArray[Any]) -> Floats:
+        return _widen_bf16(x) if self._dtype.itemsize == 2 else x
+
+
+# ---------------------------------------------------------------- the plan
+
+
+class ReferencePlan:
+    """A Program and the unpacked weights of one image. Implements program.Plan; for tests and small models.
+
+    Raises CorruptImage where the image does not hold what the Program needs.
+    """
+
+    def __init__(self, program: Program, image: Image, *, kv_type: str, max_rows: int, max_sequences: int) -> None:
+        self.kv_type = kv_type
+        self._program = program
+        self._max_rows, self._max_sequences = max_rows, max_sequences
+        self._matrices: dict[str, Matrix] = {}
+        self._vectors: dict[str, Floats] = {}
+        for name, shape in program.constants.items():
+            self._load(image, name, shape)
+        self._widths = _value_widths(program)
+        self.workspace_bytes = 4 * max_rows * sum(self._widths.values())
+
+    def forward(self, step: StepArgs, pool: Bytes) -> Floats:
+        """See program.Plan. Weights are unpacked already, so a step costs only its own arithmetic."""
+        if len(step.tokens) > self._max_rows or len(step.context) > self._max_sequences or step.kind != "exact":
+            raise ValueError(f"a step of {len(step.tokens)} rows, {len(step.context)} sequences, kind {step.kind}")
+        values: dict[str, Floats] = {}
+        for op in self._program.ops:
+            self._run(op, values, step, pool)
+        return values[self._program.outputs["logits"]]
+
+    def lines(self) -> list[str]:
+        return [str(op) for op in self._program.ops]
+
+    def _load(self, image: Image, name: str, shape: tuple[int, int]) -> None:
+        tensor, part, data = image.tensor(name)
+        if (part.rows, tensor.columns) != shape or (tensor.type == VECTOR) != (shape[1] == 1):
+            raise CorruptImage(f"The image's tensor {name} is {part.rows} x {tensor.columns}; the model needs {shape}.")
+        if tensor.type == VECTOR:
+            self._vectors[name] = unpack_vector(part, data)
+        else:
+            self._matrices[name] = unpack(tensor, part, data)
+
+    def _run(self, op: Op, values: dict[str, Floats], step: StepArgs, pool: Bytes) -> None:
+        match op:
+            case Embed():
+                values[op.output] = embed(self._matrices[op.weight], step.tokens)
+            case RmsNorm():
+                values[op.output] = rms_norm(values[op.x], self._vectors[op.weight], op.epsilon)
+            case Linear():
+                values[op.output] = self._linear(op, values)
+            case Rope():
+                values[op.output] = rope(values[op.x], step.positions, op)
+            case KvWrite():
+                self._write(op, values, step, pool)
+            case Attention():
+                values[op.output] = self._attention(op, values[op.q], step, pool)
+            case Glu():
+                values[op.output] = silu_glu(values[op.gate], values[op.up])
+            case Rows():
+                values[op.output] = values[op.x][step.output_rows]
+
+    @np.errstate(all="ignore")
+    def _linear(self, op: Linear, values: dict[str, Floats]) -> Floats:
+        out = linear(values[op.x], self._matrices[op.weight])
+        if op.addend is not None:
+            out = out + values[op.addend]
+        if op.bias is not None:
+            out = out + self._vectors[op.bias]
+        if op.residual is not None:
+            out = out + values[op.residual]
+        return out
+
+    def _write(self, op: KvWrite, values: dict[str, Floats], step: StepArgs, pool: Bytes) -> None:
+        group = self._program.groups[op.group]
+        pages = _Pages(pool, group, op.layer, self.kv_type)
+        k = values[op.k].reshape(-1, group.kv_heads, group.head_dim)
+        v = values[op.v].reshape(-1, group.kv_heads, group.head_dim)
+        for sequence, table in enumerate(step.block_tables[op.group]):
+            for row in range(step.seq_start[sequence], step.seq_start[sequence + 1]):
+                page, slot = divmod(int(step.positions[row]), PAGE_TOKENS)
+                pages.write(int(table[page]), slot, k[row], v[row])
+
+    def _attention(self, op: Attention, q: Floats, step: StepArgs, pool: Bytes) -> Floats:
+        pages = _Pages(pool, self._program.groups[op.group], op.layer, self.kv_type)
+        heads = q.reshape(len(q), op.heads, op.head_dim)
+        out = np.empty_like(heads)
+        for sequence, table in enumerate(step.block_tables[op.group]):
+            rows = slice(int(step.seq_start[sequence]), int(step.seq_start[sequence + 1]))
+            tokens = int(step.context[sequence]) + rows.stop - rows.start
+            k, v = pages.read(table[: -(-tokens // PAGE_TOKENS)], tokens)
+            out[rows] = attend(heads[rows], step.positions[rows], k, v, op.scale)
+        return out.reshape(q.shape)
+
+
+def _value_widths(program: Program) -> dict[str, int]:
+    """Columns of every named value."""
+    widths: dict[str, int] = {}
+    for op in program.ops:
+        match op:
+            case Embed():
+                widths[op.output] = program.constants[op.weight][1]
+            case Linear():
+                widths[op.output] = program.constants[op.weight][0]
+            case RmsNorm() | Rope() | Rows():
+                widths[op.output] = widths[op.x]
+            case Attention():
+                widths[op.output] = widths[op.q]
+            case Glu():
+                widths[op.output] = widths[op.gate]
+            case KvWrite():
+                pass
+    return widths
+
+
+# ---------------------------------------------------------------- sampling
+
+NO_TOKEN = -1  # the row cannot be sampled: a logit is NaN, or none is finite
+_MASK32 = 0xFFFFFFFF
+
+
+def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 (Salmon et al. 2011): four random 32-bit words for a key and a counter."""
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK32, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, c3
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """The 53-bit number in [0, 1) that decides one token."""
+    r0, r1, _, _ = philox((seed & _MASK32, seed >> 32), (position, choice, 0, 0))
+    return ((r0 >> 5) * 67108864 + (r1 >> 6)) * 2.0**-53
+
+
+def _running(x: NDArray[Any]) -> Doubles:
+    """Running binary64 sums, one addition after the other (which `accumulate` is by definition, unlike `sum`)."""
+    return np.add.accumulate(x.astype(np.float64))
+
+
+@np.errstate(all="ignore")
+def draw(logits: Floats, temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> int:
+    """One token from logits [vocabulary]: filters in the order top_k, top_p, min_p; ties go to the lower id."""
+    if np.isnan(logits).any() or not np.isfinite(logits.max()):
+        return NO_TOKEN
+    if temperature == 0:
+        return int(logits.argmax())
+    z = logits / _F(temperature)
+    p = exp(z - z.max())
+    if np.isnan(p).any():  # the temperature is so small that z overflows
+        return NO_TOKEN
+    order = np.argsort(-p, kind="stable")
+    if 0 < top_k < len(order):
+        order = order[:top_k]
+    total = float(_running(p[np.sort(order)])[-1])
+    kept = len(order)
+    if top_p < 1:
+        reached = _running(p[order]) >= float(_F(top_p)) * total
+        kept = int(reached.argmax()) + 1 if reached.any() else kept
+    if min_p > 0:
+        kept = int((p[order[:kept]] >= _F(min_p) * p[order[0]]).sum())
+    running = _running(p[order[:kept]])
+    if kept < len(p):
+        total = float(running[-1])
+    chosen = running > u * total
+    return int(order[int(chosen.argmax()) if chosen.any() else kept - 1])
+
+
+@np.errstate(all="ignore")
+def log_probabilities(logits: Floats, ids: NDArray[np.int64]) -> Floats:
+    """Natural logarithms of the probabilities of `ids` before temperature and filters."""
+    top = logits.max()
+    norm = float(top) + log(float(_running(exp(logits - top))[-1]))
+    return (logits[ids].astype(np.float64) - norm).astype(np.float32)
+
+
+def sample_reference(logits: Floats, args: SampleArgs) -> Sampled:
+    """Draw a token for every row of logits [R, vocabulary]; a row that cannot be sampled gets NO_TOKEN."""
+    rows = len(logits)
+    tokens = np.full(rows, NO_TOKEN, np.int32)
+    logprob = np.full(rows, np.nan, np.float32)
+    top_ids = np.full((rows, MAX_LOGPROBS), NO_TOKEN, np.int32)
+    top_logprobs = np.full((rows, MAX_LOGPROBS), np.nan, np.float32)
+    for row in range(rows):
+        u = uniform(int(args.seed[row]), int(args.choice[row]), int(args.position[row]))
+        tokens[row] = draw(
+            logits[row],
+            float(args.temperature[row]),
+            int(args.top_k[row]),
+            float(args.top_p[row]),
+            float(args.min_p[row]),
+            u,
+        )
+        if args.logprobs[row] < 0 or tokens[row] == NO_TOKEN:
+            continue
+        best = np.argsort(-logits[row], kind="stable")[: args.logprobs[row]]
+        found = log_probabilities(logits[row], np.array([tokens[row], *best]))
+        logprob[row] = found[0]
+        top_ids[row, : len(best)], top_logprobs[row, : len(best)] = best, found[1:]
+    return Sampled(tokens, logprob, top_ids, top_logprobs)
