@@ -1,0 +1,61 @@
+// The ROM's tiles beside the checkpoint's rows: sizes, and the two directions between them.
+//
+// A tile is 16 rows x `columns` columns in `tile_bytes` bytes; a row of it comes from `groups` groups of `group_bytes`
+// source bytes each (a quantization block, or for float types 64 bytes of plain values). docs/rom-format.md has the
+// layouts. Packing (pack.cc) and unpacking (unpack.cc) are separate translation units written separately, so that the
+// proof reads what is really in memory.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace vai::burn {
+
+constexpr std::size_t kLanes = 16;
+constexpr std::size_t kLine = 64;
+
+// BF16 matrices are laid out as F16 ones: both are 2-byte values. A vector is a matrix of one column, widened to
+// binary32, so that its tile is 16 elements.
+enum class Type { kQ4_0, kQ8_0, kF16, kF32, kVectorF16, kVectorBF16, kVectorF32 };
+
+struct Layout {
+  std::size_t columns, tile_bytes, groups, group_columns, group_bytes;
+};
+
+constexpr Layout layout_of(Type type) {
+  switch (type) {
+    case Type::kQ4_0: return {64, 576, 2, 32, 18};
+    case Type::kQ8_0: return {64, 1088, 2, 32, 34};
+    case Type::kF16: return {32, 1024, 1, 32, 64};
+    case Type::kF32: return {16, 1024, 1, 16, 64};
+    case Type::kVectorF16:
+    case Type::kVectorBF16: return {1, 64, 1, 1, 2};
+    case Type::kVectorF32: return {1, 64, 1, 1, 4};
+  }
+  return {};
+}
+
+// Bytes of one source row of `columns` columns, which are whole groups for the quantized types.
+constexpr std::size_t row_bytes(Type type, std::size_t columns) {
+  const Layout k = layout_of(type);
+  return type == Type::kQ4_0 || type == Type::kQ8_0 ? columns / k.group_columns * k.group_bytes
+                                                    : columns * (k.group_bytes / k.group_columns);
+}
+
+// Up to 16 rows of a source matrix: row n begins at data + n * bytes and has `bytes` bytes. Lanes from `count` on do
+// not exist in the source and are stored as zeros.
+struct Rows {
+  const std::uint8_t* data;
+  std::size_t bytes, count;
+};
+
+// Tiles [first, last) of these rows -> `target`, which is where tile `first` goes.
+void pack_tiles(Type type, const Rows& rows, std::size_t first, std::size_t last, std::uint8_t* target);
+
+// Whether `packed`, where tile `first` lies, holds exactly these rows: every code and every scale bit of every lane
+// equals the source's, and everything beyond the source is zero. Equal codes and scales dequantize to equal bits.
+bool holds(Type type, const Rows& rows, std::size_t first, std::size_t last, const std::uint8_t* packed);
+
+// The rows again, from all tiles of 16 stored rows.
+void unpack_rows(Type type, const std::uint8_t* packed, std::size_t bytes, std::size_t count, std::uint8_t* out);
+
+}  // namespace vai::burn
