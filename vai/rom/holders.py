@@ -38,10 +38,11 @@ def holders(path: Path) -> list[Holder]:
 def _holder(pid: int) -> Holder | None:
     try:
         start = int((PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()[19])
-        command = (PROC / f"{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        line = (PROC / f"{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return Holder(pid, start, command[:120] or "a process")
+    # Any program chooses its own command line, and this one ends on a terminal.
+    return Holder(pid, start, "".join(c if c.isprintable() else "?" for c in line[:120]) or "a process")
 
 
 def _openers(file: os.stat_result) -> set[int]:

@@ -18,7 +18,7 @@ from vai.errors import BadRequest, CorruptImage, WrongVersion
 
 MAGIC = b"VAI-ROM\n"
 ABI = 1
-STATE_PARTIAL, STATE_FROZEN = 0, 1
+STATE_FROZEN = 1
 
 CHUNK = 4 << 20  # bytes of data one SHA-256 covers
 DATA_ALIGN = 2 << 20  # a huge page, in the file and in memory
@@ -377,6 +377,7 @@ def parse_header(first_bytes: bytes, file_size: int) -> Header:
     plan = layout({name: section.length for name, section in sections.items()}, data_bytes)
     _require(plan.section_offsets == tuple(s.offset for s in sections.values()), "its sections lie elsewhere")
     _require((plan.data_offset, plan.file_bytes) == (data_offset, file_bytes), "its sizes contradict each other")
+    _require(0 <= burned_at < 1e11 and 0 <= seconds < 1e11, "its burn time is no time")
     _require(file_bytes == file_size, f"it should have {file_bytes} bytes and has {file_size}")
     return Header(
         sections=sections,
@@ -386,7 +387,7 @@ def parse_header(first_bytes: bytes, file_size: int) -> Header:
         digest=digest.hex(),
         burned_at=burned_at,
         burn_seconds=seconds,
-        host=host.rstrip(b"\0").decode(errors="replace"),
+        host="".join(c if c.isprintable() else "?" for c in host.rstrip(b"\0").decode(errors="replace")),
     )
 
 

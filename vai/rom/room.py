@@ -30,6 +30,8 @@ def free_room(root: Path, *, reserve: int = RESERVE) -> Room:
 
 
 def _filesystem(root: Path) -> Room:
+    while not root.exists() and root != root.parent:
+        root = root.parent
     found = os.statvfs(root)
     return Room(found.f_bavail * found.f_frsize, f"the filesystem of {root} has no more")
 

@@ -13,6 +13,7 @@ import hashlib
 import os
 import stat
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -51,13 +52,18 @@ def prepare(root: Path) -> None:
     for directory in (root, root / "images", root / "run"):
         with contextlib.suppress(FileExistsError):
             directory.mkdir(mode=0o700)
-        found = directory.lstat()
-        if not stat.S_ISDIR(found.st_mode):
-            raise Unavailable(f"{directory} must be a directory and is not; move it away, or set VAI_ROOT.")
-        if found.st_uid != os.geteuid():
-            raise Unavailable(f"{directory} belongs to user {found.st_uid}, not to you; set VAI_ROOT to one of yours.")
-        if found.st_mode & 0o077:
-            raise Unavailable(f"{directory} is open to other users; close it with: chmod 700 {directory}")
+        _require_private(directory)
+
+
+def _require_private(directory: Path) -> None:
+    """Somebody else's directory may hold anything, and may shrink files under a reader. Raises FileNotFoundError too."""
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise Unavailable(f"{directory} must be a directory and is not; move it away, or set VAI_ROOT.")
+    if found.st_uid != os.geteuid():
+        raise Unavailable(f"{directory} belongs to user {found.st_uid}, not to you; set VAI_ROOT to one of yours.")
+    if found.st_mode & 0o077:
+        raise Unavailable(f"{directory} is open to other users; close it with: chmod 700 {directory}")
 
 
 @contextlib.contextmanager
@@ -107,6 +113,7 @@ class Partial:
         self._fd = -1  # for writing and mapping
         self._lease = -1  # for the lock
         self.path = self._images / f".{os.urandom(8).hex()}.partial"
+        _burning.add(self)
 
     def __enter__(self) -> Partial:
         prepare(self._root)
@@ -125,6 +132,8 @@ class Partial:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._discard()
+        self.data = memoryview(b"")
+        del self._memory
 
     def publish(self, sections: Mapping[str, bytes], burn_seconds: float) -> str:
         """Freeze the data, write the sections, make the image visible under its digest, and return that.
@@ -136,6 +145,8 @@ class Partial:
         plan = form.layout({name: len(sections[name]) for name in form.SECTIONS}, table.data_bytes)
         if (plan.data_offset, plan.file_bytes) != (self._data_offset, self._file_bytes):
             raise ValueError(f"planned as {self._data_offset}, {self._file_bytes}, but the sections make it {plan}")
+        if self._fd < 0:
+            raise Unavailable("This burn has ended, or belongs to the process this one was forked from.")
         self._memory.freeze()
         for name, offset in zip(form.SECTIONS, plan.section_offsets, strict=True):
             _write(self._fd, sections[name], offset)
@@ -174,12 +185,24 @@ class Partial:
     def _discard(self) -> None:
         if self._fd >= 0:
             self.path.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = -1
-        if self._lease >= 0:
-            os.close(self._lease)
-            self._lease = -1
+        self._close()
 
+    def _close(self) -> None:
+        for fd in (self._fd, self._lease):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._lease = -1
+
+
+_burning: weakref.WeakSet[Partial] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for partial in list(_burning):
+        partial._close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 _WAY_OUT = "Remove a model with `vai rm NAME` (`vai ls` shows their sizes), or stop what uses the memory."
 
@@ -243,6 +266,8 @@ def read_header(root: Path, digest: str) -> Header:
 
 def _open(path: Path, digest: str) -> int:
     try:
+        _require_private(path.parents[1])
+        _require_private(path.parent)
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ModelNotFound(f"No image {digest[:12]} is resident; `vai ls` shows those that are.") from None
@@ -346,14 +371,10 @@ def _named(found: list[Holder]) -> str:
 
 def verify(image: Image, threads: int = 2) -> None:
     """Hash every section and chunk. Raises CorruptImage naming the section or the tensors that are not as burned."""
-    fd = _lease(image.path, image.digest)
-    try:
-        header = _header(fd, image.digest)
-        for name in form.SECTIONS:
-            read_section(fd, header, name)
-        _check_padding(fd, header)
-    finally:
-        os.close(fd)
+    header = _header(image.fileno(), image.digest)
+    for name in form.SECTIONS:
+        read_section(image.fileno(), header, name)
+    _check_padding(image.fileno(), header)
     table, data = image.table, image.data
 
     def intact(index: int) -> bool:
