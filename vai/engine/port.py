@@ -6,12 +6,15 @@ direction, never one a token. The connection is the lease: when it closes, every
 
 from __future__ import annotations
 
+import asyncio
+import struct
 from collections.abc import AsyncIterator
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from vai.errors import BadRequest
 from vai.request import Output, Request
 
 PROTOCOL = 1
@@ -98,7 +101,7 @@ class Released(msgspec.Struct, frozen=True, tag="released"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The last question could not be answered: (code, sentence) of a VaiError."""
+    """Why the engine closes this connection now: (code, sentence) of a VaiError."""
 
     code: str
     message: Annotated[str, Meta(max_length=65536)]
@@ -106,6 +109,30 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 ToEngine = Hello | Submit | Abort | Release | AskStatus | AskSwitches
 FromEngine = Hello | Outputs | Status | Switches | Released | Failed
+
+_LENGTH = struct.Struct("<I")
+_encoder = msgspec.msgpack.Encoder()
+_Message = TypeVar("_Message")
+
+
+def frame(message: ToEngine | FromEngine) -> bytes:
+    """A message as it goes over the wire. Raises BadRequest for one that is too large."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_MESSAGE:
+        raise BadRequest(f"A message of {len(body)} bytes is too large; at most {MAX_MESSAGE} bytes travel at once.")
+    return _LENGTH.pack(len(body)) + body
+
+
+async def read_message(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[_Message]) -> _Message:
+    """The next message. Raises BadRequest for what is none, IncompleteReadError or OSError when the connection ends."""
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    if length > MAX_MESSAGE:
+        raise BadRequest(f"A message announces {length} bytes; at most {MAX_MESSAGE} bytes travel at once.")
+    body = await reader.readexactly(length)
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadRequest(f"A message of {length} bytes cannot be read: {error}.") from None
 
 
 class EnginePort(Protocol):
