@@ -54,8 +54,8 @@ def load(file: Path | None, name: str | None) -> None:
     seconds = time.monotonic() - began
     count = next(image.bytes for image in registry.resident() if image.digest == digest)
     click.echo(
-        f"{chosen.name} is in memory: {size(count)} as image {short(digest)}, "
-        f'{seconds:.1f} s ({count / seconds / 1e9:.2f} GB/s). Try: vai run {chosen.name} "Hello"'
+        f"{name} is in memory: {size(count)} as image {short(digest)}, "
+        f'{seconds:.1f} s ({count / seconds / 1e9:.2f} GB/s). Try: vai run {name} "Hello"'
     )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
 
 import click
 
 from vai import config
+from vai.cli.engine import ask
 from vai.cli.output import short, size
-from vai.daemon import roles
-from vai.errors import InUse, ModelNotFound, VaiError
+from vai.errors import InUse, ModelNotFound, Unavailable
 from vai.rom import segment
 from vai.rom.registry import Name, Registry
 
@@ -33,7 +33,8 @@ def rm(name: str, force: bool) -> None:
     if digest is None or not registry.is_resident(digest):
         click.echo(f"{name} is forgotten; it was not in memory.")
         return
-    _release(settings.root, digest)
+    with contextlib.suppress(Unavailable):  # no engine, nothing to ask
+        ask(settings.root, lambda engine: engine.release(digest))
     try:
         freed = segment.remove(settings.root, digest, force=force)
     except InUse:
@@ -57,24 +58,3 @@ def _forget(registry: Registry, text: str) -> tuple[str | None, list[Name]]:
     for name in gone:
         registry.forget(name.name)
     return digest or None, gone
-
-
-def _release(root: Path, digest: str) -> None:
-    """Ask the engine, if one runs, to let go of the image."""
-    if roles.holder(root, "engine") is None:
-        return
-    import asyncio
-
-    from vai.llm import connect
-
-    async def ask() -> None:
-        engine = await connect(roles.socket_path(root, "engine"))
-        try:
-            await engine.release(digest)
-        finally:
-            await engine.close()
-
-    try:
-        asyncio.run(asyncio.wait_for(ask(), 10))
-    except (VaiError, TimeoutError) as error:
-        click.echo(f"vai: the engine was asked to release the image: {error or 'no answer within 10 s'}", err=True)

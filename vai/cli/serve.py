@@ -70,7 +70,7 @@ def _daemon(settings: Config) -> tuple[list[str], int | None]:
         return argv, None
     key = os.memfd_create("vai-api-key", 0)  # inherited through exec
     os.write(key, settings.api_key.encode())
-    return [*argv, "--api-key-file", f"/proc/self/fd/{key}"], key
+    return [*argv, "--api-key-fd", str(key)], key
 
 
 def _start(settings: Config, argv: list[str], key: int | None) -> None:

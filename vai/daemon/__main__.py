@@ -23,7 +23,7 @@ def _arguments() -> Settings:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--kv-bytes", type=int)
     parser.add_argument("--isa")
-    parser.add_argument("--api-key-file", type=Path)
+    parser.add_argument("--api-key-fd", type=int)
     return Settings(**vars(parser.parse_args()))
 
 

@@ -12,6 +12,7 @@ import fcntl
 import os
 import socket
 import struct
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -52,6 +53,16 @@ def option(pid: int, name: str) -> str | None:
     """The value of option `name` on a process's command line: what an adopted role was started with."""
     words = arguments(pid)
     return words[words.index(name) + 1] if name in words[:-1] else None
+
+
+def age(pid: int) -> float:
+    """Seconds since a process was started. Raises ProcessLookupError where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        raise ProcessLookupError(pid) from None
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), in clock ticks since boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def listener(path: Path) -> int | None:

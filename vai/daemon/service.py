@@ -35,7 +35,7 @@ LONGEST_SOCKET_PATH = 107  # sun_path of unix(7), less its final zero
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the daemon was told. `kv_bytes` None: a share of free memory. `api_key_file`: read once, at start."""
+    """What the daemon was told. `kv_bytes` None: a share of free memory. `api_key_fd`: where the key is read."""
 
     root: Path
     names: Path
@@ -45,7 +45,7 @@ class Settings:
     threads: int
     kv_bytes: int | None = None
     isa: str | None = None
-    api_key_file: Path | None = None
+    api_key_fd: int | None = None
 
 
 class Daemon:
@@ -111,21 +111,20 @@ class Daemon:
     def _server(self) -> Job:
         settings, root = self.settings, self.settings.root
         argv = [sys.executable, "-m", "vai.server", "--root", str(root), "--names", str(settings.names)]
-        argv += ["--host", settings.host, "--port", str(settings.port), "--lock", str(roles.lock_path(root, "server"))]
+        argv += ["--host", settings.host, "--port", str(settings.port)]
         argv += ["--engine-socket", str(roles.socket_path(root, "engine"))]
         argv += ["--daemon-socket", str(roles.socket_path(root, "daemon"))]
         pass_fds: tuple[int, ...] = ()
-        if settings.api_key_file is not None:
-            key = _secret(settings.api_key_file)
-            argv += ["--api-key-file", f"/proc/self/fd/{key}"]
-            pass_fds = (key,)
+        if settings.api_key_fd is not None:
+            argv += ["--api-key-fd", str(settings.api_key_fd)]
+            pass_fds = (settings.api_key_fd,)
 
         def address(pid: int) -> str:
             return f"http://{roles.option(pid, '--host') or '?'}:{roles.option(pid, '--port') or '?'}"
 
         async def ready(pid: int) -> bool:
             host, port = roles.option(pid, "--host"), roles.option(pid, "--port")
-            return host is not None and port is not None and await _healthy(host, int(port))
+            return host is not None and port is not None and await _alive(host, int(port))
 
         return Job("server", root, argv, settings.logs / "server.log", ready, address, pass_fds=pass_fds)
 
@@ -230,21 +229,14 @@ def _check_port(host: str, port: int) -> None:
             raise Unavailable(f"{host}:{port} {reason}; choose another with vai serve --port.") from None
 
 
-def _secret(path: Path) -> int:
-    """A descriptor of private memory with the key in it, for every server this daemon starts."""
-    descriptor = os.memfd_create("vai-api-key", os.MFD_CLOEXEC)
-    os.write(descriptor, path.read_bytes())
-    return descriptor
-
-
-async def _healthy(host: str, port: int) -> bool:
-    """Whether GET /health answers 200."""
+async def _alive(host: str, port: int) -> bool:
+    """Whether the server answers at all: GET /livez, which needs no key, no engine and no model."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - asked of ourselves, nothing is bound
     with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
         async with asyncio.timeout(2.0):
             reader, writer = await asyncio.open_connection(host, port)
             try:
-                writer.write(f"GET /health HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n".encode())
+                writer.write(f"GET /livez HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n".encode())
                 return (await reader.readline()).split(b" ")[1:2] == [b"200"]
             finally:
                 writer.close()

@@ -38,7 +38,7 @@ class Process:
         self.pid = pid
         self.own = own
         self._pidfd = os.pidfd_open(pid)
-        self.since = time.monotonic() - _age(pid)
+        self.since = time.monotonic() - roles.age(pid)
         self._over = asyncio.Event()
         asyncio.get_running_loop().add_reader(self._pidfd, self._end_seen)
 
@@ -86,16 +86,6 @@ class Process:
         """Stop watching."""
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
-
-
-def _age(pid: int) -> float:
-    """Seconds since a process was started. Raises ProcessLookupError where it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        raise ProcessLookupError(pid) from None
-    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), in clock ticks since boot
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def open_log(path: Path) -> BinaryIO:
@@ -176,6 +166,8 @@ class Supervisor:
         return process
 
     def _start(self) -> Process:
+        for descriptor in self.job.pass_fds:
+            os.lseek(descriptor, 0, os.SEEK_SET)  # the position is shared with the process that had it before
         process = Process.start(self.job.argv, output=self.job.log, pass_fds=self.job.pass_fds)
         log.info("%s: started as process %d", self.job.role, process.pid)
         return process
