@@ -1,0 +1,124 @@
+"""Recompute the golden arrays of this directory with transformers on the dequantized tensors of our synthetic models.
+
+    pip install ".[dev,oracle]" && python tests/golden/make.py
+
+An implementation that shares nothing with ours: the GGUF file is read and dequantized by the `gguf` package, and the
+forward pass is LlamaForCausalLM or Qwen2ForCausalLM in binary64 (transformers computes norms, angles and softmax in
+binary32 all the same). Writes SHAPE-TYPE.npz: `tokens`, `rows` (positions), `logits` [rows, vocabulary] as binary32, and
+`greedy`, the tokens that follow by greedy decoding. Bits are another matter: see bits.py.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from vai.burn.synth import SHAPES, synthesize
+from vai.models.spec import Spec
+
+HERE = Path(__file__).parent
+ROWS = (0, 1, 2, 7, 15, 16, 31, 32, 33, 39)
+GREEDY = 24
+NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def prompt(vocabulary: int) -> list[int]:
+    return [(61 * i * i + 17 * i + 7) % vocabulary for i in range(40)]
+
+
+def transformers_name(name: str) -> str:
+    stem, kind = name.rsplit(".", 1)
+    if stem in OUTSIDE:
+        return f"{OUTSIDE[stem]}.{kind}"
+    _, layer, part = stem.split(".")
+    return f"model.layers.{layer}.{NAMES[part]}.{kind}"
+
+
+def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undo the converter's row order of llama's queries and keys: neighbours back to halves."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def state(path: Path, spec: Spec) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+        if spec.architecture == "llama" and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+            values = unpermute(values, spec.heads if "attn_q" in tensor.name else spec.kv_heads)
+        tensors[transformers_name(tensor.name)] = torch.from_numpy(np.ascontiguousarray(values))
+    return tensors
+
+
+def model(path: Path, spec: Spec) -> torch.nn.Module:
+    rope = {"rope_theta": spec.rope_base, "rope_type": "default"}
+    if spec.rope_scaling == "linear":
+        rope |= {"rope_type": "linear", "factor": spec.rope_factor}
+    config_class, model_class = (
+        (LlamaConfig, LlamaForCausalLM) if spec.architecture == "llama" else (Qwen2Config, Qwen2ForCausalLM)
+    )
+    built = model_class(
+        config_class(
+            vocab_size=spec.vocabulary,
+            hidden_size=spec.width,
+            intermediate_size=spec.ffn,
+            num_hidden_layers=spec.layers,
+            num_attention_heads=spec.heads,
+            num_key_value_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            max_position_embeddings=spec.context,
+            rms_norm_eps=spec.norm_epsilon,
+            rope_parameters=rope,
+            tie_word_embeddings=spec.tied,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).double()
+    missing, unexpected = built.load_state_dict(state(path, spec), strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"} or ("lm_head.weight" in missing) != spec.tied:
+        raise SystemExit(f"{path.name}: missing {missing}, unexpected {unexpected}")
+    built.tie_weights()
+    return built.eval()
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+        for shape in ("tiny", "tiny-qwen2"):
+            for type in ("F32", "Q8_0", "Q4_0"):
+                path = Path(directory) / f"{shape}-{type}.gguf"
+                synthesize(path, shape=shape, type=type)
+                spec = SHAPES[shape]
+                oracle = model(path, spec)
+                tokens = prompt(spec.vocabulary)
+                logits = oracle(torch.tensor([tokens])).logits[0]
+                sequence = list(tokens)
+                for _ in range(GREEDY):
+                    sequence.append(int(oracle(torch.tensor([sequence])).logits[0, -1].argmax()))
+                np.savez(
+                    HERE / f"{shape}-{type}.npz",
+                    tokens=np.array(tokens, np.int32),
+                    rows=np.array(ROWS, np.int32),
+                    logits=logits[list(ROWS)].numpy().astype(np.float32),
+                    greedy=np.array(sequence[len(tokens) :], np.int32),
+                )
+                print(path.stem, "logits std", float(logits.std()))
+
+
+if __name__ == "__main__":
+    main()
