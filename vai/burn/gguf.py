@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
-from vai.errors import MalformedFile, ModelNotFound, UnsupportedModel
+from vai.errors import BadRequest, MalformedFile, ModelNotFound, UnsupportedModel
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -309,8 +309,8 @@ class GgufFile:
     """A GGUF file, mapped read-only. `metadata`: key -> number, bool, str or list of one of them. `tensors`: name ->
     GgufTensor, in the file's order. A context manager; closing it ends the mapping.
 
-    Raises ModelNotFound (no such file), MalformedFile (it cannot be read, or lies), UnsupportedModel (version, byte
-    order, tensor type or split that VAI does not read, by name). The file must not shrink while it is open.
+    Raises ModelNotFound (no such file), BadRequest (it cannot be read), MalformedFile (it lies), UnsupportedModel
+    (version, byte order, tensor type or split that VAI does not read, by name). It must not shrink while it is open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -396,16 +396,16 @@ def _map_file(path: Path) -> mmap.mmap:
     except FileNotFoundError:
         raise ModelNotFound(f"There is no file {path}.") from None
     except OSError as error:
-        raise MalformedFile(f"{path} cannot be read: {error.strerror}.") from None
+        raise BadRequest(f"{path} cannot be read: {error.strerror}.", param="source") from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise MalformedFile(f"{path} is not a regular file.")
+            raise BadRequest(f"{path} is not a regular file.", param="source")
         if status.st_size < 24:
             raise MalformedFile(f"{path} has {status.st_size} bytes, fewer than the smallest GGUF file.")
         return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise MalformedFile(f"{path} cannot be read: {error.strerror}.") from None
+        raise BadRequest(f"{path} cannot be read: {error.strerror}.", param="source") from None
     finally:
         os.close(descriptor)
 

@@ -1,0 +1,163 @@
+"""Burning: a checkpoint becomes a ROM image. Plan, take the room, pack and prove and hash, publish.
+
+The data area is cut into the image's 4 MiB chunks. A chunk depends on the checkpoint alone, so threads take them
+independently: each packs one into a buffer of its own, hashes it and writes it, and what is hashed is what was proved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+from vai.burn.gguf import GgufFile
+from vai.burn.pack import ImagePlan, pack_range, plan_image
+from vai.errors import MalformedFile, NotSupported
+from vai.models.spec import ROPE_DIVISORS, Spec, spec_from_gguf
+from vai.rom.image import CHUNK, TensorTable, canonical_json, layout, weights_id
+from vai.rom.segment import Partial
+from vai.text.template import template_section
+from vai.text.tokenizer import tokenizer_section
+
+# The part of `general.*` that says what a checkpoint is; everything else there is prose, links and tool versions.
+_GENERAL = ("architecture", "name", "basename", "finetune", "size_label", "version", "license", "type", "file_type")
+_MAX_GENERAL = 1024  # characters of one such value
+
+
+class Progress(NamedTuple):
+    """How far a burn is. phase: "reading", "packing" or "publishing" · done, total: bytes of the image's data."""
+
+    phase: str
+    done: int
+    total: int
+    seconds: float
+
+
+class Burned(NamedTuple):
+    """A published image. bytes: of its file · seconds: from opening the checkpoint to publication."""
+
+    digest: str
+    weights: str
+    bytes: int
+    seconds: float
+
+
+def burn(
+    source: Path,
+    root: Path,
+    *,
+    recipe: Mapping[str, object] | None = None,
+    threads: int = 2,
+    progress: Callable[[Progress], None] | None = None,
+) -> Burned:
+    """Burn the GGUF file `source` into an image under `root`.
+
+    Deterministic: one file and one recipe give one digest everywhere; an image of that digest that is there already
+    stays as it is. If anything fails, `progress` raising included, nothing remains of the attempt.
+
+    recipe: what is to be changed on the way; nothing can be yet. progress: called in this thread, first before any
+    room is taken, then after each chunk, and once with "publishing", after which there is no way back.
+
+    Raises ModelNotFound, BadRequest (cannot be read), MalformedFile, UnsupportedModel, NotSupported, NotEnoughRoom
+    (before a byte is written), Unavailable (the root), CorruptImage (the proof failed).
+    """
+    began = time.monotonic()
+    if recipe:
+        raise NotSupported(f"No recipe can be applied while burning yet: {', '.join(sorted(recipe))}.", param="recipe")
+
+    def report(phase: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(Progress(phase, done, total, time.monotonic() - began))
+
+    report("reading", 0, 0)
+    with GgufFile(source) as gguf:
+        spec = _spec(gguf)
+        plan = plan_image(gguf, spec)
+        sections = _sections(gguf, spec, plan)
+        place = layout({name: len(section) for name, section in sections.items()}, plan.data_bytes)
+        report("packing", 0, plan.data_bytes)
+        with Partial(root, file_bytes=place.file_bytes, data_offset=place.data_offset) as partial:
+            chunks: list[bytes] = []
+            with _chunks(plan, gguf, partial, threads) as hashes:
+                for chunk in hashes:
+                    chunks.append(chunk)
+                    report("packing", min(len(chunks) * CHUNK, plan.data_bytes), plan.data_bytes)
+            sections["tensors"] = TensorTable(plan.data_bytes, chunks, plan.stored()).to_bytes()
+            report("publishing", plan.data_bytes, plan.data_bytes)
+            digest = partial.publish(sections, time.monotonic() - began)
+    weights = weights_id(sections["tensors"], sections["spec"])
+    return Burned(digest, weights, place.file_bytes, time.monotonic() - began)
+
+
+def _spec(gguf: GgufFile) -> Spec:
+    shapes = {name: tensor.shape for name, tensor in gguf.tensors.items()}
+    divisors: list[int] | list[float] = []
+    if ROPE_DIVISORS in gguf.tensors:
+        if gguf.tensors[ROPE_DIVISORS].type != "F32":
+            raise MalformedFile(f"The tensor {ROPE_DIVISORS} must be F32.")
+        with gguf.data(ROPE_DIVISORS) as data, data.cast("f") as values:
+            divisors = values.tolist()
+    return spec_from_gguf(gguf.metadata, shapes, rope_divisors=divisors)
+
+
+def _sections(gguf: GgufFile, spec: Spec, plan: ImagePlan) -> dict[str, bytes]:
+    """Every section of the image; the tensor table's chunk hashes are still zeros, which does not change its length."""
+    blank = [bytes(32)] * -(-plan.data_bytes // CHUNK)
+    return {
+        "tensors": TensorTable(plan.data_bytes, blank, plan.stored()).to_bytes(),
+        "spec": spec.to_bytes(),
+        "tokenizer": tokenizer_section(gguf.metadata),
+        "template": template_section(gguf.metadata),
+        "defaults": canonical_json({}),
+        "provenance": _provenance(gguf),
+    }
+
+
+def _provenance(gguf: GgufFile) -> bytes:
+    """What the image was made from: content only, so that who burned it, where and when never changes the digest."""
+    general = {key: gguf.metadata.get(f"general.{key}") for key in _GENERAL}
+    return canonical_json(
+        {
+            "format": "gguf",
+            "recipe": {},
+            "source_header_sha256": gguf.header_sha256(),
+            "vai_format": 1,
+            "general": {
+                key: value
+                for key, value in general.items()
+                if type(value) is int or (isinstance(value, str) and len(value) <= _MAX_GENERAL)
+            },
+        }
+    )
+
+
+@contextmanager
+def _chunks(plan: ImagePlan, gguf: GgufFile, partial: Partial, threads: int) -> Iterator[Iterator[bytes]]:
+    """Pack and write every chunk; inside the block, their SHA-256 in order, as they are ready.
+
+    Left early, chunks not begun are dropped and those begun are waited for, since they use the mappings.
+    """
+    buffers: SimpleQueue[bytearray] = SimpleQueue()
+    for _ in range(threads):
+        buffers.put(bytearray(CHUNK))
+
+    def one(start: int) -> bytes:
+        buffer = buffers.get()
+        try:
+            with memoryview(buffer)[: min(CHUNK, plan.data_bytes - start)] as window:
+                pack_range(plan, gguf, start, window)
+                partial.write(window, start)
+                return hashlib.sha256(window).digest()
+        finally:
+            buffers.put(buffer)
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="burn")
+    try:
+        yield pool.map(one, range(0, plan.data_bytes, CHUNK))
+    finally:
+        pool.shutdown(cancel_futures=True)

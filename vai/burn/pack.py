@@ -1,0 +1,172 @@
+"""What an image of a checkpoint will hold, and its bytes: the plan of stored tensors, and the packing into tiles.
+
+Layouts: docs/rom-format.md. Packing only permutes bits, vectors apart, which become binary32 (exact for fp16 and bf16).
+Every tile is proved as soon as it is packed: its codes and scale bits are read back and compared with the source's,
+lane by lane. Equal codes and scales dequantize to equal bits, so an image that was burned computes what the checkpoint
+says.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from vai.burn import _pack
+from vai.burn.gguf import GgufFile, GgufTensor
+from vai.errors import CorruptImage, MalformedFile, UnsupportedModel
+from vai.models.spec import Spec, expected_tensors
+from vai.rom.image import BLOCK_ROWS, VECTOR, Part, StoredTensor, place, tensor_bytes
+
+VECTOR_TYPES = ("F32", "F16", "BF16")
+
+# Neighbours that become one stored tensor where their block types are equal, and whether their blocks of 16 rows
+# alternate: gate and up do, so that one pass of a kernel sees both halves of the product.
+_FUSIONS: Mapping[str, tuple[tuple[str, ...], bool]] = {
+    "attn_qkv": (("attn_q", "attn_k", "attn_v"), False),
+    "ffn_gate_up": (("ffn_gate", "ffn_up"), True),
+}
+_MEMBER = re.compile(r"(blk\.\d+\.)(attn_q|attn_k|attn_v|ffn_gate|ffn_up)\.(weight|bias)")
+
+
+class StoredPart(NamedTuple):
+    """A part of a stored tensor, and the checkpoint's tensor whose rows it holds."""
+
+    part: Part
+    source: GgufTensor
+
+
+class Planned(NamedTuple):
+    """A stored tensor and where its parts come from."""
+
+    stored: StoredTensor
+    parts: tuple[StoredPart, ...]
+
+
+class ImagePlan(NamedTuple):
+    """The stored tensors in the order of the data area, and the bytes of that area."""
+
+    tensors: tuple[Planned, ...]
+    data_bytes: int
+
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """What the image's tensor table lists."""
+        return tuple(planned.stored for planned in self.tensors)
+
+    def between(self, start: int, stop: int) -> Iterator[Planned]:
+        """The tensors with bytes in [start, stop) of the data area, in order."""
+        first = bisect_right(self.tensors, start, key=lambda planned: planned.stored.offset)
+        for planned in self.tensors[max(first - 1, 0) :]:
+            if planned.stored.offset >= stop:
+                break
+            if planned.stored.offset + planned.stored.bytes > start:
+                yield planned
+
+
+def plan_image(gguf: GgufFile, spec: Spec) -> ImagePlan:
+    """Which tensors the image of this checkpoint has, and where. `spec` is that of `gguf`: its tensors are all there.
+
+    Raises UnsupportedModel for a vector of a quantized type, MalformedFile for a tensor with more than two dimensions.
+    """
+    groups = _fused(gguf, expected_tensors(spec))
+    shapes = [_shape(gguf, names, interleaved) for _, names, interleaved in groups]
+    sizes = [tensor_bytes(type_, rows, columns) for type_, rows, columns, _ in shapes]
+    offsets, data_bytes = place(sizes)
+    tensors = tuple(
+        Planned(StoredTensor(name, type_, rows, columns, offset, size, tuple(p.part for p in parts)), parts)
+        for (name, _, _), (type_, rows, columns, parts), offset, size in zip(
+            groups, shapes, offsets, sizes, strict=True
+        )
+    )
+    return ImagePlan(tensors, data_bytes)
+
+
+def _fused(gguf: GgufFile, expected: Mapping[str, tuple[int, int]]) -> list[tuple[str, tuple[str, ...], bool]]:
+    """(stored name, logical names, interleaved) in canonical order; a fusion stands where its first member would."""
+    groups: dict[str, tuple[str, tuple[str, ...], bool]] = {}
+    for name in expected:
+        fusion = _fusion(gguf, name)
+        if fusion is None:
+            groups[name] = (name, (name,), False)
+        else:
+            groups.setdefault(fusion[0], fusion)
+    return list(groups.values())
+
+
+def _fusion(gguf: GgufFile, name: str) -> tuple[str, tuple[str, ...], bool] | None:
+    """The fusion `name` is part of. Biases follow their matrices."""
+    match = _MEMBER.fullmatch(name)
+    if match is None:
+        return None
+    block, member, kind = match.groups()
+    for fused, (members, interleaved) in _FUSIONS.items():
+        if member in members and len({gguf.tensors[f"{block}{m}.weight"].type for m in members}) == 1:
+            return f"{block}{fused}.{kind}", tuple(f"{block}{m}.{kind}" for m in members), interleaved
+    return None
+
+
+def _shape(gguf: GgufFile, names: Sequence[str], interleaved: bool) -> tuple[str, int, int, tuple[StoredPart, ...]]:
+    """(stored type, stored rows, columns, parts) of the logical tensors stored together."""
+    sources = [gguf.tensors[name] for name in names]
+    vector = _is_vector(sources[0])
+    parts: list[StoredPart] = []
+    block = 0
+    for index, source in enumerate(sources):
+        if len(source.dimensions) > 2:
+            raise MalformedFile(f"The tensor {source.name} has {len(source.dimensions)} dimensions instead of two.")
+        if vector and source.type not in VECTOR_TYPES:
+            raise UnsupportedModel(
+                f"The vector {source.name} has the type {source.type}; VAI takes {', '.join(VECTOR_TYPES)} for vectors."
+            )
+        rows = source.shape[1] if vector else source.shape[0]
+        first, step = (index, len(sources)) if interleaved else (block, 1)
+        part = Part(source.name, rows, first, step)
+        parts.append(StoredPart(part, source))
+        block += part.blocks
+    columns = 1 if vector else sources[0].shape[1]
+    return VECTOR if vector else sources[0].type, block * BLOCK_ROWS, columns, tuple(parts)
+
+
+def _is_vector(source: GgufTensor) -> bool:
+    return len(source.dimensions) == 1
+
+
+def pack_range(plan: ImagePlan, gguf: GgufFile, start: int, window: memoryview) -> None:
+    """Write bytes [start, start + len(window)) of the data area into `window`, proving every tile.
+
+    Any range may be written alone, by any thread. Raises CorruptImage where the proof fails: the memory or the
+    processor is faulty, or the file changed meanwhile.
+    """
+    end, stop = start, start + len(window)
+    for stored, parts in plan.between(start, stop):
+        low, high = max(stored.offset, start), min(stored.offset + stored.bytes, stop)
+        window[end - start : low - start] = bytes(low - end)
+        for part, source in parts:
+            data = gguf.data(source.name)
+            proved = _pack.fill(
+                source.type,
+                stored.type == VECTOR,
+                data,
+                part.rows,
+                stored.columns,
+                part.first_block,
+                part.block_step,
+                low - stored.offset,
+                window[low - start : high - start],
+            )
+            data.release()
+            if not proved:
+                raise CorruptImage(
+                    f"Packing {part.name} did not give back what the file says. Either the file changed while it was "
+                    "read, or this machine's memory is faulty."
+                )
+        end = high
+    window[end - start :] = bytes(stop - end)
+
+
+def unpack(stored: StoredTensor, part: Part, source_type: str, data: memoryview) -> bytes:
+    """The checkpoint's bytes of `part`, from the bytes `data` of the whole stored tensor: the inverse of packing."""
+    return _pack.unpack(
+        source_type, stored.type == VECTOR, data, part.rows, stored.columns, part.first_block, part.block_step
+    )
