@@ -4,8 +4,8 @@
 
 An implementation that shares nothing with ours: the GGUF file is read and dequantized by the `gguf` package, and the
 forward pass is LlamaForCausalLM or Qwen2ForCausalLM in binary64 (transformers computes norms, angles and softmax in
-binary32 all the same). Writes SHAPE-TYPE.npz: `tokens`, `rows` (positions), `logits` [rows, vocabulary] as binary32, and
-`greedy`, the tokens that follow by greedy decoding. Bits are another matter: see bits.py.
+binary32 all the same). Writes SHAPE-TYPE.npz: `tokens`, `rows` (positions), `logits` [rows, vocabulary] in binary32,
+and `greedy`, the tokens that follow by greedy decoding. Bits are another matter: see bits.py.
 """
 
 from __future__ import annotations

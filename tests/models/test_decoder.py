@@ -1,0 +1,85 @@
+"""A Spec becomes a Program that is closed, complete and exact in its constants."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import msgspec
+import pytest
+
+from vai.burn.synth import SHAPES
+from vai.kernels.ops import Attention, KvWrite, Linear, RmsNorm, Rope, Rows
+from vai.models.decoder import build, rope_frequencies
+from vai.models.spec import Spec
+
+WEIGHTS = ("weight", "bias")
+INPUTS = ("x", "residual", "addend", "k", "v", "q", "gate", "up")
+
+
+@pytest.mark.parametrize("spec", SHAPES.values(), ids=SHAPES)
+def test_every_value_is_made_before_it_is_used_and_only_once(spec: Spec) -> None:
+    made: set[str] = set()
+    program = build(spec)
+    for op in program.ops:
+        fields = {field.name: getattr(op, field.name) for field in dataclasses.fields(op)}
+        for name in INPUTS:
+            assert fields.get(name) is None or fields[name] in made, op
+        if "output" in fields:
+            assert fields["output"] not in made
+            made.add(fields["output"])
+    assert set(program.outputs.values()) <= made
+
+
+@pytest.mark.parametrize("spec", SHAPES.values(), ids=SHAPES)
+def test_every_tensor_of_the_model_is_read(spec: Spec) -> None:
+    program = build(spec)
+    read = {getattr(op, field) for op in program.ops for field in WEIGHTS if hasattr(op, field)}
+    assert read - {None} == set(program.constants)
+
+
+def test_keys_are_written_before_attention_reads_them() -> None:
+    kinds = [type(op) for op in build(SHAPES["tiny"]).ops]
+    for layer in range(SHAPES["tiny"].layers):
+        start = 1 + 14 * layer
+        assert kinds.index(KvWrite, start) < kinds.index(Attention, start) < start + 14
+
+
+def test_only_rows_asked_for_reach_the_output_projection() -> None:
+    *_, rows, norm, head = build(SHAPES["tiny"]).ops
+    assert isinstance(rows, Rows) and isinstance(norm, RmsNorm) and isinstance(head, Linear)
+    assert (head.x, norm.x) == (norm.output, rows.output)
+
+
+def test_a_tied_model_projects_with_its_embedding() -> None:
+    head = build(SHAPES["tiny-qwen2"]).ops[-1]
+    assert isinstance(head, Linear) and head.weight == "token_embd.weight"
+    head = build(SHAPES["tiny"]).ops[-1]
+    assert isinstance(head, Linear) and head.weight == "output.weight"
+
+
+def test_linear_scaling_divides_every_frequency() -> None:
+    ropes = [op for op in build(SHAPES["tiny"]).ops if isinstance(op, Rope)]
+    plain = msgspec.structs.replace(SHAPES["tiny"], rope_scaling="none", rope_factor=1.0)
+    unscaled = next(op for op in build(plain).ops if isinstance(op, Rope))
+    assert len(ropes) == 2 * SHAPES["tiny"].layers
+    for op in ropes:
+        assert op.frequencies == tuple(frequency / 4 for frequency in unscaled.frequencies)
+
+
+@pytest.mark.parametrize(("base", "dims", "factor"), [(10_000.0, 128, 1.0), (1e6, 48, 3.0), (100_000.0, 128, 4.0)])
+def test_frequencies_are_the_binary64_numbers_nearest_to_the_true_ones(base: float, dims: int, factor: float) -> None:
+    for i, frequency in enumerate(rope_frequencies(base, dims, factor)):
+        # f is nearest iff the true value, base^(-2i/dims)/factor, lies within half a step: compare dims-th powers.
+        half = Fraction(math.ulp(frequency)) / 2
+        power = (Fraction(1) / Fraction(base)) ** (2 * i)
+        low, high = Fraction(frequency) - half, Fraction(frequency) + half
+        assert (low * Fraction(factor)) ** dims <= power <= (high * Fraction(factor)) ** dims
+
+
+def test_divisors_apply_to_their_own_frequency() -> None:
+    plain = rope_frequencies(10_000.0, 8, 1.0)
+    assert rope_frequencies(10_000.0, 8, 1.0, (1.0, 2.0, 4.0, 8.0)) == tuple(
+        frequency / divisor for frequency, divisor in zip(plain, (1, 2, 4, 8), strict=True)
+    )

@@ -1,0 +1,201 @@
+"""A checkpoint's metadata becomes a Spec, or is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from vai.burn.synth import SHAPES
+from vai.errors import CorruptImage, MalformedFile, UnsupportedModel
+from vai.models.spec import Spec, expected_tensors, spec_from_gguf
+
+TINY = SHAPES["tiny"]
+
+
+def metadata(spec: Spec = TINY, **changes: Any) -> dict[str, object]:
+    """The keys of a real file of `spec`; a change to None drops the key, "_" stands for "."."""
+    keys: dict[str, object] = {
+        "block_count": spec.layers,
+        "embedding_length": spec.width,
+        "feed_forward_length": spec.ffn,
+        "attention.head_count": spec.heads,
+        "attention.head_count_kv": spec.kv_heads,
+        "attention.key_length": spec.head_dim,
+        "attention.value_length": spec.head_dim,
+        "attention.layer_norm_rms_epsilon": spec.norm_epsilon,
+        "context_length": spec.context,
+        "rope.freq_base": spec.rope_base,
+        "rope.dimension_count": spec.rope_dims,
+        "vocab_size": spec.vocabulary,
+    }
+    if spec.rope_scaling == "linear":
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": spec.rope_factor}
+    keys |= changes.pop("keys", {})
+    prefixed = {f"{spec.architecture}.{key}": value for key, value in keys.items() if value is not None}
+    return {"general.architecture": spec.architecture, **prefixed}
+
+
+def shapes(spec: Spec = TINY) -> dict[str, tuple[int, int]]:
+    """Tensor shapes as the file gives them."""
+    return {name: (r, c) if c > 1 else (1, r) for name, (r, c) in expected_tensors(spec).items()}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_metadata_of_a_file_gives_back_its_spec(name: str) -> None:
+    assert spec_from_gguf(metadata(SHAPES[name]), shapes(SHAPES[name])) == SHAPES[name]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_spec_survives_its_section_of_the_image(name: str) -> None:
+    section = SHAPES[name].to_bytes()
+    assert Spec.from_bytes(section) == SHAPES[name]
+    assert Spec.from_bytes(section).to_bytes() == section
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"\xff",
+        TINY.to_bytes().replace(b'"layers":3', b'"layers":0'),
+        TINY.to_bytes().replace(b'"kv_heads":2', b'"kv_heads":5'),
+        TINY.to_bytes().replace(b'"llama"', b'"lama"'),
+        TINY.to_bytes().replace(b'{"arch', b'{"window":7,"arch'),
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_spec_section_is_refused(section: bytes) -> None:
+    with pytest.raises(CorruptImage):
+        Spec.from_bytes(section)
+
+
+def test_absent_keys_have_the_defaults_of_the_format() -> None:
+    spec = msgspec.structs.replace(TINY, kv_heads=6, rope_base=10_000.0, rope_scaling="none", rope_factor=1.0)
+    absent = ["attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.freq_base"]
+    absent += ["rope.dimension_count", "vocab_size"]
+    assert spec_from_gguf(metadata(spec, keys=dict.fromkeys(absent)), shapes(spec)) == spec
+
+
+def test_the_linear_factor_of_2023_is_understood() -> None:
+    old = {"rope.scaling.type": None, "rope.scaling.factor": None, "rope.scale_linear": 4.0}
+    assert spec_from_gguf(metadata(keys=old), shapes()).rope_factor == 4.0
+
+
+def test_a_factor_without_scaling_means_nothing() -> None:
+    spec = spec_from_gguf(metadata(keys={"rope.scaling.type": "none"}), shapes())
+    assert (spec.rope_scaling, spec.rope_factor) == ("none", 1.0)
+
+
+def test_equal_values_for_each_layer_are_one_value() -> None:
+    assert spec_from_gguf(metadata(keys={"attention.head_count_kv": [2, 2, 2]}), shapes()) == TINY
+
+
+def test_llama_3_frequencies_come_with_the_spec() -> None:
+    divisors = [1.0 + i for i in range(TINY.rope_dims // 2)]
+    tensors = shapes() | {"rope_freqs.weight": (1, TINY.rope_dims // 2)}
+    assert spec_from_gguf(metadata(), tensors, rope_divisors=divisors).rope_divisors == tuple(divisors)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"rope.scaling.type": "yarn"}, "yarn"),
+        ({"rope.scaling.type": "longrope"}, "longrope"),
+        ({"expert_count": 8}, "expert_count"),
+        ({"attention.sliding_window": 4096}, "sliding_window"),
+        ({"attention.value_length": 64}, "value_length"),
+        ({"attention.head_count": [6, 6, 4]}, "head_count"),
+        ({"attn_logit_softcapping": 50.0}, "softcapping"),
+        ({"nextn_predict_layers": 1}, "nextn_predict_layers"),
+        ({"attention.causal": False}, "causal"),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(keys: dict[str, object], words: str) -> None:
+    with pytest.raises(UnsupportedModel, match=words):
+        spec_from_gguf(metadata(keys=keys), shapes())
+
+
+def test_an_unknown_architecture_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModel, match=r"'mamba'.*llama, qwen2"):
+        spec_from_gguf({"general.architecture": "mamba"}, {})
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"block_count": None}, "lacks llama.block_count"),
+        ({"block_count": 0}, "block_count"),
+        ({"block_count": 1 << 40}, "block_count"),
+        ({"block_count": -1}, "block_count"),
+        ({"block_count": True}, "block_count"),
+        ({"block_count": "3"}, "block_count"),
+        ({"embedding_length": 192.0}, "embedding_length"),
+        ({"attention.head_count": [6, 6]}, "head_count"),
+        ({"attention.head_count": 0}, "head_count"),
+        ({"attention.head_count_kv": 4}, "key-value heads"),
+        ({"attention.layer_norm_rms_epsilon": None}, "rms_epsilon"),
+        ({"attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon"),
+        ({"attention.layer_norm_rms_epsilon": 0.0}, "rms_epsilon"),
+        ({"rope.freq_base": float("inf")}, "freq_base"),
+        ({"rope.freq_base": 0.5}, "rope_base"),
+        ({"rope.dimension_count": 34}, "RoPE"),
+        ({"rope.dimension_count": 31}, "RoPE"),
+        ({"rope.scaling.factor": -4.0}, "factor"),
+        ({"rope.scaling.type": 3}, "scaling.type"),
+        ({"vocab_size": 511}, "vocab_size"),
+        ({"context_length": None}, "context_length"),
+        ({"embedding_length": 160}, "token_embd"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(keys: dict[str, object], words: str) -> None:
+    with pytest.raises(MalformedFile, match=words):
+        spec_from_gguf(metadata(keys=keys), shapes())
+
+
+@pytest.mark.parametrize("name", ["token_embd.weight", "blk.2.ffn_up.weight", "output_norm.weight"])
+def test_a_missing_tensor_is_named(name: str) -> None:
+    tensors = shapes()
+    del tensors[name]
+    with pytest.raises(MalformedFile, match=name):
+        spec_from_gguf(metadata(), tensors)
+
+
+def test_a_tensor_of_another_shape_is_named() -> None:
+    with pytest.raises(MalformedFile, match=r"blk\.1\.attn_k\.weight"):
+        spec_from_gguf(metadata(), shapes() | {"blk.1.attn_k.weight": (192, 192)})
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q_norm.weight", "output.bias", "blk.3.attn_norm.weight", "x\n" * 99])
+def test_a_tensor_without_a_place_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedModel) as refused:
+        spec_from_gguf(metadata(), shapes() | {name: (1, 192)})
+    assert repr(name[:80]) in refused.value.message
+
+
+def test_frequency_divisors_that_cannot_be_used_are_refused() -> None:
+    tensors = shapes() | {"rope_freqs.weight": (1, 16)}
+    with pytest.raises(UnsupportedModel, match="rope_freqs"):
+        spec_from_gguf(metadata(), tensors)
+    with pytest.raises(MalformedFile, match="rope_freqs"):
+        spec_from_gguf(metadata(), tensors, rope_divisors=[0.0] * 16)
+    with pytest.raises(MalformedFile, match="divisors"):
+        spec_from_gguf(metadata(), shapes() | {"rope_freqs.weight": (1, 4)}, rope_divisors=[1.0] * 4)
+    qwen2 = SHAPES["tiny-qwen2"]
+    with pytest.raises(UnsupportedModel, match="rope_freqs"):
+        spec_from_gguf(metadata(qwen2), shapes(qwen2) | {"rope_freqs.weight": (1, 24)}, rope_divisors=[1.0] * 24)
+
+
+def test_a_qwen2_without_biases_is_incomplete() -> None:
+    qwen2 = SHAPES["tiny-qwen2"]
+    tensors = {name: shape for name, shape in shapes(qwen2).items() if not name.endswith(".bias")}
+    with pytest.raises(MalformedFile, match=r"attn_q\.bias"):
+        spec_from_gguf(metadata(qwen2), tensors)
+
+
+def test_a_llama_with_biases_has_them() -> None:
+    spec = msgspec.structs.replace(TINY, qkv_bias=True)
+    assert spec_from_gguf(metadata(spec), shapes(spec)) == spec
