@@ -26,6 +26,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vai.errors import BadRequest, MalformedFile, Unavailable
+from vai.rom.image import canonical_json
 from vai.text.fields import TokenizerFields, read
 
 DEADLINE = 5.0  # seconds for one rendering; real ones take milliseconds
@@ -68,9 +69,7 @@ def template_section(fields: Mapping[str, object]) -> bytes:
         bos_token="" if checked.bos is None else checked.tokens[checked.bos],
         eos_token="" if checked.eos is None else checked.tokens[checked.eos],
     )
-    return json.dumps(
-        msgspec.to_builtins(chat), ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False
-    ).encode()
+    return canonical_json(msgspec.to_builtins(chat))
 
 
 def chat_fields(section: bytes) -> ChatFields:

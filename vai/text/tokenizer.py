@@ -7,7 +7,6 @@ score with byte fallback (`llama`).
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders
 
 from vai.errors import MalformedFile
+from vai.rom.image import canonical_json
 from vai.text.fields import CONTROL, NORMAL, USER_DEFINED, TokenizerFields, read
 from vai.text.pretokenizers import Pretokenizer
 from vai.text.template import chat_fields
@@ -41,7 +41,7 @@ def tokenizer_section(fields: Mapping[str, object]) -> bytes:
     """
     checked = read(fields)
     document = _sentence_piece(checked) if checked.pre is None else _byte_level(checked, checked.pre)
-    section = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    section = canonical_json(document)
     _prove(_load(section), checked)
     return section
 

@@ -1,0 +1,167 @@
+"""`vai.attach("m")`: a model's tensors in this process, over the shared bytes that every engine reads.
+
+>>> weights = vai.attach("m")
+>>> weights["blk.0.attn_q.weight"].numpy().shape
+(1536, 1536)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vai import config
+from vai.errors import Unavailable
+from vai.rom import segment
+from vai.rom.image import BLOCK_ROWS, BLOCK_TYPES, VECTOR, Part, StoredTensor
+from vai.rom.registry import Registry
+from vai.rom.view import Image
+
+Float32 = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+
+class Tensor:
+    """One logical tensor of an image. shape: (rows, columns), or (n,) for a vector; type: its stored block type."""
+
+    def __init__(self, stored: StoredTensor, part: Part, data: memoryview) -> None:
+        """`data`: the bytes of the whole stored tensor, which other tensors may share."""
+        self.name = part.name
+        self.type = stored.type
+        self.shape: tuple[int, ...] = (part.rows,) if stored.type == VECTOR else (part.rows, stored.columns)
+        self._stored, self._part, self._data = stored, part, data
+
+    @property
+    def packed(self) -> Bytes:
+        """The stored bytes, zero copy, read-only: [blocks of 16 rows, blocks of k columns, bytes of a block].
+
+        The layout of a block is in docs/rom-format.md. A tensor that is interleaved with another is a strided view. A
+        vector is [blocks of 16 elements, 64 bytes].
+        """
+        columns = 1 if self.type == VECTOR else -(-self._stored.columns // BLOCK_TYPES[self.type].k)
+        blocks = np.frombuffer(self._data, np.uint8).reshape(self._stored.rows // BLOCK_ROWS, columns, -1)
+        first, step, count = self._part.first_block, self._part.block_step, self._part.blocks
+        mine = blocks[first : first + (count - 1) * step + 1 : step]
+        return mine[:, 0] if self.type == VECTOR else mine
+
+    def numpy(self) -> Float32:
+        """The values in natural order as binary32: a copy, except that a vector with its elements in a row is a
+        read-only view. Every other type is exact too: code times scale fits binary32.
+        """
+        if self.type == VECTOR:
+            return _vector(self.packed)[: self._part.rows]
+        values = _UNPACK[self.type](self.packed)  # [blocks, column blocks, 16 rows, k]
+        blocks, column_blocks, rows, k = values.shape
+        whole = values.transpose(0, 2, 1, 3).reshape(blocks * rows, column_blocks * k)
+        return np.ascontiguousarray(whole[: self._part.rows, : self._stored.columns])
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.type} {' x '.join(map(str, self.shape))}>"
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of an attached image by their names in the checkpoint. Holds a lease until closed; a context manager.
+
+    What was taken from it stays readable after `close`; without a lease `vai rm` no longer knows of it.
+    """
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._names = [part.name for stored in image.table.tensors for part in stored.parts]
+
+    @property
+    def digest(self) -> str:
+        """The image's identity, 64 hex digits."""
+        return self._image.digest
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return Tensor(*self._image.tensor(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def close(self) -> None:
+        """Give the lease back."""
+        self._image.close()
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def attach(name: str, *, root: Path | str | None = None, names: Path | str | None = None) -> Weights:
+    """The weights behind a name, a digest, or its first 8 digits. Takes milliseconds and no memory for weights.
+
+    root, names: default to the configuration of this process. Raises ModelNotFound, Unavailable where it is not
+    resident, CorruptImage.
+    """
+    settings = config.load()
+    directory = settings.root if root is None else Path(root)
+    registry = Registry(directory, settings.names if names is None else Path(names))
+    digest = registry.find(name)
+    if not registry.is_resident(digest):
+        raise Unavailable(f"The model '{name[:128]}' is not resident. Load it: vai load FILE")
+    return Weights(segment.attach(directory, digest))
+
+
+def _vector(blocks: Bytes) -> Float32:
+    """[n, 64] bytes -> [16 n] values; a view where the blocks lie one behind the other."""
+    return blocks.view("<f4").reshape(-1)
+
+
+def _scales(blocks: Bytes) -> Float32:
+    """[..., >= 64] bytes of a quantized block -> [..., 16 rows, 2 groups]."""
+    halves = np.ascontiguousarray(blocks[..., :64]).view("<f2")
+    return halves.reshape(*blocks.shape[:-1], 2, BLOCK_ROWS).swapaxes(-1, -2).astype(np.float32)
+
+
+def _scaled(codes: NDArray[np.int8], scales: Float32) -> Float32:
+    """codes [..., 16, 64] times the scale of their group of 32 columns."""
+    grouped = codes.reshape(*codes.shape[:-1], 2, 32).astype(np.float32) * scales[..., None]
+    return grouped.reshape(codes.shape)
+
+
+def _q4_0(blocks: Bytes) -> Float32:
+    lines = np.ascontiguousarray(blocks[..., 64:]).view("<u4").reshape(*blocks.shape[:-1], 8, BLOCK_ROWS)
+    # Column j of a line's 8 is nibble 2j for j < 4, else 2(j - 4) + 1.
+    shifts = np.array([0, 8, 16, 24, 4, 12, 20, 28], np.uint32)
+    codes = ((lines[..., None] >> shifts) & 15).astype(np.int8) - np.int8(8)  # [..., line, row, column of the line]
+    return _scaled(codes.swapaxes(-2, -3).reshape(*blocks.shape[:-1], BLOCK_ROWS, 64), _scales(blocks))
+
+
+def _q8_0(blocks: Bytes) -> Float32:
+    lines = np.ascontiguousarray(blocks[..., 64:]).reshape(*blocks.shape[:-1], 16, BLOCK_ROWS, 4)
+    codes = (lines ^ np.uint8(0x80)).view(np.int8)
+    return _scaled(codes.swapaxes(-2, -3).reshape(*blocks.shape[:-1], BLOCK_ROWS, 64), _scales(blocks))
+
+
+def _f16(blocks: Bytes) -> Float32:
+    return _pairs(blocks, np.dtype("<f2")).astype(np.float32)
+
+
+def _bf16(blocks: Bytes) -> Float32:
+    return (_pairs(blocks, np.dtype("<u2")).astype(np.uint32) << 16).view(np.float32)
+
+
+def _pairs(blocks: Bytes, kind: np.dtype[np.generic]) -> NDArray[np.generic]:
+    """[k / 2][16 rows][2] two-byte values -> [..., 16 rows, k]."""
+    values = np.ascontiguousarray(blocks).view(kind).reshape(*blocks.shape[:-1], 16, BLOCK_ROWS, 2)
+    return values.swapaxes(-2, -3).reshape(*blocks.shape[:-1], BLOCK_ROWS, 32)
+
+
+def _f32(blocks: Bytes) -> Float32:
+    return np.ascontiguousarray(blocks).view("<f4").reshape(*blocks.shape[:-1], 16, BLOCK_ROWS).swapaxes(-1, -2)
+
+
+_UNPACK = {"Q4_0": _q4_0, "Q8_0": _q8_0, "F16": _f16, "BF16": _bf16, "F32": _f32}
