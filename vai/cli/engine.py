@@ -11,7 +11,7 @@ from vai.daemon import roles
 from vai.errors import Unavailable
 
 if TYPE_CHECKING:
-    from vai.llm import EnginePort
+    from vai.engine.port import EnginePort
 
 Answer = TypeVar("Answer")
 _PATIENCE = 10.0

@@ -14,8 +14,11 @@ import click
 
 from vai import config
 from vai.cli.output import short, size
+from vai.config import Config
 from vai.daemon.loads import burn_argv, parse, renamed
-from vai.errors import BadRequest, Interrupted, VaiError, by_code
+from vai.daemon.supervise import last_line, open_log
+from vai.errors import BadRequest, Interrupted, by_code
+from vai.rom import segment
 from vai.rom.registry import Name, Registry
 
 Show = Callable[[int, int], None]  # bytes done, bytes in all
@@ -35,27 +38,34 @@ def load(file: Path | None, name: str | None) -> None:
     vai load --name qwen                  (again, after a reboot)
     """
     settings = config.load()
-    registry = Registry(settings.root, settings.names)
-    if file is None and name is None:
+    if file is not None:
+        _load(settings, file, name or file.name.removesuffix(".gguf"))
+    elif name is not None:
+        load_again(settings, name)
+    else:
         raise BadRequest("Say which file to load: vai load FILE [--name NAME].")
-    if file is None:
-        known = registry.get(str(name))
-        file, name = Path(known.source), known.name
-        if not file.is_file():
-            raise BadRequest(
-                f"The file of '{name}', {file}, is gone; load it from where it is: vai load FILE --name {name}"
-            )
-    source = str(file.resolve())
-    name = name or file.name.removesuffix(".gguf")
+
+
+def load_again(settings: Config, name: str) -> None:
+    """Burn what a name stands for. Raises ModelNotFound, BadRequest where its file is gone."""
+    file = Path(Registry(settings.root, settings.names).get(name).source)
+    if not file.is_file():
+        raise BadRequest(f"The file of '{name}' is gone ({file}); load it from elsewhere: vai load FILE --name {name}")
+    _load(settings, file, name)
+
+
+def _load(settings: Config, file: Path, name: str) -> None:
+    registry, source = Registry(settings.root, settings.names), str(file.resolve())
     began = time.monotonic()
     with _wish(registry, name, source), _progress(file.name) as show:
-        digest = _burn(settings.root, source, show)
+        digest = _burn(settings.root, source, settings.logs / "burn.log", show)
     registry.put(renamed(registry, name, source, digest))
     seconds = time.monotonic() - began
-    count = next(image.bytes for image in registry.resident() if image.digest == digest)
+    count = segment.read_header(registry.root, digest).file_bytes
     click.echo(
         f"{name} is in memory: {size(count)} as image {short(digest)}, "
-        f'{seconds:.1f} s ({count / seconds / 1e9:.2f} GB/s). Try: vai run {name} "Hello"'
+        f"{seconds:.1f} s ({count / seconds / 1e9:.2f} GB/s).",
+        err=True,
     )
 
 
@@ -73,23 +83,25 @@ def _wish(registry: Registry, name: str, source: str) -> Iterator[None]:
         raise
 
 
-def _burn(root: Path, source: str, show: Show) -> str:
-    """Run the burner to its end and return the digest. Raises the VaiError it reports."""
-    digest: str | None = None
-    failure: VaiError | None = None
-    with subprocess.Popen(burn_argv(root, source), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as burner:
-        for line in burner.stdout or ():
-            message = parse(line)
-            if "total" in message:
-                show(int(message.get("done", 0)), int(message["total"]))
-            digest = message.get("digest", digest)
-            if isinstance(error := message.get("error"), dict):
-                failure = by_code(str(error.get("code")))(str(error.get("message")))
-    if failure is not None:
-        raise failure
-    if digest is None:
-        raise Interrupted(f"The burn of {source} ended early (exit code {burner.returncode}) and left nothing behind.")
-    return digest
+def _burn(root: Path, source: str, output: Path, show: Show) -> str:
+    """Run the burner until the image is published and return its digest. Raises the VaiError it reports.
+
+    It then goes on by itself for a while, at idle priority, to give the image huge pages.
+    """
+    with open_log(output) as log:
+        argv = burn_argv(root, source)
+        burner = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+    for line in burner.stdout or ():
+        message = parse(line)
+        if "digest" in message:
+            burner.returncode = 0  # published: not ours to wait for
+            return str(message["digest"])
+        if isinstance(error := message.get("error"), dict):
+            burner.wait()
+            raise by_code(str(error.get("code")))(str(error.get("message")))
+        if "total" in message:
+            show(int(message["done"]), int(message["total"]))
+    raise Interrupted(f"The burn of {source} ended early (exit code {burner.wait()}): {last_line(output)}")
 
 
 @contextlib.contextmanager

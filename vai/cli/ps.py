@@ -26,10 +26,8 @@ def ps(as_json: bool) -> None:
         return
     rows = []
     for role, told in processes.items():
-        private = told.get("private_bytes")
-        rows.append(
-            [role, str(told["pid"]), told["state"], duration(told["uptime"]), size(private) if private else "-"]
-        )
+        private = size(told["private_bytes"]) if told.get("private_bytes") else "-"
+        rows.append([role, str(told["pid"]), told["state"], duration(told["uptime"]), private])
     table(("PROCESS", "PID", "STATE", "UP", "OWN MEMORY"), rows)
     click.echo()
     if not models:

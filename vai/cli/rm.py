@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
+from pathlib import Path
 
 import click
 
 from vai import config
 from vai.cli.engine import ask
 from vai.cli.output import short, size
+from vai.daemon import roles
+from vai.daemon.stop import end
 from vai.errors import InUse, ModelNotFound, Unavailable
 from vai.rom import segment
+from vai.rom.holders import holders
 from vai.rom.registry import Name, Registry
+
+_PATIENCE = 5.0
 
 
 @click.command()
@@ -35,6 +42,7 @@ def rm(name: str, force: bool) -> None:
         return
     with contextlib.suppress(Unavailable):  # no engine, nothing to ask
         ask(settings.root, lambda engine: engine.release(digest))
+    _end_burners(segment.image_path(settings.root, digest))
     try:
         freed = segment.remove(settings.root, digest, force=force)
     except InUse:
@@ -58,3 +66,13 @@ def _forget(registry: Registry, text: str) -> tuple[str | None, list[Name]]:
     for name in gone:
         registry.forget(name.name)
     return digest or None, gone
+
+
+def _end_burners(path: Path) -> None:
+    """End the burners that still give the image huge pages: our own, with nothing to lose."""
+    for holder in holders(path):
+        end(holder.pid, _PATIENCE, partial(_is_burner, holder.pid))
+
+
+def _is_burner(pid: int) -> bool:
+    return roles.arguments(pid)[1:3] == ["-m", "vai.burn"]

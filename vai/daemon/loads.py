@@ -26,6 +26,7 @@ log = logging.getLogger("vai.daemon")
 
 _LINE_LIMIT = 1 << 20
 _NICE = 10
+_PATIENCE = 5.0
 
 
 def burn_argv(root: Path, source: str) -> list[str]:
@@ -99,7 +100,7 @@ class Loader:
         self.output = output
         self.loads: list[Load] = []
         self._queue: asyncio.Queue[Load] = asyncio.Queue()
-        self._process: Process | None = None
+        self._burners: set[Process] = set()
 
     def wanted(self) -> list[Load]:
         """What is named and absent, queued; names of one image once."""
@@ -153,32 +154,41 @@ class Loader:
         log.info("burning %s", load.source)
         reading, writing = os.pipe()
         try:
-            argv = burn_argv(self.root, load.source)
-            self._process = Process.start(argv, output=self.output, stdout=writing)
+            process = Process.start(burn_argv(self.root, load.source), output=self.output, stdout=writing)
         finally:
             os.close(writing)
+        self._burners.add(process)
         with contextlib.suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, _NICE)  # a load must not stall running streams
+            os.setpriority(os.PRIO_PROCESS, process.pid, _NICE)  # a load must not stall running streams
         await self._follow(load, reading)
-        code = await self._process.exited()
-        self._process.close()
-        self._process = None
-        if load.error is not None:
-            raise load.error
+        changed = load.digest is not None and load.expected not in (None, load.digest)
+        if changed:
+            await process.end(_PATIENCE)
+        ending = asyncio.create_task(self._reap(process))
         if load.digest is None:
-            raise Interrupted(f"The burn of {load.source} ended early (exit code {code}): {last_line(self.output)}")
-        if load.expected not in (None, load.digest):
+            code = await ending
+            reason = f"The burn of {load.source} ended early (exit code {code}): {last_line(self.output)}"
+            raise load.error or Interrupted(reason)
+        if changed:
+            await ending
             self._discard(load, load.digest in before)
 
+    async def _reap(self, process: Process) -> int | None:
+        """Wait for a burner, which goes on for a while after publishing, to give the image huge pages."""
+        code = await process.exited()
+        process.close()
+        self._burners.discard(process)
+        return code
+
     async def _follow(self, load: Load, reading: int) -> None:
-        """Read the burner's lines to their end."""
+        """Read the burner's lines until the image is published, or to their end."""
         reader = asyncio.StreamReader(limit=_LINE_LIMIT)
         pipe = os.fdopen(reading, "rb", buffering=0)  # the transport closes it
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), pipe
         )
         try:
-            while line := await reader.readline():
+            while load.digest is None and (line := await reader.readline()):
                 message = parse(line)
                 load.done = int(message.get("done", load.done))
                 load.total = int(message.get("total", load.total))
@@ -206,6 +216,5 @@ class Loader:
         log.info("%s is resident as image %s", load.source, load.digest)
 
     async def stop(self, patience: float) -> None:
-        """End the burn in progress, if there is one; it leaves nothing."""
-        if self._process is not None:
-            await self._process.end(patience)
+        """End the burners. A burn in progress leaves nothing."""
+        await asyncio.gather(*(process.end(patience) for process in self._burners))

@@ -6,7 +6,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,19 +38,28 @@ def stop(root: Path) -> Iterator[Stopped]:
 
 
 def _end(root: Path, role: str, pid: int, patience: float) -> Stopped | None:
-    """SIGTERM, and SIGKILL after `patience` seconds; None where the process had ended by itself."""
+    """End the holder of a role; None where it had ended by itself."""
+    began = time.monotonic()
+    heeded = end(pid, patience, lambda: roles.holder(root, role) == pid)
+    return None if heeded is None else Stopped(role, pid, time.monotonic() - began, killed=not heeded)
+
+
+def end(pid: int, patience: float, still: Callable[[], bool]) -> bool | None:
+    """SIGTERM to a process, and SIGKILL after `patience` seconds; whether it heeded the first, None where it was gone.
+
+    `still` is asked once the process is pinned by its pidfd: whether `pid` means what it did when it was looked up.
+    """
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
     try:
-        if roles.holder(root, role) != pid:  # ended between question and pidfd: the number may be another's
+        if not still():
             return None
-        began = time.monotonic()
-        killed = not _signalled(pidfd, signal.SIGTERM, patience)
-        if killed:
-            _signalled(pidfd, signal.SIGKILL, _KILL_PATIENCE)
-        return Stopped(role, pid, time.monotonic() - began, killed)
+        if _signalled(pidfd, signal.SIGTERM, patience):
+            return True
+        _signalled(pidfd, signal.SIGKILL, _KILL_PATIENCE)
+        return False
     finally:
         os.close(pidfd)
 

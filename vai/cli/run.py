@@ -1,0 +1,126 @@
+"""`vai run`: answer one prompt, or chat. With the running engine, or with one in this process over the same memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vai import config
+from vai.cli.load import load_again
+from vai.config import Config
+from vai.daemon import roles
+from vai.rom.registry import Registry
+
+if TYPE_CHECKING:
+    from vai.llm import Delta, Model
+
+Conversation = list[dict[str, str]]
+Answer = Callable[[Conversation], Iterator[str]]
+
+
+@click.command()
+@click.argument("name")
+@click.argument("prompt", required=False)
+@click.option("--max-tokens", type=click.IntRange(1), help="End the answer after so many tokens.")
+@click.option("--temperature", type=click.FloatRange(0, 100), help="0 always takes the likeliest token.")
+@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), help="Repeats an answer that was drawn with it.")
+@click.option("--system", help="What the model is told before the conversation.")
+def run(name: str, prompt: str | None, system: str | None, **sampling: float | None) -> None:
+    """Answer PROMPT with the model NAME; without PROMPT, chat (or answer what comes on standard input).
+
+    The running engine answers; if none runs, an engine inside this command does, over the same weights in memory.
+    In a chat, Ctrl-C ends an answer and Ctrl-D the chat.
+
+    \b
+    vai run qwen "Why is the sky blue?"
+    vai run qwen --temperature 0 --max-tokens 64 < question.txt
+    vai run qwen
+    """
+    settings = config.load()
+    registry = Registry(settings.root, settings.names)
+    if not registry.is_resident(registry.find(name)):
+        load_again(settings, name)
+    opening: Conversation = [] if system is None else [{"role": "system", "content": system}]
+    with _answerer(settings, name, sampling) as answer:
+        if prompt is None and sys.stdin.isatty():
+            _chat(answer, opening)
+        else:
+            text = sys.stdin.read() if prompt is None else prompt
+            _print(answer([*opening, {"role": "user", "content": text}]))
+
+
+def _chat(answer: Answer, conversation: Conversation) -> None:
+    """Turns until the end of input. An interrupted answer stays in the conversation as far as it came."""
+    click.echo("Ctrl-D ends the chat, Ctrl-C an answer.", err=True)
+    while True:
+        try:
+            text = input(">>> ")
+        except EOFError:
+            click.echo()
+            return
+        if not text.strip():
+            continue
+        conversation.append({"role": "user", "content": text})
+        conversation.append({"role": "assistant", "content": _print(answer(conversation))})
+
+
+def _print(pieces: Iterator[str]) -> str:
+    """Write an answer as it comes and return it. Ctrl-C ends it, and the command too unless it is a chat."""
+    whole = ""
+    try:
+        for piece in pieces:
+            whole += piece
+            click.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+    click.echo()
+    return whole
+
+
+@contextlib.contextmanager
+def _answerer(settings: Config, name: str, sampling: dict[str, Any]) -> Iterator[Answer]:
+    """A function from a conversation to the pieces of its answer."""
+    if roles.holder(settings.root, "engine") is None:
+        click.echo("vai: no engine is running; this command runs its own over the same memory.", err=True)
+        from vai.llm import LLM
+
+        with LLM(name) as own:
+            yield lambda talk: (delta.text for delta in own.stream(talk, own.sampling(**sampling)))
+        return
+    with asyncio.Runner() as runner, contextlib.ExitStack() as undo:
+        model = _open(settings, name, runner, undo)
+        yield lambda talk: (delta.text for delta in _deltas(runner, model, talk, sampling))
+
+
+def _open(settings: Config, name: str, runner: asyncio.Runner, undo: contextlib.ExitStack) -> Model:
+    """The model over the running engine. `undo` closes what was opened for it."""
+    from vai.llm import Frontend, connect
+
+    port = connect(roles.socket_path(settings.root, "engine"))
+    undo.callback(lambda: runner.run(port.close()))
+    frontend = Frontend(settings.root, settings.names, port)
+    undo.callback(lambda: runner.run(frontend.close()))
+    return runner.run(frontend.open(name))
+
+
+def _deltas(
+    runner: asyncio.Runner, model: Model, conversation: Conversation, sampling: dict[str, Any]
+) -> Iterator[Delta]:
+    """The answer's deltas, one loop turn at a time; whatever ends the iteration aborts the request."""
+    ids = runner.run(model.encode_chat(conversation))
+    stream = model.stream(ids, model.sampling(**sampling))
+
+    async def following() -> Delta | None:
+        return await anext(stream, None)
+
+    try:
+        while (delta := runner.run(following())) is not None:
+            yield delta
+    finally:
+        runner.run(stream.aclose())
