@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -29,10 +30,20 @@ def holders(path: Path) -> list[Holder]:
         fields = line.split()  # "1: FLOCK ADVISORY READ pid major:minor:inode 0 EOF"; "1: -> ..." only waits
         if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == wanted:
             pids.add(int(fields[4]))
-    living = [holder for pid in pids if (holder := _holder(pid)) is not None]
-    if len(living) < len(pids):  # who took the lock is gone, and left it to a child
-        living += [h for pid in _openers(found) - pids if (h := _holder(pid)) is not None]
-    return sorted(living)
+    holding = {pid for pid in pids if _has_open(pid, found)}
+    if holding != pids:  # who took the lock is gone, and left it to a child
+        holding = {int(entry.name) for entry in PROC.glob("[0-9]*") if _has_open(int(entry.name), found)}
+    return sorted(holder for pid in holding if (holder := _holder(pid)) is not None)
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    """Whether this process has a descriptor of the file: a pid in /proc/locks may have died and be another's now."""
+    with contextlib.suppress(OSError):  # another user's process, or gone
+        for descriptor in (PROC / f"{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if os.path.samestat(descriptor.stat(), file):
+                    return True
+    return False
 
 
 def _holder(pid: int) -> Holder | None:
@@ -43,20 +54,3 @@ def _holder(pid: int) -> Holder | None:
         return None
     # Any program chooses its own command line, and this one ends on a terminal.
     return Holder(pid, start, "".join(c if c.isprintable() else "?" for c in line[:120]) or "a process")
-
-
-def _openers(file: os.stat_result) -> set[int]:
-    """Processes of this user with a descriptor of the file."""
-    found = set()
-    for directory in PROC.glob("[0-9]*/fd"):
-        try:
-            descriptors = list(directory.iterdir())
-        except OSError:
-            continue  # another user's, or gone
-        for descriptor in descriptors:
-            try:
-                if os.path.samestat(descriptor.stat(), file):
-                    found.add(int(directory.parent.name))
-            except OSError:
-                continue  # closed meanwhile
-    return found

@@ -76,8 +76,7 @@ def _memory_cgroups() -> Iterator[tuple[Path, Path]]:
             continue
         path = os.path.relpath(own[controller], root)
         inside = mount if path.startswith("..") else os.path.normpath(os.path.join(mount, path))  # noqa: PTH118
-        if Path(inside).is_dir():
-            yield Path(inside), Path(mount)
+        yield Path(inside if Path(inside).is_dir() else mount), Path(mount)
 
 
 def _unescaped(field: str) -> str:
@@ -99,5 +98,5 @@ def _reclaimable(directory: Path, prefix: str) -> int:
         lines = (directory / "memory.stat").read_text().splitlines()
     except OSError:
         return 0
-    counters = dict(line.split(" ", 1) for line in lines)
+    counters = dict(line.split(" ", 1) for line in lines if line)
     return sum(int(counters.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))

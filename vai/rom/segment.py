@@ -56,7 +56,7 @@ def prepare(root: Path) -> None:
 
 
 def _require_private(directory: Path) -> None:
-    """Somebody else's directory may hold anything, and may shrink files under a reader. Raises FileNotFoundError too."""
+    """Somebody else's directory may hold anything, and may shrink files under a reader. Raises Unavailable, OSError."""
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise Unavailable(f"{directory} must be a directory and is not; move it away, or set VAI_ROOT.")
@@ -67,15 +67,24 @@ def _require_private(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """LOCK_EX on a file of ours (made if absent) or on a directory, for the length of the block."""
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+def _locked(path: Path, flags: int) -> Iterator[None]:
+    """LOCK_EX on the file or directory at `path`, opened with `flags`, for the length of the block. Raises OSError."""
     fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)
+
+
+def _room_locked(root: Path) -> contextlib.AbstractContextManager[None]:
+    """One burn at a time, from the room check to the end of the allocation."""
+    return _locked(root / "run/room.lock", os.O_RDWR | os.O_CREAT)
+
+
+def _names_locked(root: Path) -> contextlib.AbstractContextManager[None]:
+    """For the instants in which files of `images` are made, renamed or deleted. Raises FileNotFoundError."""
+    return _locked(root / "images", os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _names_inode(path: Path, fd: int) -> bool:
@@ -106,18 +115,17 @@ class Partial:
 
     def __init__(self, root: Path, *, file_bytes: int, data_offset: int, reserve: int = RESERVE) -> None:
         self._root = root
-        self._images = root / "images"
         self._file_bytes = file_bytes
         self._data_offset = data_offset
         self._reserve = reserve
         self._fd = -1  # for writing and mapping
         self._lease = -1  # for the lock
-        self.path = self._images / f".{os.urandom(8).hex()}.partial"
+        self.path = root / "images" / f".{os.urandom(8).hex()}.partial"
         _burning.add(self)
 
     def __enter__(self) -> Partial:
         prepare(self._root)
-        with _locked(self._root / "run/room.lock"):
+        with _room_locked(self._root):
             sweep(self._root)
             _require_room(self._root, self._file_bytes, self._file_bytes, self._reserve)
             try:
@@ -164,7 +172,7 @@ class Partial:
         )
         _write(self._fd, header, 0)
         digest = form.parse_header(header, self._file_bytes).digest
-        with _locked(self._images):  # LOCK_EX to LOCK_SH is no atomic step: a sweep must not come between
+        with _names_locked(self._root):  # LOCK_EX to LOCK_SH is no atomic step: a sweep must not come between
             fcntl.flock(self._lease, fcntl.LOCK_SH)
             with contextlib.suppress(FileExistsError):
                 os.link(self.path, image_path(self._root, digest), follow_symlinks=False)
@@ -173,7 +181,7 @@ class Partial:
 
     def _create(self) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with _locked(self._images):  # no sweep between open and flock
+        with _names_locked(self._root):  # no sweep between open and flock
             self._fd = os.open(self.path, flags, 0o400)
             self._lease = reopen(self._fd)
             fcntl.flock(self._lease, fcntl.LOCK_EX)
@@ -326,7 +334,7 @@ def remove(root: Path, digest: str, *, force: bool = False) -> int:
     path = image_path(root, digest)
     fd = _open(path, digest)
     try:
-        with _locked(root / "images"):
+        with _names_locked(root):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -348,8 +356,10 @@ def remove(root: Path, digest: str, *, force: bool = False) -> int:
 
 def sweep(root: Path) -> list[Path]:
     """Delete what killed burners left, and return it. A living burner's partial is locked, and stays."""
-    swept = []
-    with _locked(root / "images"):
+    swept: list[Path] = []
+    if not (root / "images").is_dir():
+        return swept
+    with _names_locked(root):
         for partial in _partials(root):
             try:
                 fd = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
