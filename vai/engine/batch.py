@@ -13,10 +13,10 @@ class Batch:
     """Sequence s contributes the rows of its tokens [computed, computed + counts[s]).
 
     `drawing` are the sequences whose last uncomputed token is among them, in row order: each gets one new token.
-    `picked_at`: when the scheduler began to pick this step, in nanoseconds of time.perf_counter_ns.
+    `picked_at`: when the scheduler began to pick this step, in seconds of time.perf_counter.
     """
 
-    def __init__(self, entry: Entry, picked_at: int) -> None:
+    def __init__(self, entry: Entry, picked_at: float) -> None:
         self.entry = entry
         self.picked_at = picked_at
         self.sequences: list[Sequence] = []

@@ -2,7 +2,8 @@
 
 Models take turns by served cost: the turn goes to the model that has been served least, for a short quantum, so that
 under load the order is A A A B B and not A B A B. Nobody waits longer than MAX_WAIT plus a step of each other model.
-Inside a model, every decoding sequence has a row in every step, and prompts fill the rest of the step in order of age.
+Inside a model, every decoding sequence has a row in every step, and prompts fill the rest of the step in order of age,
+as many of their tokens as the model computes in STEP_WHILE_STREAMING (or STEP, where nobody waits for the next token).
 
 Pages come from one pool for all models. Requests are admitted in order of age across all models, each with room for
 its whole prompt; the oldest that does not fit makes the younger wait. A running sequence that needs a page where none
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as List
 
 from vai.engine.batch import Batch
@@ -27,6 +29,9 @@ from vai.scratchpad.pages import PagePool
 QUANTUM = 0.05  # seconds of one turn
 MAX_WAIT = 1.0  # seconds that a model with work may be passed over for those served less
 MAX_WAITING = 1024  # requests that are not admitted yet
+STEP_WHILE_STREAMING = 0.15  # seconds of one step with prompt rows in it, as far as measured rates foretell
+STEP = 1.0
+SMALLEST_CHUNK = 32  # prompt rows that a step may always have, and the size of the first, which tells the rate
 
 
 class ModelQueue:
@@ -39,14 +44,18 @@ class ModelQueue:
         self.served = 0.0  # seconds of steps, set forward after idle times so that idling saves nothing up
         self.passed_over_since = 0.0
         self.tokens = 0  # made since the attach
+        self.rows_per_second = 0.0  # in the last step that had prompt rows; 0 before the first
 
 
 class Scheduler:
     """Requests in, batches out, outputs out. Not thread-safe."""
 
-    def __init__(self, pool: PagePool, *, max_rows: int, max_sequences: int) -> None:
-        """`max_rows`: token budget of a step. `max_sequences`: sequences of one model that run at once."""
+    def __init__(
+        self, pool: PagePool, *, max_rows: int, max_sequences: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """`max_rows`: most rows of a step. `max_sequences`: sequences of one model that run at once."""
         self._pool = pool
+        self._clock = clock
         self._max_rows = max_rows
         self._max_sequences = min(max_sequences, max_rows)  # so that a step has a row for each
         self._queues: dict[str, ModelQueue] = {}
@@ -100,9 +109,9 @@ class Scheduler:
 
     def pick(self) -> Batch | None:
         """The next step, or None where nobody has anything to compute."""
-        picked_at = time.perf_counter_ns()
-        self._admit(picked_at / 1e9)
-        while (queue := self._choose(picked_at / 1e9)) is not None:
+        picked_at = self._clock()
+        self._admit(picked_at)
+        while (queue := self._choose(picked_at)) is not None:
             batch = self._fill(queue, picked_at)
             if batch.rows:
                 return batch
@@ -110,7 +119,7 @@ class Scheduler:
 
     def commit(self, batch: Batch, draws: List[Draw | VaiError]) -> None:
         """Take the results of a step: one draw, or the reason why there is none, for each of `batch.drawing`."""
-        now = time.perf_counter()
+        now = self._clock()
         queue = self._charge(batch, now)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.computed += count
@@ -126,7 +135,7 @@ class Scheduler:
 
     def fail(self, batch: Batch, error: VaiError) -> None:
         """A step could not be computed: its requests end, everybody else goes on."""
-        self._charge(batch, time.perf_counter())
+        self._charge(batch, self._clock())
         for sequence in batch.sequences:
             self._end(sequence, "error", error)
 
@@ -149,23 +158,34 @@ class Scheduler:
 
     def _charge(self, batch: Batch, now: float) -> ModelQueue:
         queue = self._queues[batch.entry.digest]
-        seconds = now - batch.picked_at / 1e9
+        seconds = now - batch.picked_at
         queue.served += seconds
+        if batch.rows >= SMALLEST_CHUNK:
+            queue.rows_per_second = batch.rows / max(seconds, 1e-9)
         queue.passed_over_since = now
         self._turn_used += seconds
         return queue
 
-    def _fill(self, queue: ModelQueue, picked_at: int) -> Batch:
-        """One row of every decoding sequence, then prompts up to the token budget."""
+    def _fill(self, queue: ModelQueue, picked_at: float) -> Batch:
+        """One row of every decoding sequence, then prompts up to the budget."""
         batch = Batch(queue.entry, picked_at)
         for sequence in [sequence for sequence in queue.running if sequence.uncomputed == 1]:
             if sequence.running and self._grow(sequence):  # growing may have preempted those after it
                 batch.add(sequence, 1)
+        room = self._prompt_rows(queue, batch.rows)
         for sequence in queue.running:
-            room = self._max_rows - batch.rows
             if room and sequence.uncomputed > 1:
-                batch.add(sequence, min(room, sequence.uncomputed))
+                count = min(room, sequence.uncomputed)
+                batch.add(sequence, count)
+                room -= count
         return batch
+
+    def _prompt_rows(self, queue: ModelQueue, decoding: int) -> int:
+        """How many prompt rows may join `decoding` rows in this step."""
+        streaming = any(each.uncomputed == 1 for other in self._queues.values() for each in other.running)
+        seconds = STEP_WHILE_STREAMING if streaming else STEP
+        rows = min(int(seconds * queue.rows_per_second), self._max_rows) - decoding
+        return min(max(rows, SMALLEST_CHUNK), self._max_rows - decoding)
 
     # Pages
 
@@ -242,7 +262,7 @@ class Scheduler:
     def _end(self, sequence: Sequence, finish: str, error: VaiError | None = None) -> None:
         self._leave(sequence)
         reason = None if error is None else (error.code, error.message)
-        timing = sequence.timing(time.perf_counter())
+        timing = sequence.timing(self._clock())
         self._outputs.append(Output(id=sequence.request.id, finish=finish, error=reason, timing=timing))
 
     def _leave(self, sequence: Sequence) -> None:

@@ -1,0 +1,30 @@
+"""What tests of several rooms share: two tiny models, synthesized and burned once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vai.burn.burn import burn
+from vai.burn.synth import synthesize
+from vai.rom.registry import Name, Registry
+
+TINY_MODELS = {"tiny": "Q4_0", "tiny-qwen2": "Q8_0"}
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, str]]:
+    """(root, names, {name: digest}) with "tiny" (llama, Q4_0) and "tiny-qwen2" (Q8_0) burned and named.
+
+    Shared by the whole session: read, attach and serve it, but leave its images and names as they are.
+    """
+    base = tmp_path_factory.mktemp("tiny")
+    root, names = base / "root", base / "names"
+    registry, digests = Registry(root, names), {}
+    for shape, block_type in TINY_MODELS.items():
+        source = base / f"{shape}.gguf"
+        synthesize(source, shape=shape, type=block_type, seed=1)
+        digests[shape] = burn(source, root).digest
+        registry.put(Name(shape, str(source), digest=digests[shape]))
+    return root, names, digests
