@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
+import random
+import struct
 import subprocess
 import sys
 import time
@@ -13,7 +16,7 @@ from pathlib import Path
 import pytest
 from rom_toy import SCRIPT, Start, burn, sections, toy_tensors
 
-from vai.errors import CorruptImage, InUse, ModelNotFound, NotEnoughRoom, Unavailable
+from vai.errors import CorruptImage, InUse, ModelNotFound, NotEnoughRoom, Unavailable, WrongVersion
 from vai.rom import image as form
 from vai.rom import segment
 from vai.rom.image import TensorTable
@@ -36,6 +39,36 @@ def test_a_burned_image_reads_back_what_was_written(root: Path) -> None:
         for name, content in sections(image.data, tensors, data_bytes).items():
             assert image.section(name) == content
         segment.verify(image)
+
+
+def test_the_format_is_the_one_that_was_written_down(root: Path) -> None:
+    digest = burn(root, seed=3)
+    assert digest == "063b00d3b92f1d78593589b460ea6025b88cee397842a48c9a4f17aaf640d271", (
+        "another digest for the same content: raise the ABI"
+    )
+    file = segment.image_path(root, digest).read_bytes()
+    assert file[:24] == b"VAI-ROM\n" + struct.pack("<IIII", 1, 1, 6, 0)
+    file_bytes, data_offset, data_bytes = struct.unpack_from("<QQQ", file, 24)
+    assert (file_bytes, data_offset) == (len(file), 2 << 20)
+    assert hashlib.sha256(file[256:640]).digest() == file[48:80] == bytes.fromhex(digest)
+    names, end, hashes = [], 4096, {}
+    for entry in range(256, 640, 64):
+        name, offset, length, sha256 = struct.unpack_from("<16sQQ32s", file, entry)
+        names.append(name.rstrip(b"\0").decode())
+        assert offset == -(-end // 64) * 64
+        end = offset + length
+        assert hashlib.sha256(file[offset:end]).digest() == sha256
+        hashes[names[-1]] = sha256
+    assert names == ["tensors", "spec", "tokenizer", "template", "defaults", "provenance"]
+    table = json.loads(file[4096 : 4096 + struct.unpack_from("<Q", file, 256 + 24)[0]])
+    data = file[data_offset:]
+    assert len(data) == data_bytes == table["data_bytes"]
+    chunks = [hashlib.sha256(data[at : at + (4 << 20)]).hexdigest() for at in range(0, len(data), 4 << 20)]
+    assert chunks == table["chunks"]
+    weights = hashlib.sha256(b"VAI weights 1\n" + hashes["tensors"] + hashes["spec"]).hexdigest()
+    with segment.attach(root, digest) as image:
+        assert image.weights == weights
+        assert [list(tensor[:6]) for tensor in image.table.tensors] == [tensor[:6] for tensor in table["tensors"]]
 
 
 def test_one_checkpoint_has_one_digest_wherever_and_whenever(tmp_path: Path) -> None:
@@ -98,6 +131,35 @@ def test_a_table_that_is_wrong_is_not_published(root: Path) -> None:
     with pytest.raises(CorruptImage), segment.Partial(root, file_bytes=8 << 20, data_offset=2 << 20) as partial:
         partial.publish(made, 1.0)
     assert _images(root) == []
+
+
+def test_a_burn_writes_inside_its_data_area_and_only_until_it_publishes(root: Path) -> None:
+    tensors, data_bytes = toy_tensors()
+    made = sections(b"", tensors, data_bytes)
+    plan = form.layout({name: len(section) for name, section in made.items()}, data_bytes)
+    with segment.Partial(root, file_bytes=plan.file_bytes, data_offset=plan.data_offset) as partial:
+        partial.write(memoryview(b"end"), data_bytes - 3)
+        assert partial.data[-4:] == b"\0end"
+        for start in (-1, data_bytes - 2):
+            with pytest.raises(ValueError, match="outside the data area"):
+                partial.write(memoryview(b"end"), start)
+        partial.publish(made, 1.0)
+        with pytest.raises(Unavailable, match="burn has ended"):
+            partial.write(memoryview(b"late"), 0)
+        assert partial.data.readonly is False, "the view cannot know; the memory under it does"
+    with pytest.raises(Unavailable, match="burn has ended"):
+        partial.publish(made, 1.0)
+
+
+def test_a_forked_child_of_a_burner_deletes_nothing(root: Path) -> None:
+    with segment.Partial(root, file_bytes=4 << 20, data_offset=2 << 20) as partial:
+        child = os.fork()
+        if child == 0:
+            partial.__exit__(None, None, None)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert _images(root) == [partial.path.name]
+        assert segment.sweep(root) == []
 
 
 def test_nobody_writes_to_a_published_image_through_a_view_kept_from_its_burn(root: Path) -> None:
@@ -455,6 +517,21 @@ def test_a_flipped_bit_in_a_section_is_found_and_the_section_named(root: Path, n
     else:
         with segment.attach(root, digest) as image, pytest.raises(CorruptImage, match=f"section '{name}'"):
             image.section(name)
+
+
+def test_a_hundred_flipped_bits_anywhere_are_found_a_hundred_times(root: Path) -> None:
+    path = segment.image_path(root, digest := burn(root))
+    places = random.Random(20261121)
+    for _ in range(100):
+        position = places.randrange(path.stat().st_size)
+        if 80 <= position < 160:  # burn time and host, which no hash covers
+            continue
+        _flip(path, position)
+        with pytest.raises((CorruptImage, WrongVersion)), segment.attach(root, digest) as image:
+            segment.verify(image)
+        _flip(path, position)
+    with segment.attach(root, digest) as image:
+        segment.verify(image)
 
 
 def test_a_flipped_bit_between_sections_is_found(root: Path) -> None:
