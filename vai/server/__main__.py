@@ -23,7 +23,7 @@ from vai.server.protocol import Protocol
 
 MAX_KEY_BYTES = 4096
 KEEP_ALIVE_SECONDS = 60
-GRACE_SECONDS = 10  # streams may end this long after SIGTERM
+GRACE_SECONDS = 8  # streams may end this long after SIGTERM; the daemon waits 10
 BACKLOG = 2048
 
 
@@ -80,8 +80,8 @@ def _stop_quietly(number: int, frame: FrameType | None) -> None:
 async def serve(args: argparse.Namespace, listener: socket.socket, api_key: str | None) -> None:
     """Answer requests until SIGTERM or SIGINT."""
     port = llm.connect(args.engine_socket)
+    frontend = llm.Frontend(args.root, args.names, port)
     try:
-        frontend = llm.Frontend(args.root, args.names, port)
         app = build(frontend, port, daemon_socket=args.daemon_socket, host=args.host, api_key=api_key)
         config = uvicorn.Config(
             app,
@@ -97,6 +97,7 @@ async def serve(args: argparse.Namespace, listener: socket.socket, api_key: str 
         )
         await uvicorn.Server(config).serve(sockets=[listener])
     finally:
+        await frontend.close()
         await port.close()
 
 

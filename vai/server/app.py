@@ -10,18 +10,18 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from vai.daemon import client as daemon
-from vai.errors import BadRequest, ContextTooLong, ModelNotFound, Unavailable, VaiError
+from vai.daemon import protocol as daemon
+from vai.errors import BadRequest, ModelNotFound, Unavailable, VaiError
 from vai.request import SamplingParams
 from vai.server import schema
 from vai.server.guard import Guard, Hosts, error_response, read_body, status_phrase
@@ -29,26 +29,35 @@ from vai.server.render import Answer, ChatAnswer, TextAnswer
 from vai.server.stream import EventStream, interleave, until_gone
 
 if TYPE_CHECKING:
-    from vai.engine.port import EnginePort
     from vai.llm import Delta, Frontend, Model
 
 HEALTH_SECONDS = 4.0  # an engine that says nothing this long is not healthy
 COMPLETION_TOKENS = 16  # `max_tokens` of /v1/completions where the client names none, as in OpenAI's
-_DEFAULTS = ("temperature", "top_k", "top_p", "min_p")
+
+
+class _Status(Protocol):
+    @property
+    def pid(self) -> int: ...
+
+
+class Engine(Protocol):
+    """What health asks of the engine's port."""
+
+    async def status(self) -> _Status: ...
 
 
 class Routes:
     """All endpoints. One per process, on one event loop."""
 
-    def __init__(self, frontend: Frontend, port: EnginePort, daemon_socket: Path | None) -> None:
+    def __init__(self, frontend: Frontend, engine: Engine, daemon_socket: Path | None) -> None:
         self._frontend = frontend
-        self._port = port
+        self._engine = engine
         self._daemon_socket = daemon_socket
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._proven_engine = 0  # pid of the last engine seen to decode
+        self._proofs: dict[int, asyncio.Task[None]] = {}  # by pid of the engine: that it has decoded a token
 
-    def app(self) -> Starlette:
-        """The routes as a Starlette application with OpenAI error bodies."""
+    def app(self) -> ASGIApp:
+        """The routes as an application with OpenAI error bodies."""
         routes = [
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
@@ -59,9 +68,10 @@ class Routes:
             Route("/livez", self.live),
             Route("/version", self.version),
         ]
-        app = Starlette(routes=routes, exception_handlers={VaiError: _refused, HTTPException: _refused})
-        app.router.redirect_slashes = False
-        return app
+        # Without Starlette's outer application: its last layer answers a bug before the guard can.
+        return ExceptionMiddleware(
+            Router(routes, redirect_slashes=False), {VaiError: _refused, HTTPException: _refused}
+        )
 
     # -- models and health -----------------------------------------------------------------------------------------
 
@@ -74,7 +84,8 @@ class Routes:
         for entry in entries:
             if entry.id == name:
                 return _json(entry)
-        raise ModelNotFound(_no_such_model(name, entries), param="model")
+        known = ", ".join(entry.id for entry in entries) or "none; load one: vai load FILE"
+        raise ModelNotFound(f"There is no model '{name[:128]}'. Models here: {known}.", param="model")
 
     async def live(self, request: Request) -> Response:
         """The event loop answers."""
@@ -87,18 +98,23 @@ class Routes:
         """200 when the engine answers and a model has been seen to decode in it, else 503 with the reason."""
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
-                status = await self._port.status()
-                if status.pid != self._proven_engine:
-                    await self._decode_one()
-                    self._proven_engine = status.pid
+                await self._proof((await self._engine.status()).pid)
         except TimeoutError:
             raise Unavailable(f"The engine did not answer within {HEALTH_SECONDS:g} s.") from None
-        return _json({"status": "ok", "models": len(status.models)})
+        return _json({"status": "ok"})
+
+    async def _proof(self, pid: int) -> None:
+        """Returns once the engine `pid` has decoded a token. Whoever stops waiting does not stop the proof."""
+        proof = self._proofs.get(pid)
+        if proof is None or (proof.done() and proof.exception() is not None):
+            proof = asyncio.ensure_future(self._decode_one())
+            self._proofs = {pid: proof}
+        await asyncio.shield(proof)
 
     async def _decode_one(self) -> None:
         cards = [card for card in self._frontend.models() if card.resident]
         if not cards:
-            raise Unavailable("No model is resident. Load one: vai load FILE")
+            raise Unavailable("No model is resident, so none can answer. Load one: vai load FILE")
         model = await self._frontend.open(cards[0].name)
         async with aclosing(model.stream([0], SamplingParams(temperature=0, max_tokens=1), [])) as deltas:
             async for _ in deltas:
@@ -113,7 +129,7 @@ class Routes:
         ids = await model.encode_chat(messages)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = _sampling(asked, model, asked.max_completion_tokens or asked.max_tokens, logprobs)
-        return await self._respond(request, asked, model, [ids], sampling, ChatAnswer)
+        return await _respond(request, asked, model, [ids], sampling, ChatAnswer)
 
     async def completions(self, request: Request) -> Response | EventStream:
         asked = schema.decode_completion(await read_body(request.scope, request.receive))
@@ -121,66 +137,38 @@ class Routes:
         model = await self._open(asked.model)
         prompts = [await model.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
         sampling = _sampling(asked, model, asked.max_tokens or COMPLETION_TOKENS, asked.logprobs)
-        return await self._respond(request, asked, model, prompts, sampling, TextAnswer)
-
-    async def _respond(
-        self,
-        request: Request,
-        asked: schema.ChatRequest | schema.CompletionRequest,
-        model: Model,
-        prompts: list[list[int]],
-        sampling: SamplingParams,
-        kind: type[Answer],
-    ) -> Response | EventStream:
-        for prompt in prompts:
-            _check_length(prompt, model)
-        options = asked.stream_options
-        answer = kind(
-            model,
-            [len(prompt) for prompt in prompts],
-            logprobs=sampling.logprobs is not None,
-            usage_chunk=bool(options and options.include_usage),
-        )
-        stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-        deltas = interleave([model.stream(prompt, sampling, stop) for prompt in prompts])
-        notes = request.scope["vai.notes"]
-        if asked.stream:
-            return EventStream(_frames(answer, deltas, notes))
-        body = await until_gone(request.receive, _whole(answer, deltas, notes))
-        return Response(body, media_type="application/json")
+        return await _respond(request, asked, model, prompts, sampling, TextAnswer)
 
     async def _open(self, name: str) -> Model:
         """The model of this name, loaded by the daemon first where it is not resident.
 
         Raises ModelNotFound, Unavailable (with the way out) or NotEnoughRoom.
         """
-        entries = {card.name: card for card in self._frontend.models()}
-        card = entries.get(name)
-        if card is None:
-            raise ModelNotFound(_no_such_model(name, _entries(self._frontend)), param="model")
-        if not card.resident:
-            await self._load(name)
+        try:
+            return await self._frontend.open(name)
+        except ModelNotFound as error:
+            error.param = "model"
+            raise
+        except Unavailable:
+            absent = {card.name for card in self._frontend.models() if not card.resident}
+            if name not in absent or self._daemon_socket is None:
+                raise
+        await self._load(self._daemon_socket, name)
         return await self._frontend.open(name)
 
-    async def _load(self, name: str) -> None:
+    async def _load(self, daemon_socket: Path, name: str) -> None:
         """Have the daemon make a model resident. Everybody who waits for one name waits for one load."""
-        if self._daemon_socket is None:
-            raise Unavailable(
-                f"The model '{name}' is not resident and no daemon is here to load it. Start it: vai serve"
-            )
         task = self._loading.get(name)
         if task is None:
-            task = asyncio.ensure_future(asyncio.to_thread(_ask_to_load, self._daemon_socket, name))
+            task = asyncio.ensure_future(_ask_to_load(daemon_socket, name))
             self._loading[name] = task
             task.add_done_callback(lambda _: self._loading.pop(name, None))
         await asyncio.shield(task)
 
 
-def build(
-    frontend: Frontend, port: EnginePort, *, daemon_socket: Path | None, host: str, api_key: str | None
-) -> ASGIApp:
+def build(frontend: Frontend, engine: Engine, *, daemon_socket: Path | None, host: str, api_key: str | None) -> ASGIApp:
     """The whole server as one ASGI application: the guard around the routes. `host`: the address it is bound to."""
-    return Guard(Routes(frontend, port, daemon_socket).app(), hosts=Hosts(host), api_key=api_key)
+    return Guard(Routes(frontend, engine, daemon_socket).app(), hosts=Hosts(host), api_key=api_key)
 
 
 def _json(value: object) -> Response:
@@ -194,59 +182,81 @@ async def _refused(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     phrase = status_phrase(error.status_code)
-    text = f"{request.method} {request.url.path[:200]}: {phrase}. The API is under /v1, as in OpenAI's."
+    text = f"{request.method} {request.scope['path'][:200]}: {phrase}. The API is under /v1, as in OpenAI's."
     body = schema.error_body(text, kind="invalid_request_error", code=phrase.lower().replace(" ", "_"))
     headers = {**(error.headers or {}), "x-should-retry": "false"}
     return Response(body, error.status_code, headers, media_type="application/json")
 
 
 def _entries(frontend: Frontend) -> list[schema.ModelEntry]:
-    return [schema.ModelEntry(card.name, card.created, card.context) for card in frontend.models()]
+    return [schema.ModelEntry(card.name, card.created, card.context or None) for card in frontend.models()]
 
 
-def _no_such_model(name: str, entries: list[schema.ModelEntry]) -> str:
-    known = ", ".join(entry.id for entry in entries) or "none; load one: vai load FILE"
-    return f"There is no model '{name[:80]}'. Models here: {known}."
+async def _ask_to_load(socket: Path, name: str) -> None:
+    """Returns when the daemon has loaded a model. On the loop, because a load can take minutes of a thread.
 
-
-def _ask_to_load(socket: Path, name: str) -> None:
-    daemon.call(socket, "load", timeout=None, name=name)
-
-
-def _check_length(prompt: list[int], model: Model) -> None:
-    """The engine checks this too; here nothing of a batch has started yet."""
-    context = model.card.context
-    if not prompt:
-        raise BadRequest("The prompt is empty; it needs at least one token.", param="prompt")
-    if len(prompt) >= context:
-        raise ContextTooLong(
-            f"The prompt has {len(prompt)} tokens, but the context of '{model.card.name}' holds {context}, "
-            "answer included. Shorten it.",
-            param="prompt",
-        )
+    Raises Unavailable where no daemon is, and what the load failed with.
+    """
+    try:
+        reader, writer = await asyncio.open_unix_connection(socket)
+    except OSError:
+        raise Unavailable(
+            f"The model '{name}' is not resident, and no daemon is running that could load it. Start it: vai serve"
+        ) from None
+    try:
+        writer.write(daemon.encode({"op": "load", "name": name}))
+        answer = await daemon.read(reader)
+    finally:
+        writer.close()
+    if answer is None:
+        raise Unavailable(f"The daemon ended while it was loading '{name}'; `vai status` shows how it is.")
+    daemon.unwrap(answer)
 
 
 def _sampling(
     asked: schema.ChatRequest | schema.CompletionRequest, model: Model, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
-    """The engine's parameters: what the request says, else what the model's file recommends, else the API's defaults.
-
-    Raises BadRequest where values contradict each other.
-    """
+    """The engine's parameters: what the request says over what the model recommends. Raises BadRequest."""
     if max_tokens is not None and asked.min_tokens is not None and asked.min_tokens > max_tokens:
         raise BadRequest("'min_tokens' is over 'max_tokens'.", param="min_tokens")
-    chosen: dict[str, object] = {name: model.defaults[name] for name in _DEFAULTS if name in model.defaults}
-    for name in (*_DEFAULTS, "seed", "min_tokens"):
-        value = getattr(asked, name)
-        if value is not None:
-            chosen[name] = value
-    if asked.top_k == -1:
-        chosen["top_k"] = 0
-    if max_tokens is not None:
-        chosen["max_tokens"] = max_tokens
-    stops = tuple(asked.stop_token_ids or ())
-    chosen["stop_ids"] = stops if asked.ignore_eos else (*model.eog, *stops)
-    return msgspec.convert({**chosen, "logprobs": logprobs}, SamplingParams)
+    stop_ids = tuple(asked.stop_token_ids or ())
+    sampling = model.sampling(
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=0 if asked.top_k == -1 else asked.top_k,
+        min_p=asked.min_p,
+        seed=asked.seed,
+        max_tokens=max_tokens,
+        min_tokens=asked.min_tokens,
+        stop_ids=stop_ids,
+        logprobs=logprobs,
+    )
+    return msgspec.structs.replace(sampling, stop_ids=stop_ids) if asked.ignore_eos else sampling
+
+
+async def _respond(
+    request: Request,
+    asked: schema.ChatRequest | schema.CompletionRequest,
+    model: Model,
+    prompts: list[list[int]],
+    sampling: SamplingParams,
+    kind: type[Answer],
+) -> Response | EventStream:
+    """Generate for every prompt, and carry the answer to the client as it asked for it."""
+    options = asked.stream_options
+    answer = kind(
+        model,
+        [len(prompt) for prompt in prompts],
+        logprobs=sampling.logprobs is not None,
+        usage_chunk=bool(options and options.include_usage),
+    )
+    stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+    deltas = interleave([model.stream(prompt, sampling, stop) for prompt in prompts])
+    notes = request.scope["vai.notes"]
+    if asked.stream:
+        return EventStream(_frames(answer, deltas, notes))
+    body = await until_gone(request.receive, _whole(answer, deltas, notes))
+    return Response(body, media_type="application/json")
 
 
 def _note(notes: dict[str, object], answer: Answer) -> None:

@@ -18,7 +18,7 @@ from vai.server.schema import error_bytes
 from vai.server.stream import ClientGone
 
 MAX_BODY = 16 << 20
-OPEN_PATHS = frozenset({"/livez"})  # answered without a key
+OPEN_PATHS = frozenset({"/livez"})  # answered to anybody: it says nothing but that the process lives
 CLIENT_CLOSED = 499  # nginx's word for it; only ever seen in the log
 _RETRY_SECONDS = {Overloaded.status: 1.0, 503: 1.0}
 _access = logging.getLogger("vai.access")
@@ -138,15 +138,17 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._hosts.check(scope)
-            self._check_key(scope)
+            if scope["path"] not in OPEN_PATHS:
+                self._hosts.check(scope)
+                self._check_key(scope)
         except VaiError as error:
             await error_response(error)(scope, receive, send)
             return
+        scope["app"] = self  # without one, Starlette's router answers 404 and 405 itself, in plain text
         await self._app(scope, receive, send)
 
     def _check_key(self, scope: Scope) -> None:
-        if self._key is None or scope["path"] in OPEN_PATHS:
+        if self._key is None:
             return
         for value in header(scope, b"authorization"):
             scheme, _, key = value.partition(" ")

@@ -82,6 +82,12 @@ class Answer(ABC):
         choice.finish = delta.finish
         return choice
 
+    def _shown(self, delta: Delta) -> list[tuple[int, TokenLogprob]]:
+        """The tokens of a delta that are part of the answer: not the one that ends the model's turn."""
+        pairs = list(zip(delta.token_ids, delta.logprobs, strict=True))
+        ended = delta.finish == "stop" and pairs and pairs[-1][0] in self.model.eog
+        return pairs[:-1] if ended else pairs
+
     def _tail(self) -> bytes:
         """What ends a stream: the usage where it was asked for, and the end mark."""
         if not self.finished:
@@ -136,11 +142,12 @@ class ChatAnswer(Answer):
 
     def chunk(self, index: int, delta: Delta) -> bytes:
         choice = self._take(index, delta)
-        places = schema.ChatLogprobs(self._places(delta)) if self.with_logprobs and delta.token_ids else None
+        places = self._places(delta) if self.with_logprobs else []
         events = b""
         if delta.text or places or not choice.started:
             role = None if choice.started else "assistant"
-            events = self._event(index, schema.AnswerDelta(role, delta.text), places, None)
+            logprobs = schema.ChatLogprobs(places) if places else None
+            events = self._event(index, schema.AnswerDelta(role, delta.text), logprobs, None)
             choice.started = True
         if delta.finish is not None:
             events += self._event(index, schema.AnswerDelta(), None, delta.finish)
@@ -162,7 +169,7 @@ class ChatAnswer(Answer):
         return encode(schema.ChatChunk(self.id, self.created, self.name, self.fingerprint, [], usage=self.usage))
 
     def _places(self, delta: Delta) -> list[schema.ChatLogprob]:
-        return [self._place(*pair) for pair in zip(delta.token_ids, delta.logprobs, strict=True)]
+        return [self._place(*pair) for pair in self._shown(delta)]
 
     def _place(self, token: int, logprob: TokenLogprob) -> schema.ChatLogprob:
         chosen = self._candidate(token, logprob.logprob)
@@ -203,13 +210,12 @@ class TextAnswer(Answer):
 
     def chunk(self, index: int, delta: Delta) -> bytes:
         self._take(index, delta)
-        places = None
-        if self.with_logprobs and delta.token_ids:
-            places = schema.CompletionLogprobs()
+        places = schema.CompletionLogprobs()
+        if self.with_logprobs:
             self._extend(places, index, delta)
-        if not delta.text and places is None and delta.finish is None:
+        if not delta.text and not places.tokens and delta.finish is None:
             return b""
-        choice = schema.TextChoice(index, delta.text, places, delta.finish)
+        choice = schema.TextChoice(index, delta.text, places if places.tokens else None, delta.finish)
         chunk = schema.Completion(
             self.id, self.created, self.name, self.fingerprint, [choice], usage=self._unknown_usage
         )
@@ -219,7 +225,7 @@ class TextAnswer(Answer):
         return encode(schema.Completion(self.id, self.created, self.name, self.fingerprint, [], usage=self.usage))
 
     def _extend(self, places: schema.CompletionLogprobs, index: int, delta: Delta) -> None:
-        for token, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
+        for token, logprob in self._shown(delta):
             raw = self.model.token_bytes(token)
             places.tokens.append(_spelled(raw))
             places.token_logprobs.append(_finite(logprob.logprob))

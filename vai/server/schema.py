@@ -270,7 +270,7 @@ def decode_completion(body: bytes) -> CompletionRequest:
 
 
 def plain_messages(messages: list[Message]) -> list[dict[str, str]]:
-    """Messages as chat templates know them: role (developer is system) and text. Raises BadRequest or NotSupported."""
+    """Messages with their content as one text each. Raises BadRequest or NotSupported."""
     return [_plain(message, f"messages[{number}].") for number, message in enumerate(messages)]
 
 
@@ -278,7 +278,7 @@ def _plain(message: Message, prefix: str) -> dict[str, str]:
     if message.role in ("tool", "function"):
         raise NotSupported(f"Messages of role '{message.role}' are not supported.", param=prefix + "role")
     _refuse(message, _REFUSED_IN_MESSAGE, prefix)
-    plain = {"role": "system" if message.role == "developer" else message.role, "content": _text(message, prefix)}
+    plain = {"role": str(message.role), "content": _text(message, prefix)}
     return plain if message.name is None else plain | {"name": message.name}
 
 
@@ -433,9 +433,11 @@ class ChatChunk(msgspec.Struct, frozen=True):
 
 
 class ModelEntry(msgspec.Struct, frozen=True):
+    """A named model. `max_model_len`: its context in tokens, null while it is not resident."""
+
     id: str
     created: int
-    max_model_len: int
+    max_model_len: int | None
     object: str = "model"
     owned_by: str = "vai"
 

@@ -1,0 +1,249 @@
+"""A real uvicorn on a real loopback socket, around a stand-in for the engine side that each test steers.
+
+The stand-in speaks bytes as tokens and answers from a script, so that errors and stalls come when a test wants them.
+What needs a real engine is tested in test_end_to_end.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+import uvloop
+
+from vai.errors import ModelNotFound, Unavailable
+from vai.request import SamplingParams, TokenLogprob
+from vai.server.app import build
+from vai.server.protocol import Protocol
+
+EOG = 255
+CONTEXT = 64
+END_OF_TURN = "<end>"
+ANSWER = "Grüße, wörld! 日本"
+
+
+@dataclass
+class Delta:
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: str | None = None
+    cached_tokens: int = 0
+
+
+_pids = itertools.count(1)
+
+
+class Script:
+    """What the stand-in does next: an answer, an error before or after some tokens, or a wait without end."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.answer = ANSWER
+        self.error: Exception | None = None
+        self.error_after = 0
+        self.stall_after: int | None = None
+        self.chunk = 1
+        self.open_streams = 0
+        self.seen: list[tuple[list[int], SamplingParams, list[str]]] = []
+        self.engine_alive = True
+        self.loaded = False
+        self.engine_pid = next(_pids)
+
+
+class Model:
+    def __init__(self, card: Any, script: Script) -> None:
+        self.card, self._script = card, script
+        self.eog = (EOG,)
+
+    async def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    async def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return list("|".join(f"{m['role']}:{m['content']}" for m in messages).encode())
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < EOG else END_OF_TURN.encode()
+
+    def sampling(self, **given: Any) -> SamplingParams:
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return SamplingParams(**chosen | {"stop_ids": (*self.eog, *chosen["stop_ids"])})
+
+    async def stream(self, ids: list[int], sampling: SamplingParams, stop: list[str]) -> AsyncGenerator[Delta, None]:
+        script = self._script
+        script.seen.append((ids, sampling, stop))
+        script.open_streams += 1
+        try:
+            tokens = [*script.answer.encode(), EOG]
+            made, pending = 0, b""
+            while True:
+                if script.error is not None and made >= script.error_after:
+                    raise script.error
+                if script.stall_after is not None and made >= script.stall_after:
+                    await asyncio.Event().wait()
+                step = tokens[made : made + min(script.chunk, sampling.max_tokens - made)]
+                made += len(step)
+                pending += bytes(token for token in step if token != EOG)
+                whole = len(pending.decode(errors="ignore").encode())
+                text, pending = pending[:whole].decode(), pending[whole:]
+                finish = "stop" if step[-1] == EOG else "length" if made >= sampling.max_tokens else None
+                logprobs = []
+                if sampling.logprobs is not None:
+                    top = list(range(65, 65 + sampling.logprobs))
+                    logprobs = [TokenLogprob(-0.5, top, [-1.0] * len(top)) for _ in step]
+                yield Delta(text, step, logprobs, finish, cached_tokens=2)
+                if finish is not None:
+                    return
+                await asyncio.sleep(0)
+        finally:
+            script.open_streams -= 1
+
+
+class Frontend:
+    def __init__(self, script: Script) -> None:
+        self._cards = [
+            SimpleNamespace(name=name, digest=digit * 64, created=1_700_000_000, context=CONTEXT, resident=resident)
+            for name, digit, resident in (("tiny", "a", True), ("org/other:Q4_0", "b", True), ("cold", "c", False))
+        ]
+        self._script = script
+
+    def models(self) -> list[Any]:
+        return self._cards
+
+    async def open(self, name: str) -> Model:
+        for card in self._cards:
+            if card.name == name:
+                if not card.resident and not self._script.loaded:
+                    raise Unavailable(f"The model '{name}' is not resident. Load it: vai load x --name {name}")
+                return Model(card, self._script)
+        raise ModelNotFound("There is no such model. Names: " + ", ".join(card.name for card in self._cards))
+
+
+class Port:
+    def __init__(self, script: Script) -> None:
+        self._script = script
+
+    async def status(self) -> Any:
+        if not self._script.engine_alive:
+            await asyncio.Event().wait()
+        return SimpleNamespace(pid=self._script.engine_pid)
+
+
+@dataclass
+class Served:
+    """A running server: where it is, and what it answers from."""
+
+    port: int
+    script: Script
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+    def post(self, path: str, body: Any, **headers: str) -> httpx2.Response:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return httpx2.post(self.url + path, content=content, headers=headers, timeout=20)
+
+    def get(self, path: str, **headers: str) -> httpx2.Response:
+        return httpx2.get(self.url + path, headers=headers, timeout=20)
+
+    def raw_request(self, path: str, body: Any) -> bytes:
+        content = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+        return head.encode() + content
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for a condition that another process or thread brings about, or fail."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+class _QuickProtocol(Protocol):
+    """The real protocol with deadlines that a test can wait for."""
+
+    receive_seconds = 0.5
+    write_seconds = 0.5
+
+
+class _Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, *, api_key: str | None, host: str, quick: bool, daemon_socket: Path | None) -> None:
+        script = Script()
+        app = build(Frontend(script), Port(script), daemon_socket=daemon_socket, host=host, api_key=api_key)
+        listener = socket.create_server(("127.0.0.1", 0))
+        config = uvicorn.Config(
+            app,
+            http=_QuickProtocol if quick else Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=1,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=lambda: uvloop.run(self._server.serve(sockets=[listener])))
+        self._thread.start()
+        until(lambda: self._server.started)
+        self.served = Served(listener.getsockname()[1], script)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[dict[object, _Running]]:
+    """Servers by what they were started with. Nothing of a test stays in one but its port."""
+    running: dict[object, _Running] = {}
+    yield running
+    for server in running.values():
+        server.stop()
+
+
+@pytest.fixture
+def serve(servers: dict[object, _Running]) -> Callable[..., Served]:
+    """A server with an unused script: `serve(api_key=..., quick=True, daemon_socket=...)`."""
+
+    def get(
+        *,
+        api_key: str | None = None,
+        host: str = "127.0.0.1",
+        quick: bool = False,
+        daemon_socket: Path | None = None,
+    ) -> Served:
+        key = (api_key, host, quick, daemon_socket)
+        if key not in servers:
+            servers[key] = _Running(api_key=api_key, host=host, quick=quick, daemon_socket=daemon_socket)
+        served = servers[key].served
+        until(lambda: served.script.open_streams == 0)
+        served.script.reset()
+        return served
+
+    return get
+
+
+@pytest.fixture
+def served(serve: Callable[..., Served]) -> Served:
+    return serve()

@@ -1,0 +1,254 @@
+"""Requests: what is understood, what is refused by name, and nothing in between."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vai.errors import BadRequest, NotSupported
+from vai.server import schema
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"model": "m", "prompt": "hi"}
+
+
+def chat(**fields: Any) -> schema.ChatRequest:
+    return schema.decode_chat(json.dumps(CHAT | fields).encode())
+
+
+def text(**fields: Any) -> schema.CompletionRequest:
+    return schema.decode_completion(json.dumps(TEXT | fields).encode())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("repetition_penalty", 1.1),
+        ("logit_bias", {"1": 5}),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("functions", [{"name": "f"}]),
+        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
+        ("audio", {"voice": "x"}),
+        ("modalities", ["text", "audio"]),
+        ("web_search_options", {}),
+        ("prediction", {"type": "content", "content": "x"}),
+        ("reasoning_effort", "high"),
+        ("store", True),
+        ("service_tier", "priority"),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("structured_outputs", {"regex": "a"}),
+        ("skip_special_tokens", False),
+    ],
+)
+def test_what_is_not_done_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(NotSupported) as caught:
+        chat(**{field: value})
+    assert (caught.value.param, caught.value.code, caught.value.status) == (field, "not_supported", 400)
+    assert field in caught.value.message
+
+
+@pytest.mark.parametrize(("field", "value"), [("echo", True), ("suffix", "x"), ("best_of", 2)])
+def test_what_completions_do_not_do_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(NotSupported) as caught:
+        text(**{field: value})
+    assert caught.value.param == field
+
+
+def test_what_is_harmless_or_asks_for_nothing_is_taken() -> None:
+    request = chat(
+        user="u",
+        metadata={"a": "b"},
+        store=False,
+        service_tier="auto",
+        n=1,
+        presence_penalty=0,
+        frequency_penalty=0,
+        logit_bias={},
+        tools=[],
+        tool_choice="auto",
+        response_format={"type": "text"},
+        modalities=["text"],
+        prompt_cache_key="k",
+        safety_identifier="s",
+        verbosity="low",
+        parallel_tool_calls=True,
+        reasoning_effort=None,
+        audio=None,
+        web_search_options=None,
+        stop=None,
+        seed=None,
+    )
+    assert request.seed is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", "hot"),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_k", -2),
+        ("min_p", 2),
+        ("seed", -1),
+        ("seed", 1 << 63),
+        ("max_tokens", 0),
+        ("max_tokens", 1 << 70),
+        ("n", 0),
+        ("n", 1 << 31),
+        ("stop", [""]),
+        ("stop", ["x"] * 17),
+        ("stop", ["x" * 1_000_000]),
+        ("top_logprobs", 21),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", list(range(100))),
+        ("stream", "yes"),
+        ("messages", []),
+        ("messages", "hi"),
+        ("model", ""),
+        ("model", 3),
+        ("frequency_penalty", 3),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(BadRequest) as caught:
+        chat(**{field: value})
+    assert caught.value.param is not None
+    assert caught.value.param.startswith(field)
+
+
+def test_an_unknown_field_is_refused_by_name_wherever_it_is() -> None:
+    with pytest.raises(BadRequest) as caught:
+        chat(tempurature=1)
+    assert caught.value.param == "tempurature"
+    with pytest.raises(BadRequest) as caught:
+        chat(messages=[{"role": "user", "content": "x", "colour": 1}])
+    assert caught.value.param == "messages[0].colour"
+    with pytest.raises(BadRequest) as caught:
+        chat(**{"z" * 100_000: 1})
+    assert len(caught.value.message) < 500
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(BadRequest) as caught:
+        schema.decode_chat(b'{"model": "m"}')
+    assert caught.value.param == "messages"
+    assert "required" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff",
+        b'{"model": NaN}',
+        b"[" * 100_000,
+        b'{"model": "\\ud800", "prompt": "x"}',
+        b'{"model": "m", "prompt": "\xed\xa0\x80"}',
+        b'{"model": "m", "prompt": "x", "temperature": 1e999}',
+        b'{"model": "m", "prompt": "x"} trailing',
+    ],
+)
+def test_what_is_not_json_is_refused_in_a_sentence(body: bytes) -> None:
+    for decode in (schema.decode_chat, schema.decode_completion):
+        with pytest.raises(BadRequest) as caught:
+            decode(body)
+        assert caught.value.message.endswith(".")
+
+
+def test_fields_that_contradict_each_other_are_refused() -> None:
+    for fields, param in (
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ):
+        with pytest.raises(BadRequest) as caught:
+            chat(**fields)
+        assert caught.value.param == param
+
+
+def test_all_four_forms_of_prompt_are_read() -> None:
+    assert schema.prompts(text(prompt="a")) == ["a"]
+    assert schema.prompts(text(prompt=["a", "b"])) == ["a", "b"]
+    assert schema.prompts(text(prompt=[1, 2])) == [[1, 2]]
+    assert schema.prompts(text(prompt=[[1], [2, 3]])) == [[1], [2, 3]]
+    for wrong in ([], ["a", 1], [[1], "a"], ["a"] * 65):
+        with pytest.raises(BadRequest) as caught:
+            schema.prompts(text(prompt=wrong))
+        assert caught.value.param == "prompt"
+
+
+def test_messages_become_role_and_text() -> None:
+    request = chat(
+        messages=[
+            {"role": "developer", "content": "be kind"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "Ann"},
+            {"role": "assistant", "content": None},
+        ]
+    )
+    assert schema.plain_messages(request.messages) == [
+        {"role": "developer", "content": "be kind"},
+        {"role": "user", "content": "ab", "name": "Ann"},
+        {"role": "assistant", "content": ""},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "messages[0].content[0].type",
+        ),
+        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages[0].role"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "user"}, "messages[0].content"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
+    ],
+)
+def test_a_message_that_cannot_be_rendered_names_its_place(message: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        schema.plain_messages(chat(messages=[message]).messages)
+    assert caught.value.param == param
+
+
+FIELDS = sorted({*schema.ChatRequest.__struct_fields__, *schema.CompletionRequest.__struct_fields__, "unknown"})
+EXTREME = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.sampled_from([0, -1, 1, 2, 2**31, -(2**31), 2**63, 2**64, 10**30])
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["", "x", "auto", "user", "text", "\x00", "é" * 50, "y" * 2000]),
+    lambda inner: (
+        st.lists(inner, max_size=20)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "1", ""]), inner, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), EXTREME, max_size=4), st.sampled_from([CHAT, TEXT]))
+def test_extreme_values_are_read_or_refused_with_the_field_named(fields: dict[str, Any], base: dict[str, Any]) -> None:
+    body = json.dumps(base | fields).encode()
+    try:
+        if base is CHAT:
+            schema.plain_messages(schema.decode_chat(body).messages)
+        else:
+            schema.prompts(schema.decode_completion(body))
+    except BadRequest as error:
+        assert error.param, error.message
+        assert error.status == 400
