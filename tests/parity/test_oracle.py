@@ -1,0 +1,251 @@
+"""The reference computes the models that others compute: transformers' logits on the same weights, as golden arrays.
+
+Nothing here is tuned. Where weights and KV are floats, the only differences are roundings of binary32: a sum of K terms
+of random sign errs by sqrt(K) * 2^-24 of its size (Higham and Mary 2019), and no path through the network has more than
+6 sums a layer (projections, scores, mixing, output, gate, down) and one at the end, so the relative error of a row of
+logits stays below (6 * layers + 1) * sqrt(K) * 2^-24 even if they all pull the same way.
+
+Where activations are quantized to int8 or keys and values to bfloat16, each rounding moves a number by up to half a
+step, evenly. `Ideal`, a decoder of its own in binary64, adds just that noise in the places where the reference rounds
+and lets it travel to the logits, 16 times over; the reference is one more draw, so its error lies within 5 standard
+deviations of the draws' mean, on either side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import msgspec
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from vai.burn.synth import SHAPES
+from vai.kernels import reference
+from vai.kernels.ops import Linear
+from vai.kernels.program import PAGE_TOKENS, Program, StepArgs
+from vai.models.decoder import build
+from vai.models.spec import Spec
+from vai.rom.view import Image
+
+Doubles = NDArray[np.float64]
+Burned = Callable[[str, str], Image]
+Checkpoint = Callable[[str, str], Path]
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MODELS = ("tiny", "tiny-qwen2")
+DRAWS = 16
+
+
+def golden(shape: str, type: str) -> dict[str, NDArray[np.generic]]:
+    with np.load(GOLDEN / f"{shape}-{type}.npz") as arrays:
+        return dict(arrays)
+
+
+class Runner:
+    """One sequence through the reference, from position 0 on."""
+
+    def __init__(self, program: Program, image: Image, kv_type: str, tokens: int) -> None:
+        self._plan = reference.ReferencePlan(program, image, kv_type=kv_type, max_rows=tokens, max_sequences=1)
+        page = program.groups[0].page_bytes(kv_type)
+        pages = -(-tokens // PAGE_TOKENS)
+        self._table = np.arange(pages, dtype=np.int64)[None, :] * page
+        self._pool = np.zeros(pages * page, np.uint8)
+        self._position = 0
+
+    def __call__(self, tokens: NDArray[np.int32]) -> Doubles:
+        """Logits [tokens, vocabulary] of the next tokens."""
+        n, start = len(tokens), self._position
+        self._position += n
+        step = StepArgs(
+            tokens=tokens,
+            positions=np.arange(start, start + n, dtype=np.int32),
+            seq_start=np.array([0, n], np.int32),
+            context=np.array([start], np.int32),
+            block_tables=(self._table,),
+            output_rows=np.arange(n, dtype=np.int32),
+        )
+        return self._plan.forward(step, self._pool).astype(np.float64)
+
+
+def nmse(x: Doubles, truth: Doubles) -> float:
+    return float(((x - truth) ** 2).sum() / (truth**2).sum())
+
+
+class Noise:
+    """Rounding errors as chance: uniform over half a step to either side."""
+
+    def __init__(self, seed: int, *, activations: bool, kv: bool) -> None:
+        self._chance = np.random.default_rng(seed)
+        self._activations, self._kv = activations, kv
+
+    def activation(self, x: Doubles) -> Doubles:
+        """int8 with one scale, max / 127, for 32 neighbours."""
+        groups = x.reshape(len(x), -1, 32)
+        steps = np.abs(groups).max(axis=2, keepdims=True) / 127
+        noisy = groups + steps * self._chance.uniform(-0.5, 0.5, groups.shape)
+        return noisy.reshape(x.shape) if self._activations else x
+
+    def stored(self, x: Doubles) -> Doubles:
+        """bfloat16: 8 significant bits."""
+        steps = 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)
+        return x + steps * self._chance.uniform(-0.5, 0.5, x.shape) if self._kv else x
+
+
+class Ideal:
+    """The decoder in binary64, straight from the definition, on tensors dequantized by the `gguf` package."""
+
+    def __init__(self, path: Path, spec: Spec) -> None:
+        self.spec = spec
+        self.tensors = {
+            tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+            for tensor in gguf.GGUFReader(path).tensors
+        }
+
+    def __call__(self, tokens: NDArray[np.int32], noise: Noise) -> Doubles:
+        s, t = self.spec, self.tensors
+        x = t["token_embd.weight"][tokens]
+        for layer in range(s.layers):
+            w = {name.split(".", 2)[2]: t[name] for name in t if name.startswith(f"blk.{layer}.")}
+            x = x + noise.activation(self._attention(w, self._norm(x, w["attn_norm.weight"]), noise)) @ (
+                w["attn_output.weight"].T
+            )
+            h = noise.activation(self._norm(x, w["ffn_norm.weight"]))
+            gate, up = h @ w["ffn_gate.weight"].T, h @ w["ffn_up.weight"].T
+            x = x + noise.activation(gate / (1 + np.exp(-gate)) * up) @ w["ffn_down.weight"].T
+        head = t["token_embd.weight" if s.tied else "output.weight"]
+        logits: Doubles = noise.activation(self._norm(x, t["output_norm.weight"])) @ head.T
+        return logits
+
+    def _norm(self, x: Doubles, weight: Doubles) -> Doubles:
+        scaled: Doubles = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + self.spec.norm_epsilon) * weight
+        return scaled
+
+    def _attention(self, w: dict[str, Doubles], x: Doubles, noise: Noise) -> Doubles:
+        s, h = self.spec, noise.activation(x)
+        q, k, v = (h @ w[f"attn_{n}.weight"].T + w.get(f"attn_{n}.bias", 0.0) for n in "qkv")
+        q, k = self._rotate(q, s.heads), noise.stored(self._rotate(k, s.kv_heads))
+        v = noise.stored(v.reshape(len(x), s.kv_heads, s.head_dim))
+        out = np.empty_like(q)
+        for head in range(s.heads):
+            shared = head // (s.heads // s.kv_heads)
+            scores = q[:, head] @ k[:, shared].T / math.sqrt(s.head_dim)
+            scores[np.triu_indices(len(x), 1)] = -np.inf
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[:, head] = weights / weights.sum(axis=1, keepdims=True) @ v[:, shared]
+        return out.reshape(len(x), -1)
+
+    def _rotate(self, x: Doubles, heads: int) -> Doubles:
+        """Rotation of pairs as multiplication of complex numbers."""
+        s, n = self.spec, self.spec.rope_dims
+        angles = np.arange(len(x))[:, None] * s.rope_base ** (-np.arange(0, n, 2) / n) / s.rope_factor
+        x = x.reshape(len(x), heads, s.head_dim).copy()
+        pairs = [(slice(0, n, 2), slice(1, n, 2)), (slice(0, n // 2), slice(n // 2, n))][s.pairing == "neox"]
+        turned = (x[..., pairs[0]] + 1j * x[..., pairs[1]]) * np.exp(1j * angles)[:, None, :]
+        x[..., pairs[0]], x[..., pairs[1]] = turned.real, turned.imag
+        return x
+
+
+def rounding_tolerance(spec: Spec) -> float:
+    longest = max(spec.width, spec.ffn, spec.heads * spec.head_dim)
+    return (6 * spec.layers + 1) * math.sqrt(longest) * 2.0**-24
+
+
+@pytest.mark.parametrize("shape", MODELS)
+def test_the_logits_of_a_float_model_are_those_of_transformers(shape: str, burned: Burned) -> None:
+    spec, oracle = SHAPES[shape], golden(shape, "F32")
+    logits = Runner(build(spec), burned(shape, "F32"), "f32", 40)(oracle["tokens"])[oracle["rows"]]
+    for row, truth in zip(logits, oracle["logits"].astype(np.float64), strict=True):
+        assert math.sqrt(nmse(row, truth)) < rounding_tolerance(spec) < 3e-5
+
+
+@pytest.mark.parametrize("type", ["F32", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("shape", MODELS)
+def test_the_ideal_decoder_is_that_of_transformers(shape: str, type: str, checkpoint: Checkpoint) -> None:
+    spec, oracle = SHAPES[shape], golden(shape, type)
+    logits = Ideal(checkpoint(shape, type), spec)(oracle["tokens"], Noise(0, activations=False, kv=False))
+    # transformers' norms, angles and softmax are binary32
+    assert math.sqrt(nmse(logits[oracle["rows"]], oracle["logits"].astype(np.float64))) < rounding_tolerance(spec)
+
+
+@pytest.mark.parametrize(("type", "kv_type"), [("F32", "bf16"), ("Q8_0", "f32"), ("Q8_0", "bf16"), ("Q4_0", "bf16")])
+@pytest.mark.parametrize("shape", MODELS)
+def test_quantized_arithmetic_errs_as_its_rounding_steps_allow(
+    shape: str, type: str, kv_type: str, burned: Burned, checkpoint: Checkpoint
+) -> None:
+    spec, oracle = SHAPES[shape], golden(shape, type)
+    truth = oracle["logits"].astype(np.float64)
+    ideal = Ideal(checkpoint(shape, type), spec)
+    draws = np.array([
+        nmse(ideal(oracle["tokens"], noise)[oracle["rows"]], truth)
+        for noise in (Noise(seed, activations=type != "F32", kv=kv_type == "bf16") for seed in range(DRAWS))
+    ])  # fmt: skip
+    logits = Runner(build(spec), burned(shape, type), kv_type, 40)(oracle["tokens"])[oracle["rows"]]
+    assert abs(nmse(logits, truth) - draws.mean()) < 5 * draws.std() < 5e-4
+
+
+@pytest.mark.parametrize("shape", MODELS)
+def test_greedy_tokens_from_the_cache_are_those_of_transformers(shape: str, burned: Burned) -> None:
+    oracle = golden(shape, "F32")
+    run = Runner(build(SHAPES[shape]), burned(shape, "F32"), "f32", 64)
+    token = int(run(oracle["tokens"])[-1].argmax())
+    for expected in oracle["greedy"]:
+        assert token == expected
+        token = int(run(np.array([token], np.int32))[0].argmax())
+
+
+MUTATIONS = [
+    ("tiny", {"norm_epsilon": 1e-5}),
+    ("tiny", {"pairing": "neox"}),
+    ("tiny", {"rope_scaling": "none", "rope_factor": 1.0}),
+    ("tiny", {"rope_base": 10_000.0}),
+    ("tiny", {"rope_dims": 16}),
+    ("tiny", {"tied": True}),
+    ("tiny-qwen2", {"norm_epsilon": 1e-5}),
+    ("tiny-qwen2", {"pairing": "norm"}),
+    ("tiny-qwen2", {"rope_base": 10_000.0}),
+    ("tiny-qwen2", {"rope_scaling": "linear", "rope_factor": 4.0}),
+    ("tiny-qwen2", {"qkv_bias": False}),
+]
+
+
+@pytest.mark.parametrize("type", ["F32", "Q4_0"])
+@pytest.mark.parametrize(("shape", "changes"), MUTATIONS, ids=[f"{s}-{'-'.join(c)}" for s, c in MUTATIONS])
+def test_every_flag_of_the_architecture_moves_the_logits(
+    shape: str, changes: dict[str, object], type: str, burned: Burned
+) -> None:
+    oracle = golden(shape, type)
+    mutant = msgspec.structs.replace(SHAPES[shape], **changes)
+    logits = Runner(build(mutant), burned(shape, type), "bf16", 40)(oracle["tokens"])[oracle["rows"]]
+    assert nmse(logits, oracle["logits"].astype(np.float64)) > 1e-3
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_each_bias_moves_the_logits(which: str, burned: Burned) -> None:
+    oracle, program = golden("tiny-qwen2", "F32"), build(SHAPES["tiny-qwen2"])
+    without = [
+        dataclasses.replace(op, bias=None) if isinstance(op, Linear) and op.output.endswith(f".{which}") else op
+        for op in program.ops
+    ]
+    mutant = dataclasses.replace(program, ops=tuple(without))
+    logits = Runner(mutant, burned("tiny-qwen2", "F32"), "f32", 40)(oracle["tokens"])[oracle["rows"]]
+    assert nmse(logits, oracle["logits"].astype(np.float64)) > 1e-3
+
+
+@pytest.mark.parametrize("shape", MODELS)
+def test_which_key_head_a_query_head_reads_moves_the_logits(
+    shape: str, burned: Burned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle, attend = golden(shape, "F32"), reference.attend
+
+    def interleaved(q, positions, k, v, scale):  # type: ignore[no-untyped-def]  # head h reads h mod kv_heads
+        repeats = (q.shape[1] // len(k), 1, 1)
+        return attend(q, positions, np.tile(k, repeats), np.tile(v, repeats), scale)
+
+    monkeypatch.setattr(reference, "attend", interleaved)
+    logits = Runner(build(SHAPES[shape]), burned(shape, "F32"), "f32", 40)(oracle["tokens"])[oracle["rows"]]
+    assert nmse(logits, oracle["logits"].astype(np.float64)) > 1e-3
