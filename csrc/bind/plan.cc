@@ -1,0 +1,115 @@
+// Plans: built instruction by instruction from Python, run in one call with the interpreter lock released.
+#include "core/plan.h"
+
+#include <tuple>
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "bind/bind.h"
+
+namespace nb = nanobind;
+using vai::Place;
+using vai::Plan;
+using vai::Where;
+
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Pool = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// What Python hands over is plain tuples.
+using PlaceOf = std::tuple<size_t, size_t>;
+using WeightOf = std::tuple<size_t, int, int, int, int, int>;
+using VectorOf = std::tuple<size_t, size_t, int, int>;
+using WhereOf = std::tuple<bool, bool>;
+
+template <class T, class U>
+T made(const U& tuple) {
+  return std::apply([](auto... v) { return T{v...}; }, tuple);
+}
+template <class T, class U>
+std::optional<T> made(const std::optional<U>& tuple) {
+  return tuple ? std::optional<T>(made<T>(*tuple)) : std::nullopt;
+}
+
+nb::object forward(nb::handle self, const Ints& tokens, const Ints& positions, const Ints& seq_start, const Ints& context,
+                   const std::vector<Table>& tables, const Ints& output_rows, const Pool& pool) {
+  Plan& plan = nb::cast<Plan&>(self);
+  vai::Step step{tokens.data(), positions.data(), seq_start.data(), context.data(), output_rows.data(),
+                 tokens.size(), positions.size(), seq_start.size(), context.size(), output_rows.size(),
+                 {},            pool.data(),      pool.size()};
+  for (const Table& table : tables) step.tables.push_back({table.data(), table.shape(0), table.shape(1)});
+  {
+    const nb::gil_scoped_release released;
+    plan.check(step);
+    plan.run(step);
+  }
+  return nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<2>>(plan.result_data(), {plan.result_rows(step), plan.result_columns()},
+                                                             self, {int64_t(plan.result_width()), 1}));
+}
+
+}  // namespace
+
+void bind_plan(nb::module_& m) {
+  nb::class_<Plan>(m, "Plan")
+      .def(
+          "__init__",
+          [](Plan* self, vai::Workers& workers, const std::string& isa, const Bytes& data, size_t workspace_bytes, int max_rows,
+             int max_outputs, int vocabulary, int context, const std::string& kv_type,
+             const std::vector<std::tuple<int, int, int>>& groups) {
+            vai::PlanShape shape{workspace_bytes, max_rows, max_outputs, vocabulary, context,
+                                 kv_type == "bf16" ? vai::KvType::kBf16 : vai::KvType::kF32, {}};
+            for (const auto& group : groups) shape.groups.push_back(made<vai::GroupShape>(group));
+            new (self) Plan(workers, isa_by_name(isa.c_str()), data.data(), data.size(), std::move(shape));
+          },
+          nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>(), nb::kw_only(), nb::arg("workers"), nb::arg("isa"),
+          nb::arg("data").noconvert(), nb::arg("workspace_bytes"), nb::arg("max_rows"), nb::arg("max_outputs"),
+          nb::arg("vocabulary"), nb::arg("context"), nb::arg("kv_type"), nb::arg("groups"))
+      .def("embed", [](Plan& p, WeightOf table, PlaceOf out, WhereOf where) {
+             p.embed(made<vai::Weight>(table), made<Place>(out), made<Where>(where));
+           }, nb::kw_only(), nb::arg("table"), nb::arg("out"), nb::arg("where"))
+      .def("norm", [](Plan& p, PlaceOf x, int columns, std::optional<VectorOf> weight, float epsilon, std::optional<PlaceOf> out,
+                      std::optional<size_t> packed, WhereOf where) {
+             p.norm(made<Place>(x), columns, made<vai::Vector>(weight), epsilon, made<Place>(out), packed, made<Where>(where));
+           }, nb::kw_only(), nb::arg("x"), nb::arg("columns"), nb::arg("weight").none(), nb::arg("epsilon"), nb::arg("out").none(),
+           nb::arg("packed").none(), nb::arg("where"))
+      .def("linear", [](Plan& p, WeightOf weight, int blocks, std::optional<PlaceOf> x, std::optional<size_t> packed,
+                        std::optional<VectorOf> bias, std::optional<PlaceOf> addend, std::optional<PlaceOf> residual, PlaceOf out,
+                        bool gated, WhereOf where) {
+             p.linear(made<vai::Weight>(weight), blocks, made<Place>(x), packed, made<vai::Vector>(bias), made<Place>(addend),
+                      made<Place>(residual), made<Place>(out), gated, made<Where>(where));
+           }, nb::kw_only(), nb::arg("weight"), nb::arg("blocks"), nb::arg("x").none(), nb::arg("packed").none(),
+           nb::arg("bias").none(), nb::arg("addend").none(), nb::arg("residual").none(), nb::arg("out"), nb::arg("gated"),
+           nb::arg("where"))
+      .def("glu", [](Plan& p, PlaceOf gate, PlaceOf up, int columns, PlaceOf out, WhereOf where) {
+             p.glu(made<Place>(gate), made<Place>(up), columns, made<Place>(out), made<Where>(where));
+           }, nb::kw_only(), nb::arg("gate"), nb::arg("up"), nb::arg("columns"), nb::arg("out"), nb::arg("where"))
+      .def("angles", [](Plan& p, std::vector<double> frequencies, size_t out, WhereOf where) {
+             p.angles(std::move(frequencies), out, made<Where>(where));
+           }, nb::kw_only(), nb::arg("frequencies"), nb::arg("out"), nb::arg("where"))
+      .def("rope", [](Plan& p, PlaceOf x, PlaceOf out, int heads, int head_dim, int pairs, bool neox, size_t angles, WhereOf where) {
+             p.rope(made<Place>(x), made<Place>(out), heads, head_dim, pairs, neox, angles, made<Where>(where));
+           }, nb::kw_only(), nb::arg("x"), nb::arg("out"), nb::arg("heads"), nb::arg("head_dim"), nb::arg("pairs"), nb::arg("neox"),
+           nb::arg("angles"), nb::arg("where"))
+      .def("kv_write", [](Plan& p, PlaceOf k, PlaceOf v, int group, int layer, WhereOf where) {
+             p.kv_write(made<Place>(k), made<Place>(v), group, layer, made<Where>(where));
+           }, nb::kw_only(), nb::arg("k"), nb::arg("v"), nb::arg("group"), nb::arg("layer"), nb::arg("where"))
+      .def("attention", [](Plan& p, PlaceOf q, PlaceOf out, int group, int layer, int heads, float scale, size_t scratch, WhereOf where) {
+             p.attention(made<Place>(q), made<Place>(out), group, layer, heads, scale, scratch, made<Where>(where));
+           }, nb::kw_only(), nb::arg("q"), nb::arg("out"), nb::arg("group"), nb::arg("layer"), nb::arg("heads"), nb::arg("scale"),
+           nb::arg("scratch"), nb::arg("where"))
+      .def("rows", [](Plan& p, PlaceOf x, int columns, PlaceOf out, WhereOf where) {
+             p.rows(made<Place>(x), columns, made<Place>(out), made<Where>(where));
+           }, nb::kw_only(), nb::arg("x"), nb::arg("columns"), nb::arg("out"), nb::arg("where"))
+      .def("result", [](Plan& p, PlaceOf out, int columns, bool of_outputs) { p.result(made<Place>(out), columns, of_outputs); },
+           nb::kw_only(), nb::arg("out"), nb::arg("columns"), nb::arg("of_outputs"))
+      .def("forward", &forward, nb::arg("tokens").noconvert(), nb::arg("positions").noconvert(), nb::arg("seq_start").noconvert(),
+           nb::arg("context").noconvert(), nb::arg("tables").noconvert(), nb::arg("output_rows").noconvert(),
+           nb::arg("pool").noconvert());
+}

@@ -1,0 +1,72 @@
+// All rows of a step sampled in one call with the interpreter lock released.
+#include <cfenv>
+#include <stdexcept>
+#include <string>
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include "bind/bind.h"
+#include "core/sampler.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+template <class T>
+using Column = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Logits = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+template <class T>
+using Out = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using OutRows = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// The caller's thread may flush subnormals (another library set it so); ours must not while we compute.
+class DefaultFloats {
+ public:
+  DefaultFloats() {
+    fegetenv(&before_);
+    fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloats() { fesetenv(&before_); }
+
+ private:
+  fenv_t before_;
+};
+
+void sample(const std::string& isa, const Logits& logits, const Column<float>& temperature, const Column<int32_t>& top_k,
+            const Column<float>& top_p, const Column<float>& min_p, const Column<uint64_t>& seed, const Column<uint32_t>& choice,
+            const Column<uint32_t>& position, const Column<int32_t>& logprobs, const Out<int32_t>& tokens, const Out<float>& logprob,
+            const OutRows<int32_t>& top_ids, const OutRows<float>& top_logprobs) {
+  const size_t rows = logits.shape(0), count = logits.shape(1), width = top_ids.shape(1);
+  for (size_t n : {temperature.size(), top_k.size(), top_p.size(), min_p.size(), seed.size(), choice.size(), position.size(),
+                   logprobs.size(), tokens.size(), logprob.size(), top_ids.shape(0), top_logprobs.shape(0)})
+    if (n != rows) throw std::invalid_argument("sampling needs one value for each row of logits");
+  if (count == 0 || count > (size_t(1) << 30) || logits.stride(1) != 1 || top_logprobs.shape(1) != width)
+    throw std::invalid_argument("the logits are no rows of a vocabulary");
+  for (size_t r = 0; r < rows; ++r)
+    if (logprobs.data()[r] > int32_t(width) || !(temperature.data()[r] >= 0.0f))
+      throw std::invalid_argument("a row asks for too many alternatives or a negative temperature");
+  const vai::Isa& table = isa_by_name(isa.c_str());
+  const nb::gil_scoped_release released;
+  const DefaultFloats defaults;
+  vai::SampleScratch scratch;
+  for (size_t r = 0; r < rows; ++r) {
+    const vai::SampleRow row{temperature.data()[r], top_k.data()[r],  top_p.data()[r],    min_p.data()[r],
+                             seed.data()[r],        choice.data()[r], position.data()[r], logprobs.data()[r]};
+    vai::SampleResult result{0, 0.0f, top_ids.data() + r * width, top_logprobs.data() + r * width};
+    vai::sample_row(table, logits.data() + int64_t(r) * logits.stride(0), int(count), row, scratch, result);
+    tokens.data()[r] = result.token;
+    logprob.data()[r] = result.logprob;
+  }
+}
+
+}  // namespace
+
+void bind_sample(nb::module_& m) {
+  m.def("sample", &sample, nb::kw_only(), nb::arg("isa"), nb::arg("logits").noconvert(), nb::arg("temperature").noconvert(),
+        nb::arg("top_k").noconvert(), nb::arg("top_p").noconvert(), nb::arg("min_p").noconvert(), nb::arg("seed").noconvert(),
+        nb::arg("choice").noconvert(), nb::arg("position").noconvert(), nb::arg("logprobs").noconvert(),
+        nb::arg("tokens").noconvert(), nb::arg("logprob").noconvert(), nb::arg("top_ids").noconvert(),
+        nb::arg("top_logprobs").noconvert());
+}

@@ -1,0 +1,297 @@
+#include "core/plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include <sys/mman.h>
+
+namespace vai {
+namespace {
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::logic_error(std::string("a plan was lowered wrongly: ") + what);
+}
+
+void accept(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument("This step cannot run: " + what + ".");
+}
+
+size_t workspace_size(const PlanShape& shape) { return std::max<size_t>(shape.workspace_bytes, 64); }
+
+// How many rows of one sequence a unit of attention takes, so that its queries fill a group of four.
+int rows_of_tile(int queries_per_row) { return std::max(1, kAttentionQueries / queries_per_row); }
+
+}  // namespace
+
+Plan::Plan(Workers& workers, const Isa& isa, const uint8_t* data, size_t data_bytes, PlanShape shape)
+    : workers_(workers), isa_(isa), data_(data), data_bytes_(data_bytes), shape_(std::move(shape)) {
+  require(shape_.max_rows > 0 && shape_.max_outputs > 0, "no rows");
+  // Address space only: a page is taken when a step first writes it.
+  void* memory = mmap(nullptr, workspace_size(shape_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  workspace_ = static_cast<uint8_t*>(memory);
+  sequence_of_row_.resize(size_t(shape_.max_rows));
+}
+
+Plan::~Plan() { munmap(workspace_, workspace_size(shape_)); }
+
+uint8_t* Plan::area(size_t offset, size_t bytes) const {
+  require(offset % 64 == 0 && offset <= shape_.workspace_bytes && bytes <= shape_.workspace_bytes - offset, "outside the workspace");
+  return workspace_ + offset;
+}
+
+float* Plan::place(Place p, int columns, bool outputs) const {
+  require(columns > 0 && size_t(columns) <= p.width, "a row wider than its place");
+  const size_t floats = size_t(capacity(outputs) - 1) * p.width + size_t(columns);
+  return reinterpret_cast<float*>(area(p.offset, floats * sizeof(float)));
+}
+
+Matrix Plan::matrix(const Weight& w) const {
+  require(w.type >= 0 && w.type <= int(BlockType::kF32) && w.rows > 0 && w.columns > 0 && w.first >= 0 && w.step > 0, "a bad weight");
+  const Matrix m{data_ + w.offset, BlockType(w.type), w.columns, w.first, w.step};
+  require(!quantizes(m.type) || w.columns % kGroup == 0, "columns that are no whole groups");
+  const size_t bytes = size_t((w.rows + 15) / 16) * m.row_bytes();
+  require(w.offset <= data_bytes_ && bytes <= data_bytes_ - w.offset, "a weight outside the image");
+  return m;
+}
+
+const float* Plan::vector(const Vector& v, int blocks) const {
+  require(v.first >= 0 && v.step > 0 && size_t(v.first + (blocks - 1) * v.step) * 16 + 16 <= v.elements, "a vector too short");
+  require(v.offset % sizeof(float) == 0 && v.offset <= data_bytes_ && v.elements <= (data_bytes_ - v.offset) / sizeof(float),
+          "a vector outside the image");
+  return reinterpret_cast<const float*>(data_ + v.offset);
+}
+
+size_t Plan::page_bytes(int group) const {
+  const GroupShape& g = shape_.groups[size_t(group)];
+  return size_t(g.layers) * 2 * kPageTokens * size_t(g.kv_heads) * size_t(g.head_dim) * (shape_.kv_type == KvType::kBf16 ? 2 : 4);
+}
+
+Pages Plan::pages(int group, int layer) const {
+  require(group >= 0 && size_t(group) < shape_.groups.size(), "no such cache group");
+  const GroupShape& g = shape_.groups[size_t(group)];
+  require(layer >= 0 && layer < g.layers, "no such layer");
+  return {nullptr, nullptr, 0, page_bytes(group) / size_t(g.layers) * size_t(layer), g.kv_heads, g.head_dim, shape_.kv_type};
+}
+
+void Plan::add(Args args, Where where, int units) { instructions_.push_back({std::move(args), where, units}); }
+
+void Plan::embed(const Weight& table, Place out, Where where) {
+  require(!where.outputs && (table.rows + 15) / 16 > table.first + (shape_.vocabulary - 1) / 16 * table.step, "a table too short");
+  add(EmbedArgs{matrix(table), nullptr, place(out, table.columns, false), out.width}, where);
+}
+
+void Plan::norm(Place x, int columns, std::optional<Vector> weight, float epsilon, std::optional<Place> out,
+                std::optional<size_t> packed, Where where) {
+  NormArgs a{};
+  a.x = place(x, columns, where.outputs);
+  a.ldx = x.width;
+  a.columns = columns;
+  if (weight) a.weight = vector(*weight, (columns + 15) / 16);
+  require(!weight || (weight->first == 0 && weight->step == 1), "a norm weight that is a part");
+  a.epsilon = epsilon;
+  if (out) a.out = place(*out, columns, where.outputs), a.ldo = out->width;
+  require(!packed || columns % kGroup == 0, "columns that are no whole groups");
+  if (packed) a.packed = area(*packed, size_t(capacity(where.outputs)) * size_t(columns / kGroup) * kRecordBytes);
+  add(a, where);
+}
+
+void Plan::linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> packed,
+                  std::optional<Vector> bias, std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated,
+                  Where where) {
+  LinearArgs a{};
+  a.weight = matrix(weight);
+  require(blocks > 0 && weight.first + (blocks - 1) * weight.step + (gated ? 1 : 0) < (weight.rows + 15) / 16, "too many blocks");
+  const bool coded = quantizes(a.weight.type);
+  require(coded ? packed && !x : x && !packed, "the wrong kind of activations");
+  if (x) a.x = place(*x, weight.columns, where.outputs), a.ldx = x->width;
+  if (packed) a.packed = area(*packed, size_t(capacity(where.outputs)) * size_t(weight.columns / kGroup) * kRecordBytes);
+  if (bias) {
+    a.bias = vector({bias->offset, bias->elements, bias->first + (gated ? 1 : 0), bias->step}, blocks);
+    a.bias_first = bias->first;
+    a.bias_step = bias->step;
+  }
+  require(!gated || (!addend && !residual), "a gated unit with more to add");
+  if (addend) a.addend = place(*addend, blocks * 16, where.outputs), a.lda = addend->width;
+  if (residual) a.residual = place(*residual, blocks * 16, where.outputs), a.ldr = residual->width;
+  a.out = place(out, blocks * 16, where.outputs);
+  a.ldo = out.width;
+  a.gated = gated;
+  add(a, where, blocks);
+}
+
+void Plan::glu(Place gate, Place up, int columns, Place out, Where where) {
+  add(GluArgs{place(gate, columns, where.outputs), place(up, columns, where.outputs), gate.width, up.width, columns,
+              place(out, columns, where.outputs), out.width},
+      where);
+}
+
+void Plan::angles(std::vector<double> frequencies, size_t out, Where where) {
+  require(!where.outputs && !frequencies.empty(), "no frequencies");
+  const int pairs = int(frequencies.size());
+  const auto& kept = frequencies_.emplace_back(std::move(frequencies));
+  float* table = reinterpret_cast<float*>(area(out, size_t(shape_.max_rows) * size_t(pairs) * 2 * sizeof(float)));
+  add(AnglesArgs{nullptr, kept.data(), pairs, table}, where);
+}
+
+void Plan::rope(Place x, Place out, int heads, int head_dim, int pairs, bool neox, size_t angles, Where where) {
+  require(!where.outputs && heads > 0 && pairs > 0 && 2 * pairs <= head_dim, "a bad rotation");
+  const float* table = reinterpret_cast<float*>(area(angles, size_t(shape_.max_rows) * size_t(pairs) * 2 * sizeof(float)));
+  add(RopeArgs{place(x, heads * head_dim, false), x.width, place(out, heads * head_dim, false), out.width, heads, head_dim, pairs,
+               neox, table},
+      where);
+}
+
+void Plan::kv_write(Place k, Place v, int group, int layer, Where where) {
+  const Pages p = pages(group, layer);
+  require(!where.outputs, "keys of output rows");
+  add(KvWriteArgs{p, place(k, p.kv_heads * p.head_dim, false), place(v, p.kv_heads * p.head_dim, false), k.width, v.width, nullptr,
+                  sequence_of_row_.data()},
+      where, group);
+}
+
+void Plan::attention(Place q, Place out, int group, int layer, int heads, float scale, size_t scratch, Where where) {
+  const Pages p = pages(group, layer);
+  require(!where.outputs && heads > 0 && heads % p.kv_heads == 0, "heads that do not share evenly");
+  const size_t context = size_t(shape_.context + 15) / 16 * 16, floats = attention_scratch(context, p.head_dim);
+  AttentionArgs a{p,       place(q, heads * p.head_dim, false), q.width, place(out, heads * p.head_dim, false), out.width, heads, scale,
+                  nullptr, sequence_of_row_.data(),             nullptr, context};
+  add(a, where, group);
+  Instruction& instruction = instructions_.back();
+  instruction.next = &counters_.emplace_back(0);
+  instruction.scratch = reinterpret_cast<float*>(area(scratch, size_t(workers_.count()) * floats * sizeof(float)));
+  instruction.scratch_floats = floats;
+}
+
+void Plan::rows(Place x, int columns, Place out, Where where) {
+  require(where.outputs, "output rows of output rows");
+  add(CopyArgs{place(x, columns, false), x.width, columns, place(out, columns, true), out.width}, where);
+}
+
+void Plan::result(Place out, int columns, bool of_outputs) {
+  result_ = place(out, columns, of_outputs);
+  result_columns_ = size_t(columns);
+  result_width_ = out.width;
+  result_of_outputs_ = of_outputs;
+}
+
+void Plan::check(const Step& s) const {
+  accept(s.rows > 0 && s.rows <= size_t(shape_.max_rows),
+         std::to_string(s.rows) + " rows where 1 to " + std::to_string(shape_.max_rows) + " fit");
+  accept(s.positions_count == s.rows, "tokens and positions differ in number");
+  accept(s.sequences > 0 && s.starts == s.sequences + 1, "seq_start must have one entry more than context");
+  accept(s.seq_start[0] == 0 && size_t(s.seq_start[s.sequences]) == s.rows, "seq_start must go from 0 to the number of rows");
+  accept(s.outputs <= size_t(shape_.max_outputs),
+         std::to_string(s.outputs) + " output rows where " + std::to_string(shape_.max_outputs) + " fit");
+  for (size_t i = 0; i < s.outputs; ++i)
+    accept(s.output_rows[i] >= 0 && size_t(s.output_rows[i]) < s.rows && (i == 0 || s.output_rows[i] > s.output_rows[i - 1]),
+           "output_rows must be ascending indices of rows");
+  for (size_t m = 0; m < s.rows; ++m)
+    accept(s.tokens[m] >= 0 && s.tokens[m] < shape_.vocabulary,
+           "token " + std::to_string(s.tokens[m]) + " is not in the vocabulary of " + std::to_string(shape_.vocabulary));
+  accept(s.tables.size() == shape_.groups.size(), "one block table is needed for each cache group");
+  for (const auto& table : s.tables) accept(table.sequences == s.sequences, "a block table needs one row for each sequence");
+  for (size_t q = 0; q < s.sequences; ++q) {
+    const int first = s.seq_start[q], last = s.seq_start[q + 1];
+    accept(first < last && size_t(last) <= s.rows, "every sequence needs at least one row");
+    accept(s.context[q] >= 0 && s.context[q] <= shape_.context - (last - first),
+           "a sequence would pass the context of " + std::to_string(shape_.context) + " tokens");
+    for (int m = first; m < last; ++m)
+      accept(s.positions[m] == s.context[q] + (m - first), "positions must continue from the sequence's context");
+    const size_t pages = size_t(s.positions[last - 1]) / kPageTokens + 1;
+    for (size_t g = 0; g < s.tables.size(); ++g) {
+      const Step::Table& table = s.tables[g];
+      const size_t bytes = page_bytes(int(g));
+      accept(pages <= table.width, "a block table is too short for its sequence");
+      for (size_t i = 0; i < pages; ++i) {
+        const int64_t offset = table.pages[q * table.width + i];
+        accept(offset >= 0 && offset % 64 == 0 && bytes <= s.pool_bytes && size_t(offset) <= s.pool_bytes - bytes,
+               "a block table names a page outside the pool");
+      }
+    }
+  }
+}
+
+// What the instructions need to know of this step.
+void Plan::bind(const Step& s) {
+  for (auto& tiles : tiles_) tiles.clear();
+  for (size_t q = 0; q < s.sequences; ++q) {
+    std::fill(sequence_of_row_.begin() + s.seq_start[q], sequence_of_row_.begin() + s.seq_start[q + 1], int32_t(q));
+    for (int n : {1, 2, 4})
+      for (int m = s.seq_start[q]; m < s.seq_start[q + 1]; m += n)
+        tiles_[n].push_back({m, std::min(n, s.seq_start[q + 1] - m)});
+  }
+  for (auto& instruction : instructions_) {
+    const int rows = int(instruction.where.outputs ? s.outputs : s.rows);
+    auto set_pages = [&](Pages& p) {
+      const Step::Table& table = s.tables[size_t(instruction.units)];
+      p.pool = s.pool;
+      p.tables = table.pages;
+      p.table_width = table.width;
+    };
+    if (auto* embed = std::get_if<EmbedArgs>(&instruction.args)) {
+      embed->tokens = s.tokens;
+    } else if (auto* norm = std::get_if<NormArgs>(&instruction.args)) {
+      norm->rows = rows;
+      norm->row_block = isa_.row_block(rows);
+    } else if (auto* linear = std::get_if<LinearArgs>(&instruction.args)) {
+      linear->rows = rows;
+    } else if (auto* angles = std::get_if<AnglesArgs>(&instruction.args)) {
+      angles->positions = s.positions;
+    } else if (auto* kv = std::get_if<KvWriteArgs>(&instruction.args)) {
+      kv->positions = s.positions;
+      set_pages(kv->pages);
+    } else if (auto* attention = std::get_if<AttentionArgs>(&instruction.args)) {
+      attention->positions = s.positions;
+      set_pages(attention->pages);
+      attention->tiles = tiles_[rows_of_tile(attention->heads / attention->pages.kv_heads)].data();
+      instruction.next->store(0, std::memory_order_relaxed);
+    }
+  }
+}
+
+void Plan::run(const Step& step) {
+  bind(step);
+  workers_.run([&](int worker) { work(worker, step); });
+}
+
+void Plan::work(int worker, const Step& s) {
+  const int count = workers_.count();
+  for (auto& instruction : instructions_) {
+    const int rows = int(instruction.where.outputs ? s.outputs : s.rows);
+    auto share = [&](int units, auto&& part) {
+      const int begin = int(int64_t(units) * worker / count), end = int(int64_t(units) * (worker + 1) / count);
+      if (begin < end) part(begin, end);
+    };
+    auto visit = [&](const auto& a) {
+      using A = std::decay_t<decltype(a)>;
+      if constexpr (std::is_same_v<A, LinearArgs>) {
+        if (rows > 0) share(instruction.units, [&](int b, int e) { isa_.linear(a, b, e); });
+      } else if constexpr (std::is_same_v<A, AttentionArgs>) {
+        const auto& tiles = tiles_[rows_of_tile(a.heads / a.pages.kv_heads)];
+        const int units = int(tiles.size()) * a.pages.kv_heads;
+        float* scratch = instruction.scratch + size_t(worker) * instruction.scratch_floats;
+        for (int u; (u = instruction.next->fetch_add(1, std::memory_order_relaxed)) < units;) isa_.attention(a, u, scratch);
+      } else {
+        share(rows, [&](int b, int e) {
+          if constexpr (std::is_same_v<A, EmbedArgs>) vai::embed(a, b, e);
+          if constexpr (std::is_same_v<A, NormArgs>) isa_.norm(a, b, e);
+          if constexpr (std::is_same_v<A, GluArgs>) isa_.glu(a, b, e);
+          if constexpr (std::is_same_v<A, AnglesArgs>) vai::angles(a, b, e);
+          if constexpr (std::is_same_v<A, RopeArgs>) vai::rope(a, b, e);
+          if constexpr (std::is_same_v<A, KvWriteArgs>) vai::kv_write(a, b, e);
+          if constexpr (std::is_same_v<A, CopyArgs>)
+            for (int r = b; r < e; ++r)
+              std::memcpy(a.out + size_t(r) * a.ldo, a.x + size_t(s.output_rows[r]) * a.ldx, size_t(a.columns) * sizeof(float));
+        });
+      }
+    };
+    std::visit(visit, instruction.args);
+    if (instruction.where.barrier) workers_.barrier();
+  }
+}
+
+}  // namespace vai

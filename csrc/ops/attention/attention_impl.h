@@ -1,0 +1,192 @@
+// Paged attention in the exact kind. A unit is a few consecutive rows of one sequence under one KV head; its queries share
+// every reading of K and V, four at a time, and none of them sees what the others do.
+#pragma once
+
+#include "vai/math.h"
+#include "vai/ops.h"
+
+namespace vai {
+namespace {
+
+#define VAI_UNROLL _Pragma("GCC unroll 16")
+
+template <class V, KvType T>
+inline typename V::F load_kv(const void* p) {
+  if constexpr (T == KvType::kBf16)
+    return V::load_bf16(p);
+  else
+    return V::load((const float*)p);
+}
+template <KvType T>
+constexpr size_t kKvBytes = T == KvType::kBf16 ? 2 : 4;
+
+template <KvType T>
+inline float load_kv_one(const uint8_t* p) {
+  if constexpr (T == KvType::kBf16)
+    return bf16_to_f32(load_as<uint16_t>(p));
+  else
+    return load_as<float>(p);
+}
+
+// scores[q][0..16) of 16 tokens whose keys stand at `keys` as [head_dim][16].
+template <class V, KvType T, int Q>
+void score(const uint8_t* keys, int head_dim, const float* const* q, float scale, float* const* scores) {
+  using F = typename V::F;
+  constexpr int W = V::kLanes, H = 16 / W;
+  F acc[Q][H];
+  VAI_UNROLL for (int i = 0; i < Q; ++i) VAI_UNROLL for (int h = 0; h < H; ++h) acc[i][h] = V::set1(0.0f);
+  for (int d = 0; d < head_dim; ++d, keys += 16 * kKvBytes<T>)
+    VAI_UNROLL for (int h = 0; h < H; ++h) {
+      const F k = load_kv<V, T>(keys + h * W * kKvBytes<T>);
+      VAI_UNROLL for (int i = 0; i < Q; ++i) acc[i][h] = V::add(acc[i][h], V::mul(V::set1(q[i][d]), k));
+    }
+  VAI_UNROLL for (int i = 0; i < Q; ++i)
+    VAI_UNROLL for (int h = 0; h < H; ++h) V::store(scores[i] + h * W, V::mul(acc[i][h], V::set1(scale)));
+}
+
+// o[q][0..head_dim) += e[q][t] * v[t] for t in [0, tokens), values at `values` as [tokens][head_dim].
+template <class V, KvType T, int Q>
+void weigh(const uint8_t* values, int head_dim, int tokens, const float* const* e, float* const* o) {
+  using F = typename V::F;
+  constexpr int W = V::kLanes, N = 8 / Q * (16 / W) / 2 > 0 ? 8 / Q * (16 / W) / 2 : 1;  // registers per query
+  const size_t row = size_t(head_dim) * kKvBytes<T>;
+  int d = 0;
+  for (; d + N * W <= head_dim; d += N * W) {
+    F acc[Q][N];
+    VAI_UNROLL for (int i = 0; i < Q; ++i) VAI_UNROLL for (int n = 0; n < N; ++n) acc[i][n] = V::load(o[i] + d + n * W);
+    const uint8_t* v = values + size_t(d) * kKvBytes<T>;
+    for (int t = 0; t < tokens; ++t, v += row)
+      VAI_UNROLL for (int n = 0; n < N; ++n) {
+        const F x = load_kv<V, T>(v + size_t(n * W) * kKvBytes<T>);
+        VAI_UNROLL for (int i = 0; i < Q; ++i) acc[i][n] = V::add(acc[i][n], V::mul(V::set1(e[i][t]), x));
+      }
+    VAI_UNROLL for (int i = 0; i < Q; ++i) VAI_UNROLL for (int n = 0; n < N; ++n) V::store(o[i] + d + n * W, acc[i][n]);
+  }
+  for (; d < head_dim; ++d)
+    for (int i = 0; i < Q; ++i) {
+      float sum = o[i][d];
+      for (int t = 0; t < tokens; ++t) sum = sum + e[i][t] * load_kv_one<T>(values + size_t(t) * row + size_t(d) * kKvBytes<T>);
+      o[i][d] = sum;
+    }
+}
+
+// Scores to weights: e[t] = exp(s[t] - max) for t < end, 0 up to the next multiple of 16; the R16 sum of each chunk.
+template <class V>
+void soften(float* s, int end) {
+  using F = typename V::F;
+  constexpr int W = V::kLanes;
+  const F lowest = V::set1(-__builtin_inff());
+  F top = lowest;
+  for (int t = 0; t < end; t += W) top = V::max(V::select(V::before(t, end), V::load(s + t), lowest), top);
+  float lanes[W];
+  V::store(lanes, top);
+  float m = lanes[0];
+  for (int i = 1; i < W; ++i) m = lanes[i] > m ? lanes[i] : m;
+  for (int t = 0; t < (end + 15) / 16 * 16; t += W)
+    V::store(s + t, V::select(V::before(t, end), exp<V>(V::sub(V::load(s + t), V::set1(m))), V::set1(0.0f)));
+}
+
+template <class V>
+float chunk_sum(const float* e, int count) {
+  constexpr int W = V::kLanes, H = 16 / W;
+  typename V::F p[H];
+  for (int h = 0; h < H; ++h) p[h] = V::set1(0.0f);
+  for (int t = 0; t < count; t += 16)
+    for (int h = 0; h < H; ++h) p[h] = V::add(p[h], V::load(e + t + h * W));
+  float partial[16];
+  for (int h = 0; h < H; ++h) V::store(partial + h * W, p[h]);
+  return sum16(partial);
+}
+
+// One to four queries of one sequence and KV head. `end[i]`: how many tokens query i sees; ascending with i.
+template <class V, KvType T, int Q>
+void attend(const AttentionArgs& a, int sequence, int kv_head, const float* const* q, const int* end, float* const* out,
+            float* scratch) {
+  constexpr size_t kBytes = kKvBytes<T>;
+  const int width = a.pages.head_dim, padded = (width + 15) / 16 * 16, longest = end[Q - 1], shortest = end[0];
+  const size_t plane = size_t(kPageTokens) * size_t(a.pages.kv_heads) * size_t(width) * kBytes;
+  float *s[Q], *chunk[Q], *o[Q];
+  for (int i = 0; i < Q; ++i) {
+    s[i] = scratch + size_t(i) * a.context;
+    chunk[i] = scratch + Q * a.context + size_t(2 * i) * size_t(padded);
+    o[i] = chunk[i] + padded;
+  }
+  for (int t = 0; t < longest; t += 16) {
+    const uint8_t* keys = a.pages.layer(sequence, t) + size_t(kv_head * 2 + t % kPageTokens / 16) * size_t(width) * 16 * kBytes;
+    float* at[Q];
+    for (int i = 0; i < Q; ++i) at[i] = s[i] + t;
+    score<V, T, Q>(keys, width, q, a.scale, at);
+  }
+  for (int i = 0; i < Q; ++i) soften<V>(s[i], end[i]);
+  float l[Q] = {};
+  for (int c = 0; c < longest; c += kAttentionChunk) {
+    const int chunk_end = longest - c < kAttentionChunk ? longest : c + kAttentionChunk;
+    float* sums[Q];  // the first chunk goes straight to the result
+    for (int i = 0; i < Q; ++i) {
+      sums[i] = c == 0 ? o[i] : chunk[i];
+      for (int d = 0; d < padded; ++d) sums[i][d] = 0.0f;
+    }
+    for (int t = c; t < chunk_end; t += kPageTokens) {
+      const uint8_t* values = a.pages.layer(sequence, t) + plane + size_t(kv_head) * kPageTokens * size_t(width) * kBytes;
+      const int last = chunk_end - t < kPageTokens ? chunk_end : t + kPageTokens;
+      const int common = shortest < t ? t : shortest < last ? shortest : last;  // tokens that all queries see
+      const float* e[Q];
+      for (int i = 0; i < Q; ++i) e[i] = s[i] + t;
+      if (common > t) weigh<V, T, Q>(values, width, common - t, e, sums);
+      for (int i = 0; i < Q; ++i) {
+        const int own = end[i] < last ? end[i] : last;
+        if (own <= common) continue;
+        const float* rest = s[i] + common;
+        weigh<V, T, 1>(values + size_t(common - t) * size_t(width) * kBytes, width, own - common, &rest, &sums[i]);
+      }
+    }
+    for (int i = 0; i < Q; ++i) {
+      const int seen = end[i] < chunk_end ? end[i] : chunk_end;
+      if (seen <= c) continue;
+      const float sum = chunk_sum<V>(s[i] + c, seen - c);
+      l[i] = c == 0 ? sum : l[i] + sum;
+      if (c != 0)
+        for (int d = 0; d < width; ++d) o[i][d] = o[i][d] + chunk[i][d];
+    }
+  }
+  for (int i = 0; i < Q; ++i)
+    for (int d = 0; d < width; ++d) out[i][d] = o[i][d] / l[i];
+}
+
+template <class V, KvType T>
+void attention_unit(const AttentionArgs& a, int unit, float* scratch) {
+  const RowTile tile = a.tiles[unit / a.pages.kv_heads];
+  const int kv_head = unit % a.pages.kv_heads, shared = a.heads / a.pages.kv_heads;
+  const int sequence = a.sequence_of_row[tile.first], queries = tile.rows * shared;
+  for (int i = 0; i < queries;) {
+    const float* q[kAttentionQueries];
+    float* out[kAttentionQueries];
+    int end[kAttentionQueries];
+    const int count = queries - i >= 4 ? 4 : queries - i >= 2 ? 2 : 1;
+    for (int j = 0; j < count; ++j) {
+      const size_t row = size_t(tile.first + (i + j) / shared);
+      const size_t column = size_t(kv_head * shared + (i + j) % shared) * size_t(a.pages.head_dim);
+      q[j] = a.q + row * a.ldq + column;
+      out[j] = a.out + row * a.ldo + column;
+      end[j] = a.positions[row] + 1;
+    }
+    if (count == 4)
+      attend<V, T, 4>(a, sequence, kv_head, q, end, out, scratch);
+    else if (count == 2)
+      attend<V, T, 2>(a, sequence, kv_head, q, end, out, scratch);
+    else
+      attend<V, T, 1>(a, sequence, kv_head, q, end, out, scratch);
+    i += count;
+  }
+}
+
+template <class V>
+void attention(const AttentionArgs& a, int unit, float* scratch) {
+  if (a.pages.type == KvType::kBf16)
+    attention_unit<V, KvType::kBf16>(a, unit, scratch);
+  else
+    attention_unit<V, KvType::kF32>(a, unit, scratch);
+}
+
+}  // namespace
+}  // namespace vai

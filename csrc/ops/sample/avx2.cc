@@ -1,0 +1,8 @@
+// The AVX2 implementation; the loops are in probabilities_impl.h.
+#include "vai/vec_avx2.h"
+
+#include "probabilities_impl.h"
+
+namespace vai {
+bool probabilities_avx2(const ProbabilitiesArgs& a, float* maximum) { return probabilities<Avx2Vec>(a, maximum); }
+}  // namespace vai

@@ -1,0 +1,8 @@
+// The AVX-512-VNNI implementation; the loops are in probabilities_impl.h.
+#include "vai/vec_avx512.h"
+
+#include "probabilities_impl.h"
+
+namespace vai {
+bool probabilities_avx512(const ProbabilitiesArgs& a, float* maximum) { return probabilities<Avx512Vec>(a, maximum); }
+}  // namespace vai

@@ -1,0 +1,118 @@
+"""The native executor (csrc/bind). Places are (byte offset in the workspace, floats per row); see csrc/core/plan.h."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Place = tuple[int, int]
+Weight = tuple[int, int, int, int, int, int]  # offset, block type, stored rows, columns, first block, block step
+Vector = tuple[int, int, int, int]  # offset, stored elements, first block, block step
+Where = tuple[bool, bool]  # over the output rows, barrier after
+
+def isas() -> list[str]: ...
+def attention_scratch(context: int, head_dim: int) -> int: ...
+
+class Workers:
+    def __init__(self, threads: int) -> None: ...
+    @property
+    def threads(self) -> int: ...
+
+class Plan:
+    def __init__(
+        self,
+        *,
+        workers: Workers,
+        isa: str,
+        data: NDArray[np.uint8],
+        workspace_bytes: int,
+        max_rows: int,
+        max_outputs: int,
+        vocabulary: int,
+        context: int,
+        kv_type: str,
+        groups: Sequence[tuple[int, int, int]],
+    ) -> None: ...
+    def embed(self, *, table: Weight, out: Place, where: Where) -> None: ...
+    def norm(
+        self,
+        *,
+        x: Place,
+        columns: int,
+        weight: Vector | None,
+        epsilon: float,
+        out: Place | None,
+        packed: int | None,
+        where: Where,
+    ) -> None: ...
+    def linear(
+        self,
+        *,
+        weight: Weight,
+        blocks: int,
+        x: Place | None,
+        packed: int | None,
+        bias: Vector | None,
+        addend: Place | None,
+        residual: Place | None,
+        out: Place,
+        gated: bool,
+        where: Where,
+    ) -> None: ...
+    def glu(self, *, gate: Place, up: Place, columns: int, out: Place, where: Where) -> None: ...
+    def angles(self, *, frequencies: Sequence[float], out: int, where: Where) -> None: ...
+    def rope(
+        self,
+        *,
+        x: Place,
+        out: Place,
+        heads: int,
+        head_dim: int,
+        pairs: int,
+        neox: bool,
+        angles: int,
+        where: Where,
+    ) -> None: ...
+    def kv_write(self, *, k: Place, v: Place, group: int, layer: int, where: Where) -> None: ...
+    def attention(
+        self,
+        *,
+        q: Place,
+        out: Place,
+        group: int,
+        layer: int,
+        heads: int,
+        scale: float,
+        scratch: int,
+        where: Where,
+    ) -> None: ...
+    def rows(self, *, x: Place, columns: int, out: Place, where: Where) -> None: ...
+    def result(self, *, out: Place, columns: int, of_outputs: bool) -> None: ...
+    def forward(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        seq_start: NDArray[np.int32],
+        context: NDArray[np.int32],
+        tables: list[NDArray[np.int64]],
+        output_rows: NDArray[np.int32],
+        pool: NDArray[np.uint8],
+    ) -> NDArray[np.float32]: ...
+
+def sample(
+    *,
+    isa: str,
+    logits: NDArray[np.float32],
+    temperature: NDArray[np.float32],
+    top_k: NDArray[np.int32],
+    top_p: NDArray[np.float32],
+    min_p: NDArray[np.float32],
+    seed: NDArray[np.uint64],
+    choice: NDArray[np.uint32],
+    position: NDArray[np.uint32],
+    logprobs: NDArray[np.int32],
+    tokens: NDArray[np.int32],
+    logprob: NDArray[np.float32],
+    top_ids: NDArray[np.int32],
+    top_logprobs: NDArray[np.float32],
+) -> None: ...

@@ -1,0 +1,739 @@
+"""The native executor: a Program becomes fused instructions over one workspace, and a step one call into C++.
+
+Lowering has three passes. `_Fuser` walks the Program once and joins what the ROM stores together or what a kernel does
+in one go (norm with quantization, q|k|v, gate|up with its activation, residuals in place). `_assign` lays the slots
+out: two may share memory when no stretch between barriers needs both. `_emit` hands the instructions to the native Plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vai.errors import BadRequest, CorruptImage, NotSupported, UnsupportedModel
+from vai.kernels import _native
+from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
+from vai.kernels.program import KV_BYTES, Program, StepArgs
+from vai.rom.image import BLOCK_TYPES, VECTOR, Part, StoredTensor, TensorTable
+from vai.rom.view import Image
+
+BLOCK_ROWS = 16
+LINE = 64  # every slot begins on a cache line
+GROUP = 32  # columns that share one activation scale
+RECORD_BYTES = 40  # a quantized group: its codes, scale and sum
+TYPE_CODES = {name: code for code, name in enumerate(("Q4_0", "Q8_0", "F16", "BF16", "F32"))}
+
+
+class NativePlan:
+    """A Program lowered for one image and this machine; implements `kernels.program.Plan`.
+
+    `workspace_bytes` is exact; the memory itself is taken from the machine as steps first touch it.
+    """
+
+    def __init__(
+        self, program: Program, native: _native.Plan, workspace_bytes: int, kv_type: str, lines: list[str]
+    ) -> None:
+        self.program = program
+        self.workspace_bytes = workspace_bytes
+        self.kv_type = kv_type
+        self._native = native
+        self._lines = lines
+
+    def forward(self, step: StepArgs, pool: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Run one step: logits [R, vocabulary], valid until the next call. One thread at a time.
+
+        Raises BadRequest if the step fits not the model, its pages or itself; then nothing was written.
+        """
+        if step.kind != "exact":
+            raise NotSupported(f"Steps of kind {step.kind!r} are not built; use 'exact'.")
+        try:
+            return self._native.forward(
+                step.tokens,
+                step.positions,
+                step.seq_start,
+                step.context,
+                list(step.block_tables),
+                step.output_rows,
+                pool,
+            )
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
+
+    def lines(self) -> list[str]:
+        """One line for each instruction: what it does, the image's bytes it reads, the Program lines it came from."""
+        return list(self._lines)
+
+
+def lower(
+    program: Program,
+    image: Image,
+    *,
+    kv_type: str,
+    max_rows: int,
+    max_sequences: int,
+    workers: _native.Workers,
+    isa: str,
+) -> NativePlan:
+    """Lower `program` over the bytes of `image`, for steps of at most `max_rows` rows and `max_sequences` output rows.
+
+    Raises UnsupportedModel for an operation this executor lacks, CorruptImage where image and Program disagree.
+    """
+    if kv_type not in KV_BYTES:
+        raise NotSupported(f"There is no KV type {kv_type!r}; choose one of {', '.join(KV_BYTES)}.")
+    if any(group.window is not None for group in program.groups):
+        raise UnsupportedModel("This model attends within a window, which the native executor does not do yet.")
+    shape = _Shape(max_rows, max_sequences, program.context, workers.threads)
+    fuser = _Fuser(program, image.table, shape)
+    instructions = fuser.instructions()
+    workspace_bytes = _assign(instructions)
+    native = _native.Plan(
+        workers=workers,
+        isa=isa,
+        data=np.frombuffer(image.data, dtype=np.uint8),
+        workspace_bytes=workspace_bytes,
+        max_rows=max_rows,
+        max_outputs=max_sequences,
+        vocabulary=program.vocabulary,
+        context=program.context,
+        kv_type=kv_type,
+        groups=[(group.layers, group.kv_heads, group.head_dim) for group in program.groups],
+    )
+    for instruction in instructions:
+        _emit(native, instruction)
+    result = fuser.result()
+    native.result(out=result.place(), columns=result.columns, of_outputs=result.outputs)
+    return NativePlan(program, native, workspace_bytes, kv_type, [str(instruction) for instruction in instructions])
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    rows: int
+    outputs: int
+    context: int
+    threads: int
+
+
+@dataclass(eq=False, slots=True)
+class _Slot:
+    """A piece of workspace; `offset` is known after `_assign`."""
+
+    bytes: int
+    offset: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """Where a value stands: `columns` of each row of a slot, from `first` on. `outputs`: it has R rows instead of M."""
+
+    slot: _Slot
+    width: int  # floats from row to row
+    first: int
+    columns: int
+    outputs: bool
+
+    def place(self) -> _native.Place:
+        return self.slot.offset + 4 * self.first, self.width
+
+
+@dataclass(slots=True)
+class _Instruction:
+    """One native operation. `slots`: all it touches; `phase`: the stretch between barriers it runs in."""
+
+    kind: str
+    lines: list[int]
+    outputs: bool
+    slots: list[_Slot]
+    views: dict[str, _View] = field(default_factory=dict)
+    areas: dict[str, _Slot] = field(default_factory=dict)
+    weight: _native.Weight | None = None
+    vector: _native.Vector | None = None
+    op: Op | None = None
+    blocks: int = 0
+    text: str = ""
+    image_bytes: int = 0
+    phase: int = -1
+    barrier: bool = False
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a worker that did its rows here may go on with the same rows in the next instruction."""
+        return self.kind not in ("linear", "gated", "attention", "rows")
+
+    def __str__(self) -> str:
+        origin = ",".join(str(line) for line in self.lines)
+        return f"{self.kind:<10} {self.text:<56} {self.image_bytes:>12,} B  lines {origin}"
+
+
+class _Fuser:
+    """Walks a Program in order and makes the instructions; each operation ends up in exactly one of them."""
+
+    def __init__(self, program: Program, table: TensorTable, shape: _Shape) -> None:
+        self._program = program
+        self._table = table
+        self._shape = shape
+        self._views: dict[str, _View] = {}
+        self._packed: dict[str, _Slot] = {}
+        self._angles: dict[tuple[float, ...], _Slot] = {}
+        self._scratch: _Slot | None = None
+        self._done: set[int] = set()
+        self._made: list[_Instruction] = []
+        self._readers: dict[str, list[int]] = {}
+        for index, op in enumerate(program.ops):
+            for value in _reads(op):
+                self._readers.setdefault(value, []).append(index)
+        for value in program.outputs.values():
+            self._readers.setdefault(value, []).append(len(program.ops))
+
+    def instructions(self) -> list[_Instruction]:
+        for index, op in enumerate(self._program.ops):
+            if index in self._done:
+                continue
+            match op:
+                case Embed():
+                    self._embed(index, op)
+                case RmsNorm():
+                    self._norm(index, op)
+                case Linear():
+                    self._linear(index, op)
+                case Rope():
+                    self._rope(index, op)
+                case KvWrite():
+                    self._kv_write(index, op)
+                case Attention():
+                    self._attention(index, op)
+                case Glu():
+                    self._glu(index, op)
+                case Rows():
+                    self._rows(index, op)
+        for before, after in zip(self._made, self._made[1:], strict=False):
+            before.barrier = not (before.by_rows and after.by_rows and before.outputs == after.outputs)
+        phase = 0
+        for instruction in self._made:
+            instruction.phase = phase
+            phase += instruction.barrier
+        # What is read after the step must not be overwritten within it.
+        self._made[-1].slots.append(self.result().slot)
+        return self._made
+
+    def result(self) -> _View:
+        if set(self._program.outputs) != {"logits"}:
+            raise UnsupportedModel("The native executor gives logits only, and this model has other results.")
+        return self._views[self._program.outputs["logits"]]
+
+    # ---- one operation each
+
+    def _embed(self, index: int, op: Embed) -> None:
+        stored, part, weight = self._matrix(op.weight)
+        out = self._new(op.output, stored.columns, outputs=False)
+        row_bytes = stored.bytes // (stored.rows // BLOCK_ROWS)
+        self._add(
+            "embed",
+            [index],
+            out,
+            views={"out": out},
+            weight=weight,
+            text=_of(op.weight, stored, part.rows),
+            image_bytes=row_bytes,
+        )
+
+    def _norm(self, index: int, op: RmsNorm) -> None:
+        x = self._views[op.x]
+        weight = self._vector(op.weight, x.columns)
+        coded = [reader for reader in self._readers.get(op.output, []) if self._quantizes(reader, op.output)]
+        views = {"x": x}
+        if len(coded) < len(self._readers.get(op.output, [])):
+            views["out"] = self._new(op.output, x.columns, outputs=x.outputs)
+        areas = {}
+        if coded:
+            areas["packed"] = self._packed[op.output] = self._packed_slot(x.columns, x.outputs)
+            self._views.setdefault(op.output, _View(areas["packed"], 0, 0, x.columns, x.outputs))
+        self._add(
+            "norm",
+            [index],
+            x,
+            views=views,
+            areas=areas,
+            vector=weight,
+            op=op,
+            text=f"{op.weight} {x.columns}",
+            image_bytes=4 * x.columns,
+        )
+
+    def _linear(self, index: int, op: Linear) -> None:
+        stored, part, weight = self._matrix(op.weight)
+        if self._gated(index, op, stored) or self._joined(index, op, stored):
+            return
+        x = self._views[op.x]
+        blocks = _blocks(part.rows)
+        views = {}
+        if op.addend is not None:
+            views["addend"] = self._views[op.addend]
+        if op.residual is not None:
+            views["residual"] = self._views[op.residual]
+        out = views.get("residual")
+        if out is None or not self._replaceable(index, op, out):
+            out = self._new(op.output, part.rows, outputs=x.outputs)
+        self._views[op.output] = _View(out.slot, out.width, out.first, part.rows, x.outputs)
+        bias = None if op.bias is None else self._vector(op.bias, part.rows)
+        extra = [f"+ {name}" for name in ("addend", "bias", "residual") if getattr(op, name) is not None]
+        self._multiply(
+            "linear",
+            [index],
+            op.x,
+            stored,
+            weight,
+            bias,
+            blocks,
+            {**views, "out": out},
+            " ".join([_of(op.weight, stored, part.rows), *extra]),
+            blocks,
+        )
+
+    def _gated(self, index: int, op: Linear, stored: StoredTensor) -> bool:
+        """gate and up, interleaved in the ROM and read by one gated unit alone: one pass over both."""
+        parts = stored.parts
+        if [(p.first_block, p.block_step) for p in parts] != [(0, 2), (1, 2)]:
+            return False
+        members = self._siblings(index, op, parts)
+        if members is None:
+            return False
+        gate, up = (op for _, op in members)
+        readers = self._readers.get(gate.output, []) + self._readers.get(up.output, [])
+        if len(readers) != 2 or readers[0] != readers[1] or readers[0] == len(self._program.ops):
+            return False
+        glu = self._program.ops[readers[0]]
+        if (
+            not (isinstance(glu, Glu) and (glu.gate, glu.up) == (gate.output, up.output))
+            or parts[0].rows != parts[1].rows
+        ):
+            return False
+        _check_act(glu)
+        out = self._new(glu.output, parts[0].rows, outputs=self._views[op.x].outputs)
+        blocks = _blocks(parts[0].rows)
+        lines = [line for line, _ in members] + [readers[0]]
+        text = f"{_of(stored.name, stored, stored.rows)}{' + bias' if gate.bias else ''}, {glu.act}"
+        self._multiply(
+            "gated",
+            lines,
+            op.x,
+            stored,
+            self._weight(stored, parts[0]),
+            self._bias(members),
+            blocks,
+            {"out": out},
+            text,
+            2 * blocks,
+        )
+        return True
+
+    def _joined(self, index: int, op: Linear, stored: StoredTensor) -> bool:
+        """Neighbours in the ROM (q|k|v) that read the same value: one wide result, each a range of its columns."""
+        parts = stored.parts
+        if len(parts) < 2 or any(p.block_step != 1 for p in parts):
+            return False
+        members = self._siblings(index, op, parts)
+        if members is None:
+            return False
+        outputs = self._views[op.x].outputs
+        slot = _Slot(self._count(outputs) * stored.rows * 4)
+        for (_, member), part in zip(members, parts, strict=True):
+            self._views[member.output] = _View(slot, stored.rows, BLOCK_ROWS * part.first_block, part.rows, outputs)
+        out = _View(slot, stored.rows, 0, stored.rows, outputs)
+        blocks = _blocks(stored.rows)
+        text = f"{_of(stored.name, stored, stored.rows)}{' + bias' if op.bias else ''}"
+        weight = self._weight(stored, Part(stored.name, stored.rows, 0, 1))
+        self._multiply(
+            "linear",
+            [line for line, _ in members],
+            op.x,
+            stored,
+            weight,
+            self._bias(members),
+            blocks,
+            {"out": out},
+            text,
+            blocks,
+        )
+        return True
+
+    def _rope(self, index: int, op: Rope) -> None:
+        x = self._views[op.x]
+        out = x
+        if self._readers[op.x] != [index]:
+            out = self._new(op.output, x.columns, outputs=False)
+        self._views[op.output] = out
+        angles = self._angles.get(op.frequencies)
+        if angles is None:
+            angles = self._angles[op.frequencies] = _Slot(self._shape.rows * len(op.frequencies) * 8)
+            self._add("angles", [index], x, areas={"out": angles}, op=op, text=f"{len(op.frequencies)} frequencies")
+        self._add(
+            "rope",
+            [index],
+            x,
+            views={"x": x, "out": out},
+            areas={"angles": angles},
+            op=op,
+            text=f"{op.heads} heads of {op.head_dim}, {op.pairing}",
+        )
+
+    def _kv_write(self, index: int, op: KvWrite) -> None:
+        k = self._views[op.k]
+        self._add(
+            "kv_write",
+            [index],
+            k,
+            views={"k": k, "v": self._views[op.v]},
+            op=op,
+            text=f"group {op.group} layer {op.layer}",
+        )
+
+    def _attention(self, index: int, op: Attention) -> None:
+        q = self._views[op.q]
+        if self._scratch is None:
+            context = -(-self._shape.context // BLOCK_ROWS) * BLOCK_ROWS
+            head_dim = max(group.head_dim for group in self._program.groups)
+            self._scratch = _Slot(4 * self._shape.threads * _native.attention_scratch(context, head_dim))
+        out = self._new(op.output, op.heads * op.head_dim, outputs=False)
+        self._add(
+            "attention",
+            [index],
+            q,
+            views={"q": q, "out": out},
+            areas={"scratch": self._scratch},
+            op=op,
+            text=f"group {op.group} layer {op.layer}, {op.heads}/{op.kv_heads} heads of {op.head_dim}",
+        )
+
+    def _glu(self, index: int, op: Glu) -> None:
+        _check_act(op)
+        gate = self._views[op.gate]
+        out = self._new(op.output, gate.columns, outputs=gate.outputs)
+        self._add(
+            "glu",
+            [index],
+            gate,
+            views={"gate": gate, "up": self._views[op.up], "out": out},
+            text=f"{op.act} {gate.columns}",
+        )
+
+    def _rows(self, index: int, op: Rows) -> None:
+        x = self._views[op.x]
+        out = self._new(op.output, x.columns, outputs=True)
+        self._add("rows", [index], out, views={"x": x, "out": out}, text=f"{x.columns}")
+
+    # ---- what they share
+
+    def _multiply(
+        self,
+        kind: str,
+        lines: list[int],
+        x: str,
+        stored: StoredTensor,
+        weight: _native.Weight,
+        bias: _native.Vector | None,
+        blocks: int,
+        views: dict[str, _View],
+        text: str,
+        read_blocks: int,
+    ) -> None:
+        self._done.update(lines)
+        view = self._views[x]
+        areas = {}
+        if BLOCK_TYPES[stored.type].group:
+            areas["packed"] = self._quantized(lines[0], x)
+        else:
+            views = {**views, "x": view}
+        image_bytes = stored.bytes // (stored.rows // BLOCK_ROWS) * read_blocks + (64 * read_blocks if bias else 0)
+        self._add(
+            kind,
+            lines,
+            view,
+            views=views,
+            areas=areas,
+            weight=weight,
+            vector=bias,
+            blocks=blocks,
+            text=text,
+            image_bytes=image_bytes,
+        )
+
+    def _quantized(self, index: int, value: str) -> _Slot:
+        """The packed codes of a value; made here where its norm did not make them."""
+        if value not in self._packed:
+            x = self._views[value]
+            packed = self._packed[value] = self._packed_slot(x.columns, x.outputs)
+            self._add("quantize", [index], x, views={"x": x}, areas={"packed": packed}, text=f"{x.columns}")
+        return self._packed[value]
+
+    def _siblings(self, index: int, op: Linear, parts: tuple[Part, ...]) -> list[tuple[int, Linear]] | None:
+        """The Linear operations from `index` on that read what `op` reads and nothing else, one for each part in order.
+
+        None if there is not exactly one for each part, or if their biases are not stored the way their weights are.
+        """
+        by_part: dict[str, tuple[int, Linear]] = {}
+        names = {part.name for part in parts}
+        for line in self._readers[op.x]:
+            other = self._program.ops[line] if line < len(self._program.ops) else None
+            if not isinstance(other, Linear) or other.weight not in names or other.x != op.x:
+                continue
+            if line < index or line in self._done or other.weight in by_part or other.addend or other.residual:
+                return None
+            by_part[other.weight] = (line, other)
+        if len(by_part) != len(parts):
+            return None
+        for part in parts:
+            self._check(part.name, part, self._table.find(part.name)[0])
+        members = [by_part[part.name] for part in parts]
+        biases = [self._table.find(member.bias) if member.bias else None for _, member in members]
+        if all(bias is None for bias in biases):
+            return members
+        for bias, part in zip(biases, parts, strict=True):
+            if bias is None or biases[0] is None or bias[0] != biases[0][0] or bias[0].type != VECTOR:
+                return None
+            if (bias[1].rows, bias[1].first_block, bias[1].block_step) != (
+                part.rows,
+                part.first_block,
+                part.block_step,
+            ):
+                return None
+        return members
+
+    def _bias(self, members: list[tuple[int, Linear]]) -> _native.Vector | None:
+        """The fused bias of siblings, from its first block on, in the step of their weights."""
+        bias = members[0][1].bias
+        if bias is None:
+            return None
+        stored, part = self._table.find(bias)
+        return stored.offset, stored.rows, 0, part.block_step
+
+    def _replaceable(self, index: int, op: Linear, residual: _View) -> bool:
+        """Whether the result may be written over the residual: nobody reads that later, and this reads it only so."""
+        if op.residual is None:
+            return False
+        last = max(self._readers[op.residual])
+        own = residual.first == 0 and residual.columns == self._program.constants[op.weight][0]
+        return (
+            last == index
+            and own
+            and op.residual not in (op.x, op.addend)
+            and residual.outputs == self._views[op.x].outputs
+        )
+
+    def _quantizes(self, reader: int, value: str) -> bool:
+        """Whether operation `reader` reads `value` as quantized codes and in no other way."""
+        op = self._program.ops[reader] if reader < len(self._program.ops) else None
+        if not isinstance(op, Linear) or op.x != value or value in (op.addend, op.residual):
+            return False
+        return bool(BLOCK_TYPES[self._matrix(op.weight)[0].type].group)
+
+    def _matrix(self, name: str) -> tuple[StoredTensor, Part, _native.Weight]:
+        stored, part = self._table.find(name)
+        self._check(name, part, stored)
+        if stored.type not in TYPE_CODES:
+            raise CorruptImage(f"The image holds {name} as {stored.type}, which is no matrix; burn the model again.")
+        return stored, part, self._weight(stored, part)
+
+    def _weight(self, stored: StoredTensor, part: Part) -> _native.Weight:
+        return stored.offset, TYPE_CODES[stored.type], stored.rows, stored.columns, part.first_block, part.block_step
+
+    def _vector(self, name: str, elements: int) -> _native.Vector:
+        stored, part = self._table.find(name)
+        if stored.type != VECTOR or part.rows != elements:
+            raise CorruptImage(f"The image's {name} is not a vector of {elements} values; burn the model again.")
+        return stored.offset, stored.rows, part.first_block, part.block_step
+
+    def _check(self, name: str, part: Part, stored: StoredTensor) -> None:
+        expected = self._program.constants[name]
+        if (part.rows, stored.columns) != expected:
+            raise CorruptImage(
+                f"The image's {name} is {part.rows} x {stored.columns} where the model needs "
+                f"{expected[0]} x {expected[1]}; burn the model again."
+            )
+
+    def _count(self, outputs: bool) -> int:
+        return self._shape.outputs if outputs else self._shape.rows
+
+    def _packed_slot(self, columns: int, outputs: bool) -> _Slot:
+        return _Slot(self._count(outputs) * (columns // GROUP) * RECORD_BYTES)
+
+    def _new(self, value: str, columns: int, *, outputs: bool) -> _View:
+        """A slot of its own for a value; rows are padded to whole blocks, which linear operations write."""
+        width = _blocks(columns) * BLOCK_ROWS
+        view = _View(_Slot(self._count(outputs) * width * 4), width, 0, columns, outputs)
+        self._views[value] = view
+        return view
+
+    def _add(
+        self,
+        kind: str,
+        lines: list[int],
+        like: _View,
+        *,
+        views: dict[str, _View] | None = None,
+        areas: dict[str, _Slot] | None = None,
+        weight: _native.Weight | None = None,
+        vector: _native.Vector | None = None,
+        op: Op | None = None,
+        blocks: int = 0,
+        text: str = "",
+        image_bytes: int = 0,
+    ) -> None:
+        """Append an instruction over the rows of `like`."""
+        views, areas = views or {}, areas or {}
+        slots = [view.slot for view in views.values()] + list(areas.values())
+        self._made.append(
+            _Instruction(
+                kind,
+                [line + 1 for line in lines],
+                like.outputs,
+                slots,
+                views,
+                areas,
+                weight,
+                vector,
+                op,
+                blocks,
+                text,
+                image_bytes,
+            )
+        )
+
+
+def _reads(op: Op) -> list[str]:
+    match op:
+        case Embed():
+            return []
+        case RmsNorm() | Rope() | Rows():
+            return [op.x]
+        case Linear():
+            return [value for value in (op.x, op.addend, op.residual) if value is not None]
+        case KvWrite():
+            return [op.k, op.v]
+        case Attention():
+            return [op.q]
+        case Glu():
+            return [op.gate, op.up]
+
+
+def _blocks(rows: int) -> int:
+    return -(-rows // BLOCK_ROWS)
+
+
+def _of(name: str, stored: StoredTensor, rows: int) -> str:
+    return f"{name} {stored.type} {rows}x{stored.columns}"
+
+
+def _check_act(glu: Glu) -> None:
+    if glu.act != "silu":
+        raise UnsupportedModel(f"The native executor has no gated unit with {glu.act!r} yet, only 'silu'.")
+
+
+def _assign(instructions: list[_Instruction]) -> int:
+    """Give every slot its offset, lowest first fit; returns the workspace's bytes.
+
+    A slot is needed from the first to the last *phase* that touches it: within one, workers run ahead of each other.
+    """
+    spans: dict[_Slot, tuple[int, int]] = {}
+    for instruction in instructions:
+        for slot in instruction.slots:
+            first, _ = spans.get(slot, (instruction.phase, 0))
+            spans[slot] = (first, instruction.phase)
+    placed: list[_Slot] = []
+    for slot in sorted(spans, key=lambda slot: (spans[slot][0], -slot.bytes)):
+        first, last = spans[slot]
+        rivals = [other for other in placed if spans[other][0] <= last and first <= spans[other][1]]
+        offset = 0
+        for other in sorted(rivals, key=lambda other: other.offset):
+            if offset + slot.bytes <= other.offset:
+                break
+            offset = max(offset, _aligned(other.offset + other.bytes))
+        slot.offset = offset
+        placed.append(slot)
+    return max((_aligned(slot.offset + slot.bytes) for slot in placed), default=0)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // LINE) * LINE
+
+
+def _emit(native: _native.Plan, made: _Instruction) -> None:
+    where = (made.outputs, made.barrier)
+    place = {name: view.place() for name, view in made.views.items()}
+    area = {name: slot.offset for name, slot in made.areas.items()}
+    op = made.op
+    match made.kind:
+        case "embed" if made.weight:
+            native.embed(table=made.weight, out=place["out"], where=where)
+        case "norm" | "quantize":
+            epsilon = op.epsilon if isinstance(op, RmsNorm) else 0.0
+            native.norm(
+                x=place["x"],
+                columns=made.views["x"].columns,
+                weight=made.vector,
+                epsilon=epsilon,
+                out=place.get("out"),
+                packed=area.get("packed"),
+                where=where,
+            )
+        case "linear" | "gated" if made.weight:
+            native.linear(
+                weight=made.weight,
+                blocks=made.blocks,
+                x=place.get("x"),
+                packed=area.get("packed"),
+                bias=made.vector,
+                addend=place.get("addend"),
+                residual=place.get("residual"),
+                out=place["out"],
+                gated=made.kind == "gated",
+                where=where,
+            )
+        case "glu":
+            native.glu(
+                gate=place["gate"], up=place["up"], columns=made.views["out"].columns, out=place["out"], where=where
+            )
+        case "rows":
+            native.rows(x=place["x"], columns=made.views["x"].columns, out=place["out"], where=where)
+        case _:
+            _emit_positional(native, made, place, area, where)
+
+
+def _emit_positional(
+    native: _native.Plan,
+    made: _Instruction,
+    place: dict[str, _native.Place],
+    area: dict[str, int],
+    where: _native.Where,
+) -> None:
+    """The instructions that depend on positions and pages."""
+    match made.kind, made.op:
+        case "angles", Rope() as op:
+            native.angles(frequencies=op.frequencies, out=area["out"], where=where)
+        case "rope", Rope() as op:
+            native.rope(
+                x=place["x"],
+                out=place["out"],
+                heads=op.heads,
+                head_dim=op.head_dim,
+                pairs=len(op.frequencies),
+                neox=op.pairing == "neox",
+                angles=area["angles"],
+                where=where,
+            )
+        case "kv_write", KvWrite() as op:
+            native.kv_write(k=place["k"], v=place["v"], group=op.group, layer=op.layer, where=where)
+        case "attention", Attention() as op:
+            native.attention(
+                q=place["q"],
+                out=place["out"],
+                group=op.group,
+                layer=op.layer,
+                heads=op.heads,
+                scale=op.scale,
+                scratch=area["scratch"],
+                where=where,
+            )
+        case unknown:
+            raise AssertionError(f"no such instruction: {unknown}")

@@ -1,0 +1,115 @@
+"""Which implementation runs what: the one place where the executors meet.
+
+Everything is chosen once, when a Program is lowered; `implementations` says what was chosen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vai.errors import NotSupported
+from vai.kernels import _native, native, reference
+from vai.kernels.program import Plan, Program, SampleArgs, Sampled
+from vai.request import MAX_LOGPROBS
+from vai.rom.view import Image
+
+BACKENDS = ("native", "reference")
+NO_TOKEN = -1  # of a row that cannot be sampled
+# Operations too small a part of a step to have more than the portable implementation.
+PORTABLE = ("embed", "angles", "rope", "kv_write", "rows")
+VECTORIZED = ("norm", "quantize", "linear", "gated", "glu", "attention", "sample")
+
+Workers = _native.Workers
+
+
+def isas() -> list[str]:
+    """The instruction sets this machine has implementations for, the best one last."""
+    return _native.isas()
+
+
+def isa() -> str:
+    """The instruction set that is used when none is asked for."""
+    return isas()[-1]
+
+
+def implementations(name: str | None = None) -> dict[str, str]:
+    """Operation -> implementation under instruction set `name`, or the default one. Raises NotSupported."""
+    chosen = _known(name)
+    return {**dict.fromkeys(VECTORIZED, chosen), **dict.fromkeys(PORTABLE, "scalar")}
+
+
+def make_workers(threads: int) -> Workers:
+    """The thread pool that all plans of a process share. Make it after any fork: threads do not survive one."""
+    return _native.Workers(threads)
+
+
+def lower(
+    program: Program,
+    image: Image,
+    *,
+    backend: str = "native",
+    kv_type: str = "bf16",
+    max_rows: int,
+    max_sequences: int,
+    workers: Workers,
+    isa: str | None = None,
+) -> Plan:
+    """Lower `program` over `image` for steps of at most `max_rows` rows, of which at most `max_sequences` give results.
+
+    Raises NotSupported for an unknown backend, instruction set or KV type, UnsupportedModel for a missing operation,
+    CorruptImage where image and Program disagree.
+    """
+    if backend not in BACKENDS:
+        raise NotSupported(f"There is no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    if backend == "reference":
+        return reference.ReferencePlan(program, image, kv_type=kv_type, max_rows=max_rows, max_sequences=max_sequences)
+    return native.lower(
+        program,
+        image,
+        kv_type=kv_type,
+        max_rows=max_rows,
+        max_sequences=max_sequences,
+        workers=workers,
+        isa=_known(isa),
+    )
+
+
+def sample(logits: NDArray[np.float32], args: SampleArgs, *, isa: str | None = None) -> Sampled:
+    """Draw one token for each row of logits [R, vocabulary], in one native call with the interpreter lock released.
+
+    A row that holds a NaN, or nothing finite, gets NO_TOKEN: its request must end, no other is touched. Raises
+    NotSupported for an unknown instruction set.
+    """
+    rows = len(logits)
+    sampled = Sampled(
+        tokens=np.full(rows, NO_TOKEN, np.int32),
+        logprob=np.full(rows, np.nan, np.float32),
+        top_ids=np.full((rows, MAX_LOGPROBS), NO_TOKEN, np.int32),
+        top_logprobs=np.full((rows, MAX_LOGPROBS), np.nan, np.float32),
+    )
+    _native.sample(
+        isa=_known(isa),
+        logits=logits,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        choice=args.choice,
+        position=args.position,
+        logprobs=args.logprobs,
+        tokens=sampled.tokens,
+        logprob=sampled.logprob,
+        top_ids=sampled.top_ids,
+        top_logprobs=sampled.top_logprobs,
+    )
+    return sampled
+
+
+def _known(name: str | None) -> str:
+    if name is None:
+        return isa()
+    if name not in isas():
+        raise NotSupported(f"This machine cannot run the {name!r} kernels; it has {', '.join(isas())}.")
+    return name
