@@ -17,7 +17,7 @@ from vai.cli.output import short, size
 from vai.config import Config
 from vai.daemon.loads import burn_argv, parse, renamed
 from vai.daemon.supervise import last_line, open_log
-from vai.errors import BadRequest, Interrupted, by_code
+from vai.errors import BadRequest, Interrupted, ModelNotFound, by_code
 from vai.rom import segment
 from vai.rom.registry import Name, Registry
 
@@ -73,13 +73,14 @@ def _load(settings: Config, file: Path, name: str) -> None:
 def _wish(registry: Registry, name: str, source: str) -> Iterator[None]:
     """A new name is written before the burn, so that a bad one costs no burn; a burn that fails takes it back."""
     new = all(known.name != name for known in registry.names())
-    if new:
-        registry.put(Name(name=name, source=source))
     try:
+        if new:
+            registry.put(Name(name=name, source=source))
         yield
     except BaseException:
         if new:
-            registry.forget(name)
+            with contextlib.suppress(ModelNotFound):
+                registry.forget(name)
         raise
 
 

@@ -20,6 +20,7 @@ from vai.errors import Unavailable
 
 _START_PATIENCE = 120.0
 _POLL = 0.02
+_HOPELESS = 4  # restarts of a role while waiting for the first readiness
 
 
 @click.command()
@@ -92,6 +93,10 @@ def _start(settings: Config, argv: list[str], key: int | None) -> None:
             click.echo(f"VAI is ready at {states['server']['address']}/v1 (daemon: process {daemon.pid}).")
             daemon.returncode = 0  # it lives on: not ours to wait for
             return
+        for role, state in states.items():
+            if state.get("restarts", 0) >= _HOPELESS:
+                reason = last_line(settings.logs / f"{role}.log")
+                raise Unavailable(f"The {role} keeps ending ({state['last_exit']}): {reason} See vai logs {role}.")
         if time.monotonic() > deadline:
             raise Unavailable(
                 f"VAI was not ready within {_START_PATIENCE:.0f} s; `vai status` and `vai logs` show why."

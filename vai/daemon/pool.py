@@ -7,8 +7,6 @@ import fcntl
 import os
 from pathlib import Path
 
-from vai.errors import NotEnoughRoom
-
 SLAB = 16 << 20
 MOST_BY_DEFAULT = 4 << 30
 _NAME = "vai-pool"
@@ -22,15 +20,11 @@ def default_bytes(free: int) -> int:
 def create(size: int) -> int:
     """A descriptor of new zeroed memory of `size` bytes rounded up to slabs. Pages come into being when touched.
 
-    Its size is sealed: nobody can shrink it under a reader (that would be SIGBUS). Raises NotEnoughRoom.
+    Its size is sealed: nobody can shrink it under a reader (that would be SIGBUS).
     """
     size = -(-size // SLAB) * SLAB
     descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(descriptor, size)
-    except OSError as error:
-        os.close(descriptor)
-        raise NotEnoughRoom(f"A scratchpad of {size} bytes is refused by the system: {error.strerror}.") from None
+    os.ftruncate(descriptor, size)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return descriptor
 

@@ -22,7 +22,7 @@ from typing import Any
 from vai.daemon import pool, protocol, roles
 from vai.daemon.loads import Load, Loader
 from vai.daemon.supervise import Job, Supervisor
-from vai.errors import BadRequest, NotSupported, Unavailable, VaiError
+from vai.errors import BadRequest, NotEnoughRoom, NotSupported, Unavailable, VaiError
 from vai.rom import segment
 from vai.rom.room import free_room
 
@@ -88,8 +88,7 @@ class Daemon:
         settings = self.settings
         engine = roles.holder(settings.root, "engine")
         adopted = pool.reopen(engine) if engine else None
-        free = free_room(settings.root).free
-        self.pool = adopted or pool.create(settings.kv_bytes or pool.default_bytes(free))
+        self.pool = adopted or _new_pool(settings)
         if roles.holder(settings.root, "server") is None:
             _check_port(settings.host, settings.port)
         self.supervisors = [Supervisor(self._engine()), Supervisor(self._server())]
@@ -215,6 +214,18 @@ class Daemon:
             if load.error is not None:
                 raise load.error
         return load.report()
+
+
+def _new_pool(settings: Settings) -> int:
+    """Memory for a scratchpad. Raises NotEnoughRoom for more than is free: it is taken page by page, in use."""
+    room = free_room(settings.root)
+    size = settings.kv_bytes or pool.default_bytes(room.free)
+    if size > room.free:
+        raise NotEnoughRoom(
+            f"A scratchpad of {size >> 20} MiB needs more than the {room.free >> 20} MiB that are free ({room.limit}); "
+            "choose less with vai serve --kv, or remove a model."
+        )
+    return pool.create(size)
 
 
 def _check_port(host: str, port: int) -> None:
