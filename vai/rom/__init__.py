@@ -1,0 +1,1 @@
+"""ROM images: model weights as files of shared memory that outlive every process. Standard library only."""
