@@ -130,6 +130,20 @@ bool fill(const std::string& type, bool vector, nb::handle source, std::size_t r
   return write_part(part, start, to.data(), to.size());
 }
 
+bool proved(const std::string& type, bool vector, nb::handle source, std::size_t rows, std::size_t columns,
+            std::size_t first_block, std::size_t block_step, nb::handle stored) {
+  const Buffer from(source, PyBUF_SIMPLE), packed(stored, PyBUF_SIMPLE);
+  const Part part{type_of(type, vector), from.data(), rows, columns, first_block, block_step};
+  check(part, from.size());
+  require(first_block + (part.blocks() - 1) * block_step < packed.size() / part.block_bytes(), "no such blocks");
+  const nb::gil_scoped_release release;
+  for (std::size_t block = 0; block < part.blocks(); ++block) {
+    const std::uint8_t* tiles = packed.data() + (first_block + block * block_step) * part.block_bytes();
+    if (!holds(part.type, part.lanes(block), 0, part.tiles(), tiles)) return false;
+  }
+  return true;
+}
+
 nb::bytes unpack(const std::string& type, bool vector, nb::handle stored, std::size_t rows, std::size_t columns,
                  std::size_t first_block, std::size_t block_step) {
   const Buffer from(stored, PyBUF_SIMPLE);
@@ -158,6 +172,9 @@ NB_MODULE(_pack, m) {
         nb::arg("first_block"), nb::arg("block_step"), nb::arg("start"), nb::arg("window"),
         "Write this part's share of bytes [start, start + len(window)) of a stored tensor, and prove it: False where\n"
         "what is stored differs from the source. ValueError for shapes that do not fit the source.");
+  m.def("proved", &proved, nb::arg("type"), nb::arg("vector"), nb::arg("source"), nb::arg("rows"),
+        nb::arg("columns"), nb::arg("first_block"), nb::arg("block_step"), nb::arg("stored"),
+        "Whether the whole stored tensor holds this part bit for bit: the proof that fill() makes, on its own.");
   m.def("unpack", &unpack, nb::arg("type"), nb::arg("vector"), nb::arg("stored"), nb::arg("rows"), nb::arg("columns"),
         nb::arg("first_block"), nb::arg("block_step"), "The source bytes of a part, from the whole stored tensor.");
 }

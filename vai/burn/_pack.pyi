@@ -3,13 +3,23 @@
 def fill(
     type: str,
     vector: bool,
-    source: memoryview,
+    source: memoryview | bytes,
     rows: int,
     columns: int,
     first_block: int,
     block_step: int,
     start: int,
-    window: memoryview,
+    window: memoryview | bytearray,
+) -> bool: ...
+def proved(
+    type: str,
+    vector: bool,
+    source: memoryview | bytes,
+    rows: int,
+    columns: int,
+    first_block: int,
+    block_step: int,
+    stored: memoryview | bytes,
 ) -> bool: ...
 def unpack(
     type: str,
