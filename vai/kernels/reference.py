@@ -1,7 +1,7 @@
 """The NumPy reference: runs a Program itself over the bytes of an image, bit for bit as ops.py and this file say.
 
 It is the twin every native kernel is measured against, so it shares no helper with native code and uses nothing whose
-bits depend on the machine: no libm, no float sum, no float matrix product but one that is exact (`_integer_sums`).
+bits depend on the machine: no libm, no float sum, no float matrix product.
 Floats are IEEE-754 binary32 unless said otherwise, each operation rounded on its own.
 """
 
@@ -243,13 +243,9 @@ def quantize(x: Floats) -> tuple[NDArray[np.int8], Floats]:
 
 
 def _integer_sums(codes: NDArray[np.int8], weights: NDArray[np.int16]) -> Floats:
-    """Exact sums over one group: [M, 32] x [N, 32] -> [M, N].
-
-    A float matrix product, in whatever order and fused or not, because it cannot round: every product and every partial
-    sum is an integer of at most 32 * 127 * 128 = 520,192 < 2^24.
-    """
-    product: Floats = codes.astype(np.float32) @ weights.astype(np.float32).T
-    return product
+    """Sums over one group: [M, 32] x [N, 32] -> [M, N], at most 32 * 127 * 128 = 520,192 < 2^24, so exact as floats."""
+    sums: NDArray[np.int32] = np.einsum("mk,nk->mn", codes.astype(np.int32), weights.astype(np.int32))
+    return sums.astype(np.float32)
 
 
 @np.errstate(all="ignore")
