@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import signal
@@ -77,10 +78,21 @@ def _stop_quietly(number: int, frame: FrameType | None) -> None:
     """uvicorn raises the signal again once it has shut down; this keeps the exit status 0."""
 
 
+async def warm(frontend: llm.Frontend) -> None:
+    """Build the tokenizers of what is resident before anybody asks, one after another, off the loop."""
+    for card in frontend.models():
+        if card.resident:
+            try:
+                await frontend.open(card.name)
+            except VaiError as error:  # whoever asks for this model gets the same sentence
+                logging.getLogger("vai.server").warning("'%s' cannot be opened: %s", card.name, error.message)
+
+
 async def serve(args: argparse.Namespace, listener: socket.socket, api_key: str | None) -> None:
     """Answer requests until SIGTERM or SIGINT."""
     port = llm.connect(args.engine_socket)
     frontend = llm.Frontend(args.root, args.names, port)
+    warming = asyncio.ensure_future(warm(frontend))
     try:
         app = build(frontend, port, daemon_socket=args.daemon_socket, host=args.host, api_key=api_key)
         config = uvicorn.Config(
@@ -97,6 +109,8 @@ async def serve(args: argparse.Namespace, listener: socket.socket, api_key: str 
         )
         await uvicorn.Server(config).serve(sockets=[listener])
     finally:
+        warming.cancel()
+        await asyncio.gather(warming, return_exceptions=True)
         await frontend.close()
         await port.close()
 

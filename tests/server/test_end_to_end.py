@@ -1,0 +1,380 @@
+"""The server process over the engine process, with real (tiny) models, asked by the `openai` client."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from vai.engine.client import EngineClient
+from vai.engine.port import EngineStatus
+from vai.rom.registry import Name, Registry
+
+from .conftest import until
+
+PROMPT = "Once upon a time"
+MESSAGES: list[Any] = [{"role": "user", "content": "Tell me a story."}]
+LONG = {"max_tokens": 4000, "extra_body": {"ignore_eos": True}}
+KEY = "sk-a-key-of-this-test"
+
+
+@dataclass
+class System:
+    """A root with two models, its engine and its server."""
+
+    root: Path
+    names: Path
+    engine: subprocess.Popen[bytes]
+    server: subprocess.Popen[bytes]
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def api(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=60)
+
+    def status(self) -> EngineStatus:
+        async def ask() -> EngineStatus:
+            client = EngineClient(self.root / "run/engine.sock")
+            try:
+                return await client.status()
+            finally:
+                await client.close()
+
+        return asyncio.run(ask())
+
+    def idle(self) -> bool:
+        """No request runs or waits, and none of its pages is held."""
+        status = self.status()
+        return status.pool_used == 0 and not any(model.running or model.waiting for model in status.models)
+
+
+def start_engine(root: Path) -> subprocess.Popen[bytes]:
+    path = root / "run/engine.sock"
+    argv = [sys.executable, "-m", "vai.engine.service", "--root", str(root), "--socket", str(path)]
+    argv += ["--lock", str(root / "run/engine.lock"), "--threads", "1", "--kv-bytes", str(64 << 20)]
+    with open(root.parent / "engine.log", "ab") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log)
+
+    def listening() -> bool:
+        assert process.poll() is None, (root.parent / "engine.log").read_text()
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(path)) == 0
+
+    until(listening, 30)
+    return process
+
+
+def server_argv(root: Path, names: Path, *more: str) -> list[str]:
+    argv = [sys.executable, "-m", "vai.server", "--root", str(root), "--names", str(names), "--port", "0"]
+    return [*argv, "--engine-socket", str(root / "run/engine.sock"), *more]
+
+
+@contextmanager
+def running_server(
+    root: Path, names: Path, *more: str, **options: Any
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """(process, port) of a server that answers; ended afterwards."""
+    log = root.parent / f"server-{time.monotonic_ns()}.log"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(server_argv(root, names, *more), stdout=output, stderr=output, **options)
+    try:
+        port = 0
+
+        def answers() -> bool:
+            nonlocal port
+            assert process.poll() is None, log.read_text()
+            found = re.search(r"Listening on http://127\.0\.0\.1:(\d+)", log.read_text())
+            port = int(found[1]) if found else 0
+            return port > 0 and httpx2.get(f"http://127.0.0.1:{port}/livez").status_code == 200
+
+        until(answers, 30)
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def place(tiny_root: tuple[Path, Path, dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(root, names) of our own, so that engine and server roles here meet nobody else's."""
+    root, names, digests = tiny_root
+    base = tmp_path_factory.mktemp("served")
+    shutil.copytree(root / "images", base / "root/images")
+    (base / "root").chmod(0o700)
+    (base / "root/run").mkdir(mode=0o700)
+    registry = Registry(base / "root", base / "names")
+    for name, digest in digests.items():
+        registry.put(Name(name, str(names), digest=digest))
+    return base / "root", base / "names"
+
+
+@pytest.fixture(scope="module")
+def processes(place: tuple[Path, Path]) -> Iterator[System]:
+    root, names = place
+    engine = start_engine(root)
+    with running_server(root, names) as (server, port):
+        system = System(root, names, engine, server, port)
+        yield system
+        system.engine.kill()
+        system.engine.wait()
+
+
+@pytest.fixture
+def system(processes: System) -> System:
+    until(processes.idle)
+    return processes
+
+
+def chat(system: System, model: str = "tiny", **more: Any) -> Any:
+    return system.api.chat.completions.create(model=model, messages=MESSAGES, **{"max_tokens": 24} | more)
+
+
+def complete(system: System, prompt: Any = PROMPT, model: str = "tiny", **more: Any) -> Any:
+    return system.api.completions.create(model=model, prompt=prompt, **{"max_tokens": 24} | more)
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-qwen2"])
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1, "seed": 7, "top_p": 0.9}])
+def test_a_stream_says_what_the_whole_answer_says(system: System, model: str, sampling: dict[str, Any]) -> None:
+    for ask, text in (
+        (chat, lambda choice: choice.delta.content if hasattr(choice, "delta") else choice.message.content),
+        (complete, lambda choice: choice.text),
+    ):
+        whole = ask(system, model=model, **sampling)
+        pieces = list(ask(system, model=model, **sampling, stream=True, stream_options={"include_usage": True}))
+        assert "".join(text(piece.choices[0]) or "" for piece in pieces[:-1]) == text(whole.choices[0]) != ""
+        assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+        streamed, counted = pieces[-1].usage, whole.usage
+        assert (streamed.prompt_tokens, streamed.completion_tokens) == (
+            counted.prompt_tokens,
+            counted.completion_tokens,
+        )
+        assert counted.total_tokens == counted.prompt_tokens + counted.completion_tokens
+        assert 0 <= counted.prompt_tokens_details.cached_tokens < counted.prompt_tokens
+
+
+def test_a_seed_gives_the_same_answer_again_and_another_seed_another(system: System) -> None:
+    first, again, other = (complete(system, temperature=1, seed=seed).choices[0].text for seed in (5, 5, 6))
+    assert first == again != other
+
+
+def test_both_models_answer_in_turn_and_differently(system: System) -> None:
+    answers = [complete(system, model=model, temperature=0).choices[0].text for model in ("tiny", "tiny-qwen2") * 2]
+    assert answers[:2] == answers[2:]
+    assert answers[0] != answers[1]
+
+
+def test_a_batch_of_prompts_says_what_each_alone_says(system: System) -> None:
+    prompts = ["One", "Two two", "Three three three"]
+    batch = complete(system, prompts, temperature=0)
+    assert [choice.index for choice in batch.choices] == [0, 1, 2]
+    alone = [complete(system, prompt, temperature=0) for prompt in prompts]
+    assert [choice.text for choice in batch.choices] == [answer.choices[0].text for answer in alone]
+    assert batch.usage.prompt_tokens == sum(answer.usage.prompt_tokens for answer in alone)
+
+
+def test_token_ids_are_a_prompt(system: System) -> None:
+    ids = [5, 6, 7, 8]
+    one = complete(system, ids, temperature=0)
+    assert one.usage.prompt_tokens == len(ids)
+    assert [c.text for c in complete(system, [ids, ids], temperature=0).choices] == [one.choices[0].text] * 2
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(system, [1, 9_999_999])
+    assert caught.value.param == "prompt"
+
+
+def test_a_stop_string_ends_the_answer_before_it(system: System) -> None:
+    text = complete(system, temperature=0).choices[0].text
+    stop = text[8:11]
+    cut = text[: text.index(stop)]
+    for stream in (False, True):
+        answer = complete(system, temperature=0, stop=[stop, "never said"], stream=stream)
+        pieces = list(answer) if stream else [answer]
+        assert "".join(piece.choices[0].text for piece in pieces) == cut
+        assert pieces[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_stop_id_ends_the_answer_and_min_tokens_hold_it_off(system: System) -> None:
+    places = complete(system, temperature=0, logprobs=0).choices[0].logprobs.tokens
+    assert len(places) == 24
+    made = complete(system, temperature=0, max_tokens=5, extra_body={"ignore_eos": True}).usage.completion_tokens
+    assert made == 5
+    held = complete(
+        system, temperature=0, max_tokens=8, extra_body={"stop_token_ids": list(range(30)), "min_tokens": 8}
+    )
+    assert held.usage.completion_tokens == 8
+
+
+def test_logprobs_are_probabilities_and_the_best_comes_first(system: System) -> None:
+    places = chat(system, temperature=0, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert len(places) == 24
+    for place in places:
+        values = [top.logprob for top in place.top_logprobs]
+        assert values == sorted(values, reverse=True)
+        assert place.logprob == values[0] <= 0
+        assert place.bytes == place.top_logprobs[0].bytes
+    whole = complete(system, temperature=0, logprobs=2).choices[0].logprobs
+    parts = [piece.choices[0].logprobs for piece in complete(system, temperature=0, logprobs=2, stream=True)]
+    for field in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+        assert [value for part in parts if part for value in getattr(part, field)] == getattr(whole, field)
+
+
+def test_a_prompt_past_the_context_is_refused_with_both_numbers(system: System) -> None:
+    context = next(iter(system.api.models.list())).max_model_len  # type: ignore[attr-defined]
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            complete(system, [1] * (context + 5), stream=stream)
+        assert caught.value.code == "context_length_exceeded"
+        assert str(context) in caught.value.message
+        assert str(context + 5) in caught.value.message
+    with pytest.raises(openai.BadRequestError):
+        system.api.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "word " * context}])
+
+
+def test_an_answer_that_fills_the_context_ends_with_length(system: System) -> None:
+    context = next(iter(system.api.models.list())).max_model_len  # type: ignore[attr-defined]
+    answer = complete(system, [1] * (context - 3), max_tokens=100, extra_body={"ignore_eos": True})
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens <= 4
+
+
+def test_unknown_models_are_404_and_the_message_lists_those_there_are(system: System) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        chat(system, model="nobody")
+    assert caught.value.code == "model_not_found"
+    assert "tiny-qwen2" in caught.value.message
+
+
+def test_wrong_messages_are_400(system: System) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        system.api.chat.completions.create(model="tiny", messages=[])
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_gives_its_pages_back(system: System, stream: bool) -> None:
+    body = {"model": "tiny", "prompt": [[1, 2, 3], [4, 5]], "max_tokens": 4000, "ignore_eos": True, "stream": stream}
+    before = system.status()
+    with socket.create_connection(("127.0.0.1", system.port)) as connection:
+        request = httpx2.Request("POST", system.url, json=body)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(request.content)}\r\n\r\n"
+        connection.sendall(head.encode() + request.content)
+        until(lambda: any(model.running for model in system.status().models))
+        assert system.status().pool_used > 0
+    until(system.idle)
+    made = sum(model.tokens for model in system.status().models) - sum(model.tokens for model in before.models)
+    assert made < 8000, "the generation went on to its end"
+
+
+def test_models_are_listed_while_the_engine_is_stopped_and_health_says_so(system: System) -> None:
+    assert httpx2.get(system.url + "/health", timeout=30).status_code == 200
+    system.engine.send_signal(signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        health = httpx2.get(system.url + "/readyz", timeout=30)
+        assert health.status_code == 503
+        assert time.monotonic() - began < 6
+        assert [model.id for model in system.api.models.list()]
+        assert httpx2.get(system.url + "/livez").status_code == 200
+    finally:
+        system.engine.send_signal(signal.SIGCONT)
+    assert httpx2.get(system.url + "/health", timeout=30).status_code == 200
+
+
+def test_an_engine_killed_in_mid_stream_is_one_error_and_the_next_engine_is_found(system: System) -> None:
+    stream = complete(system, stream=True, **LONG)
+    next(iter(stream))
+    system.engine.kill()
+    with pytest.raises(openai.APIError):
+        list(stream)
+    system.engine.wait()
+    down = httpx2.post(system.url + "/v1/completions", json={"model": "tiny", "prompt": "x"})
+    assert (down.status_code, down.headers["retry-after"]) == (503, "1")
+    system.engine = start_engine(system.root)
+    assert complete(system, temperature=0).choices[0].text
+
+
+def test_a_running_server_has_no_kernels_loaded_and_holds_no_lease(system: System) -> None:
+    chat(system)
+    maps = Path(f"/proc/{system.server.pid}/maps").read_text()
+    assert "_native" not in maps
+    assert "numpy" not in maps
+    assert str(system.root / "images") not in maps
+    images = {path.stat().st_ino for path in (system.root / "images").iterdir()}
+    for line in Path("/proc/locks").read_text().splitlines():
+        words = line.split()
+        if str(system.server.pid) in words:
+            assert int(words[5].split(":")[-1]) not in images
+
+
+def test_the_server_listens_on_one_loopback_port_only(system: System) -> None:
+    sockets = [str(link.readlink()) for link in Path(f"/proc/{system.server.pid}/fd").iterdir()]
+    inodes = {name[8:-1] for name in sockets if name.startswith("socket:[")}
+    listening = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and words[9] in inodes:
+                listening.append(words[1])
+    assert listening == [f"0100007F:{system.port:04X}"]
+
+
+def test_a_second_server_of_the_root_refuses_and_names_the_first(system: System) -> None:
+    second = subprocess.run(server_argv(system.root, system.names), capture_output=True, text=True, timeout=30)
+    assert second.returncode == 3
+    assert f"process {system.server.pid}" in second.stderr
+
+
+def test_an_address_beyond_this_machine_is_refused_without_a_key(place: tuple[Path, Path], tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    refused = subprocess.run(
+        server_argv(root, place[1], "--host", "0.0.0.0"), capture_output=True, text=True, timeout=30
+    )
+    assert refused.returncode == 2
+    assert "VAI_API_KEY" in refused.stderr
+    assert not root.exists()
+
+
+def test_a_port_in_use_is_a_sentence(place: tuple[Path, Path], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        argv = [*server_argv(tmp_path / "root", place[1]), "--port", str(port)]
+        refused = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert refused.returncode == 7
+    assert str(port) in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_the_key_comes_through_a_descriptor_and_a_stop_is_clean(place: tuple[Path, Path], tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, KEY.encode() + b"\n")
+    os.close(writer)
+    more = ("--api-key-fd", str(reader))
+    with running_server(tmp_path / "root", place[1], *more, pass_fds=(reader,)) as (process, port):
+        os.close(reader)
+        url = f"http://127.0.0.1:{port}/v1"
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()
+        assert list(openai.OpenAI(base_url=url, api_key=KEY, max_retries=0).models.list()) is not None
+        assert KEY.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
