@@ -1,0 +1,435 @@
+"""Every operation, by every implementation this machine has, equals the NumPy reference bit for bit.
+
+The operations run as Programs over a ROM made here, value by value: an `Embed` of an F32 table puts any activation in
+front of the operation under test. What is compared are bits; a NaN equals a NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from vai.kernels import reference, table
+from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
+from vai.kernels.program import PAGE_TOKENS, CacheGroup, Plan, Program, StepArgs
+from vai.rom.image import CHUNK, VECTOR, Part, StoredTensor, TensorTable, place, tensor_bytes
+
+Floats = NDArray[np.float32]
+TYPES = ("Q4_0", "Q8_0", "F16", "BF16", "F32")
+ROWS = 33
+
+
+# ---------------------------------------------------------------- a ROM made of given values
+
+
+def pad(x: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
+    return np.pad(x, ((0, -len(x) % rows), (0, -x.shape[1] % columns)))
+
+
+def pack_float(x: NDArray[Any], k: int, interleave: int) -> bytes:
+    x = pad(x, 16, k)
+    tiles = x.reshape(len(x) // 16, 16, x.shape[1] // k, k // interleave, interleave)
+    return tiles.transpose(0, 2, 3, 1, 4).tobytes()
+
+
+def pack_scales(d: NDArray[np.float16]) -> NDArray[np.uint8]:
+    d = pad(d, 16, 2)
+    blocks = np.ascontiguousarray(d.reshape(len(d) // 16, 16, d.shape[1] // 2, 2).transpose(0, 2, 3, 1))
+    return blocks.view(np.uint8).reshape(*blocks.shape[:2], 64)
+
+
+def pack_q4_0(codes: NDArray[np.uint8], d: NDArray[np.float16]) -> bytes:
+    codes = pad(codes, 16, 64)
+    natural = codes.reshape(len(codes) // 16, 16, codes.shape[1] // 64, 8, 2, 4)  # line, low or high nibble, byte
+    lines = (natural[..., 0, :] | natural[..., 1, :] << 4).transpose(0, 2, 3, 1, 4)
+    return np.concatenate([pack_scales(d), lines.reshape(*lines.shape[:2], 512)], axis=2).tobytes()
+
+
+def pack_q8_0(codes: NDArray[np.uint8], d: NDArray[np.float16]) -> bytes:
+    codes = pad(codes, 16, 64)
+    lines = codes.reshape(len(codes) // 16, 16, codes.shape[1] // 64, 16, 4).transpose(0, 2, 3, 1, 4)
+    return np.concatenate([pack_scales(d), lines.reshape(*lines.shape[:2], 1024)], axis=2).tobytes()
+
+
+def random_matrix(rng: np.random.Generator, type: str, rows: int, columns: int) -> bytes:
+    """Tiles with every code, scales of both signs, and among them zero, subnormal and the largest."""
+    if type == "F32":
+        return pack_float(rng.standard_normal((rows, columns)).astype(np.float32), 16, 1)
+    if type in ("F16", "BF16"):
+        x = rng.standard_normal((rows, columns)).astype(np.float32)
+        x[0, 0] = 2.0**-20  # a subnormal half
+        return pack_float(x.astype(np.float16) if type == "F16" else reference.narrow_bf16(x), 32, 2)
+    d = (rng.standard_normal((rows, -(-columns // 32))) * 0.05).astype(np.float16)
+    d.flat[:4] = (0.0, 2.0**-24, -(2.0**-15), 65504.0)[: d.size]
+    if type == "Q4_0":
+        return pack_q4_0(rng.integers(0, 16, (rows, columns)).astype(np.uint8), d)
+    codes = rng.integers(0, 256, (rows, columns)).astype(np.uint8)
+    codes[0, 0] = 0  # -128
+    return pack_q8_0(codes, d)
+
+
+class Rom:
+    """Tensors in memory where an image has them in a file: (type, parts, columns, bytes) by name."""
+
+    def __init__(self, tensors: dict[str, tuple[str, tuple[Part, ...], int, bytes]]) -> None:
+        offsets, size = place(len(data) for *_, data in tensors.values())
+        buffer = np.zeros(size, np.uint8)
+        stored = []
+        for (name, (type, parts, columns, data)), offset in zip(tensors.items(), offsets, strict=True):
+            buffer[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+            rows = 16 * sum(-(-part.rows // 16) for part in parts)
+            assert len(data) == tensor_bytes(type, rows, columns)
+            stored.append(StoredTensor(name, type, rows, columns, offset, len(data), parts))
+        self.table = TensorTable(size, [bytes(32)] * -(-size // CHUNK), stored)
+        self.data = memoryview(buffer).toreadonly()
+
+    def tensor(self, name: str) -> tuple[StoredTensor, Part, memoryview]:
+        stored, part = self.table.find(name)
+        return stored, part, self.data[stored.offset : stored.offset + stored.bytes]
+
+    def constants(self) -> dict[str, tuple[int, int]]:
+        return {part.name: (part.rows, stored.columns) for stored in self.table.tensors for part in stored.parts}
+
+
+def one(name: str, type: str, rows: int, columns: int, data: bytes) -> dict[str, Any]:
+    return {name: (type, (Part(name, rows, 0, 1),), columns, data)}
+
+
+def activations(name: str, x: Floats) -> dict[str, Any]:
+    return one(name, "F32", *x.shape, pack_float(x, 16, 1))
+
+
+def vector(name: str, x: Floats) -> dict[str, Any]:
+    return one(name, VECTOR, len(x), 1, np.pad(x, (0, -len(x) % 16)).astype("<f4").tobytes())
+
+
+def awkward(rng: np.random.Generator, rows: int, columns: int) -> Floats:
+    """Activations with an outlier channel, zero groups, values below every guard, huge ones, infinities and NaNs."""
+    x = rng.standard_normal((rows, columns)).astype(np.float32)
+    x[:, columns // 3] *= 40
+    x[1] = 0
+    x[2, : columns // 2] = 0
+    x[3] *= np.float32(2.0**-101)
+    x[4] *= np.float32(2.0**-140)  # subnormal
+    x[5] *= np.float32(2.0**110)
+    x[6, columns // 2] = np.nan
+    x[7, 0] = np.inf
+    x[8, columns - 1] = -np.inf
+    x[9] = np.float32(-0.0)
+    x[10] = np.where(np.arange(columns) % 2, 0.5, 127.0)  # codes on the half: 0.5 rounds to even
+    return x
+
+
+def program(
+    rom: Rom, ops: Sequence[Op], output: str, groups: Sequence[CacheGroup] = (), context: int = 4096
+) -> Program:
+    vocabulary = min(rom.constants()[op.weight][0] for op in ops if isinstance(op, Embed))
+    return Program(tuple(ops), tuple(groups), {"logits": output}, rom.constants(), 0, vocabulary, context)
+
+
+def native(rom: Rom, prog: Program, isa: str, workers: table.Workers, kv_type: str = "bf16", rows: int = 64) -> Plan:
+    return table.lower(prog, rom, isa=isa, workers=workers, kv_type=kv_type, max_rows=rows, max_sequences=rows)
+
+
+def step(
+    tokens: Iterable[int],
+    starts: Sequence[int] = (0,),
+    context: Sequence[int] = (0,),
+    tables: Sequence[NDArray[np.int64]] = (),
+    outputs: Sequence[int] | None = None,
+) -> StepArgs:
+    """`starts`: the first row of each sequence."""
+    ids = np.array(list(tokens), np.int32)
+    bounds = np.array([*starts, len(ids)], np.int32)
+    positions = [c + i for c, a, b in zip(context, bounds[:-1], bounds[1:], strict=True) for i in range(b - a)]
+    rows = np.arange(len(ids)) if outputs is None else np.array(outputs)
+    return StepArgs(
+        ids, np.array(positions, np.int32), bounds, np.array(context, np.int32), tuple(tables), rows.astype(np.int32)
+    )
+
+
+def same(a: Floats, b: Floats) -> None:
+    """Bit for bit, but for what kind of NaN a NaN is."""
+    a, b = np.where(np.isnan(a), np.float32(np.nan), a), np.where(np.isnan(b), np.float32(np.nan), b)
+    np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+def reference_of(rom: Rom, prog: Program, args: StepArgs) -> Floats:
+    plan = reference.ReferencePlan(prog, rom, kv_type="bf16", max_rows=64, max_sequences=64)
+    return plan.forward(args, np.zeros(0, np.uint8))
+
+
+@pytest.fixture(scope="module", params=table.isas())
+def isa(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def pools() -> list[table.Workers]:
+    """Thread pools of 1, 2 and 3 threads."""
+    return [table.make_workers(threads) for threads in (1, 2, 3)]
+
+
+EMPTY = np.zeros(0, np.uint8)
+
+
+# ---------------------------------------------------------------- without pages
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_a_row_is_the_same_in_any_company_on_any_threads(isa: str, pools: list[table.Workers], type: str) -> None:
+    rng = np.random.default_rng(1)
+    rom = Rom(
+        activations("x.weight", awkward(rng, ROWS, 160))
+        | one("w.weight", type, 100, 160, random_matrix(rng, type, 100, 160))
+        | vector("w.bias", rng.standard_normal(100).astype(np.float32))
+        | activations("r.weight", rng.standard_normal((ROWS, 100)).astype(np.float32))
+        | activations("a.weight", rng.standard_normal((ROWS, 100)).astype(np.float32))
+    )
+    ops = [Embed("x", "x.weight"), Embed("r", "r.weight"), Embed("a", "a.weight")]
+    linear = Linear("y", "x", "w.weight", bias="w.bias", addend="a", residual="r")
+    prog = program(rom, [*ops, linear], "y")
+    expected = reference_of(rom, prog, step(range(ROWS)))
+    assert not np.isfinite(expected[6:9]).any()
+    assert np.isfinite(np.delete(expected, [5, 6, 7, 8], axis=0)).all()
+    for workers in pools:
+        plan = native(rom, prog, isa, workers)
+        for rows in range(1, ROWS + 1):
+            tokens = (np.arange(rows) * 7 + rows) % ROWS
+            same(plan.forward(step(tokens), EMPTY), expected[tokens])
+
+
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(20, 896), (33, 1536), (18, 8960), (16, 11008), (1, 32), (70, 96), (5, 4864)]
+)
+def test_real_depths_and_tails_give_the_reference_s_bits(
+    isa: str, pools: list[table.Workers], type: str, rows: int, columns: int
+) -> None:
+    rng = np.random.default_rng(columns)
+    rom = Rom(
+        activations("x.weight", awkward(rng, 40, columns))
+        | one("w.weight", type, rows, columns, random_matrix(rng, type, rows, columns))
+    )
+    prog = program(rom, [Embed("x", "x.weight"), Linear("y", "x", "w.weight")], "y")
+    same(native(rom, prog, isa, pools[1]).forward(step(range(40)), EMPTY), reference_of(rom, prog, step(range(40))))
+
+
+@pytest.mark.parametrize("columns", [3, 7, 33, 47])
+@pytest.mark.parametrize("type", ["F16", "BF16", "F32"])
+def test_float_weights_may_have_any_number_of_columns(
+    isa: str, pools: list[table.Workers], type: str, columns: int
+) -> None:
+    rng = np.random.default_rng(3)
+    rom = Rom(
+        activations("x.weight", rng.standard_normal((20, columns)).astype(np.float32))
+        | one("w.weight", type, 23, columns, random_matrix(rng, type, 23, columns))
+    )
+    prog = program(rom, [Embed("x", "x.weight"), Linear("y", "x", "w.weight")], "y")
+    same(native(rom, prog, isa, pools[1]).forward(step(range(20)), EMPTY), reference_of(rom, prog, step(range(20))))
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_embedding_rows_are_dequantized(isa: str, pools: list[table.Workers], type: str) -> None:
+    rng = np.random.default_rng(4)
+    rom = Rom(one("e.weight", type, 50, 160, random_matrix(rng, type, 50, 160)))
+    prog = program(rom, [Embed("x", "e.weight"), Rows("y", "x")], "y")
+    args = step([0, 49, 17, 15, 16, 3, 3], outputs=[0, 2, 3, 6])
+    same(native(rom, prog, isa, pools[1]).forward(args, EMPTY), reference_of(rom, prog, args))
+
+
+@pytest.mark.parametrize("columns", [16, 33, 96, 1536, 4096])
+def test_rms_norm_sums_in_the_order_of_sixteen(isa: str, pools: list[table.Workers], columns: int) -> None:
+    rng = np.random.default_rng(5)
+    rom = Rom(
+        activations("x.weight", awkward(rng, ROWS, columns))
+        | vector("n.weight", rng.standard_normal(columns).astype(np.float32))
+        | one("w.weight", "Q8_0", 16, columns, random_matrix(rng, "Q8_0", 16, columns))
+    )
+    norm = [Embed("x", "x.weight"), RmsNorm("n", "x", "n.weight", 1e-6)]
+    args = step(range(ROWS))
+    for output, ops in (("n", norm), ("y", [*norm, Linear("y", "n", "w.weight")])):
+        if output == "n" or columns % 32 == 0:
+            prog = program(rom, ops, output)
+            same(native(rom, prog, isa, pools[2]).forward(args, EMPTY), reference_of(rom, prog, args))
+
+
+def test_the_gated_unit_covers_the_whole_range_of_exp(isa: str, pools: list[table.Workers]) -> None:
+    gate = np.concatenate([np.linspace(-100, 100, 40 * 97 - 8), [0, -0.0, np.nan, np.inf, -np.inf, 88.3, -88.3, 1e-40]])
+    gate = gate.astype(np.float32).reshape(40, 97)
+    rom = Rom(activations("g.weight", gate) | activations("u.weight", np.roll(gate, 5, axis=0)))
+    prog = program(rom, [Embed("g", "g.weight"), Embed("u", "u.weight"), Glu("y", "g", "u", "silu")], "y")
+    same(native(rom, prog, isa, pools[1]).forward(step(range(40)), EMPTY), reference_of(rom, prog, step(range(40))))
+
+
+@pytest.mark.parametrize(("gate", "up"), [("Q4_0", "Q4_0"), ("F16", "F16"), ("Q4_0", "Q8_0"), ("Q8_0", "F32")])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gate_and_up_are_the_same_fused_or_not(
+    isa: str, pools: list[table.Workers], gate: str, up: str, bias: bool
+) -> None:
+    rng = np.random.default_rng(6)
+    g, u = random_matrix(rng, gate, 40, 96), random_matrix(rng, up, 40, 96)
+    parts = (Part("gate.weight", 40, 0, 2), Part("up.weight", 40, 1, 2))
+    tensors = activations("x.weight", awkward(rng, ROWS, 96)) | vector("n.weight", np.ones(96, np.float32))
+    biases = rng.standard_normal((2, 48)).astype(np.float32)
+    biases[:, 40:] = 0
+    if gate == up:
+        pairs = np.stack([np.frombuffer(each, np.uint8).reshape(3, -1) for each in (g, u)], axis=1)
+        tensors["gate_up.weight"] = (gate, parts, 96, pairs.tobytes())
+        bias_parts = (Part("gate.bias", 40, 0, 2), Part("up.bias", 40, 1, 2))
+        interleaved = biases.reshape(2, 3, 16).transpose(1, 0, 2).astype("<f4").tobytes()
+        tensors["gate_up.bias"] = (VECTOR, bias_parts, 1, interleaved)
+    else:
+        tensors |= one("gate.weight", gate, 40, 96, g) | one("up.weight", up, 40, 96, u)
+        tensors |= vector("gate.bias", biases[0, :40]) | vector("up.bias", biases[1, :40])
+    rom = Rom(tensors)
+    ops = [
+        Embed("x", "x.weight"),
+        RmsNorm("n", "x", "n.weight", 1e-6),
+        Linear("g", "n", "gate.weight", bias="gate.bias" if bias else None),
+        Linear("u", "n", "up.weight", bias="up.bias" if bias else None),
+        Glu("y", "g", "u", "silu"),
+    ]
+    prog = program(rom, ops, "y")
+    expected = reference_of(rom, prog, step(range(ROWS)))
+    plan = native(rom, prog, isa, pools[1])
+    assert any(line.startswith("gated") for line in plan.lines()) == (gate == up)
+    for rows in (1, 5, ROWS):
+        same(plan.forward(step(range(rows)), EMPTY), expected[:rows])
+
+
+def test_an_interleaved_part_that_others_read_is_computed_alone(isa: str, pools: list[table.Workers]) -> None:
+    rng = np.random.default_rng(7)
+    g, u = random_matrix(rng, "Q4_0", 40, 64), random_matrix(rng, "Q4_0", 40, 64)
+    pairs = np.stack([np.frombuffer(each, np.uint8).reshape(3, -1) for each in (g, u)], axis=1).tobytes()
+    parts = (Part("gate.weight", 40, 0, 2), Part("up.weight", 40, 1, 2))
+    rom = Rom(activations("x.weight", awkward(rng, ROWS, 64)) | {"gate_up.weight": ("Q4_0", parts, 64, pairs)})
+    ops = [Embed("x", "x.weight"), Linear("g", "x", "gate.weight"), Linear("u", "x", "up.weight")]
+    for output in ("g", "u"):
+        prog = program(rom, ops, output)
+        same(native(rom, prog, isa, pools[1]).forward(step(range(20)), EMPTY), reference_of(rom, prog, step(range(20))))
+
+
+@pytest.mark.parametrize("pairing", ["norm", "neox"])
+@pytest.mark.parametrize(("head_dim", "pairs"), [(8, 4), (20, 10), (64, 16), (128, 64)])
+def test_rope_turns_by_the_same_angles(
+    isa: str, pools: list[table.Workers], pairing: str, head_dim: int, pairs: int
+) -> None:
+    rng = np.random.default_rng(8)
+    frequencies = tuple(float(f) for f in 10000.0 ** -(np.arange(pairs) / pairs))
+    rom = Rom(activations("x.weight", rng.standard_normal((ROWS, 3 * head_dim)).astype(np.float32)))
+    prog = program(
+        rom, [Embed("x", "x.weight"), Rope("y", "x", 3, head_dim, pairing, frequencies)], "y", context=1 << 20
+    )
+    plan = native(rom, prog, isa, pools[1])
+    for start in (0, 5000, (1 << 20) - ROWS):
+        args = step(range(ROWS), context=[start])
+        same(plan.forward(args, EMPTY), reference_of(rom, prog, args))
+
+
+def test_a_value_that_is_still_needed_is_not_overwritten(isa: str, pools: list[table.Workers]) -> None:
+    rng = np.random.default_rng(9)
+    rom = Rom(
+        activations("x.weight", rng.standard_normal((ROWS, 64)).astype(np.float32))
+        | one("a.weight", "Q4_0", 64, 64, random_matrix(rng, "Q4_0", 64, 64))
+        | one("b.weight", "F32", 64, 64, random_matrix(rng, "F32", 64, 64))
+    )
+    ops = [
+        Embed("x", "x.weight"),
+        Rope("turned", "x", 2, 32, "neox", (1.0, 0.5)),
+        Linear("y", "turned", "a.weight", residual="x"),
+        Linear("z", "y", "b.weight", residual="y"),
+        Linear("w", "x", "a.weight", addend="z", residual="y"),
+        Linear("last", "w", "b.weight", residual="turned"),
+    ]
+    prog = program(rom, ops, "last")
+    for workers in pools:
+        plan = native(rom, prog, isa, workers)
+        same(plan.forward(step(range(ROWS)), EMPTY), reference_of(rom, prog, step(range(ROWS))))
+
+
+# ---------------------------------------------------------------- with pages
+
+
+def attending(heads: int, kv_heads: int, head_dim: int, seed: int) -> tuple[Rom, Program]:
+    """Queries, keys and values straight from tables; the second of two layers is the one that is read."""
+    rng = np.random.default_rng(seed)
+    rom = Rom(
+        activations("q.weight", rng.standard_normal((64, heads * head_dim)).astype(np.float32) * 2)
+        | activations("k.weight", rng.standard_normal((64, kv_heads * head_dim)).astype(np.float32))
+        | activations("v.weight", rng.standard_normal((64, kv_heads * head_dim)).astype(np.float32))
+    )
+    ops = [
+        Embed("q", "q.weight"),
+        Embed("k", "k.weight"),
+        Embed("v", "v.weight"),
+        KvWrite("k", "v", group=0, layer=1),
+        Attention("y", "q", 0, 1, heads, kv_heads, head_dim, scale=0.3),
+    ]
+    return rom, program(rom, ops, "y", [CacheGroup(2, kv_heads, head_dim)])
+
+
+@pytest.mark.parametrize("kv_type", ["bf16", "f32"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(1, 1, 8), (4, 4, 64), (6, 3, 20), (6, 2, 128), (7, 1, 80), (12, 2, 32)]
+)
+def test_attention_over_pages_in_any_order(
+    isa: str, pools: list[table.Workers], heads: int, kv_heads: int, head_dim: int, kv_type: str
+) -> None:
+    rom, prog = attending(heads, kv_heads, head_dim, heads)
+    rng = np.random.default_rng(10)
+    page = prog.groups[0].page_bytes(kv_type)
+    pages = (rng.permutation(12).astype(np.int64) * page).reshape(3, 4)
+    # What stood in a page before must not matter, least of all where it reads as NaN.
+    pools_of = [np.full(12 * page, 0xFF, np.uint8) for _ in range(2)]
+    twin = reference.ReferencePlan(prog, rom, kv_type=kv_type, max_rows=64, max_sequences=64)
+    plan = native(rom, prog, isa, pools[2], kv_type)
+    contexts = [0, 0, 0]
+    for lengths in ([40, 1, 9], [1, 23, 7], [1, 1, 1], [31, 2, 16]):
+        starts = np.cumsum([0, *lengths])
+        args = step(rng.integers(0, 64, starts[-1]), starts[:-1].tolist(), contexts, [pages])
+        got, want = plan.forward(args, pools_of[0]), twin.forward(args, pools_of[1])
+        same(got, want)
+        np.testing.assert_array_equal(pools_of[0], pools_of[1])
+        contexts = [c + n for c, n in zip(contexts, lengths, strict=True)]
+
+
+def test_attention_adds_chunks_of_1024_from_position_0(isa: str, pools: list[table.Workers]) -> None:
+    rom, prog = attending(4, 2, 16, 11)
+    page = prog.groups[0].page_bytes("bf16")
+    pages = np.arange(72, dtype=np.int64)[None, ::-1] * page
+    pools_of = [np.zeros(72 * page, np.uint8) for _ in range(2)]
+    twin = reference.ReferencePlan(prog, rom, kv_type="bf16", max_rows=64, max_sequences=64)
+    plan = native(rom, prog, isa, pools[1])
+    rng = np.random.default_rng(12)
+    context = 0
+    boundaries = {1024, 2048}
+    while context < 72 * PAGE_TOKENS - 64:
+        rows = 61 if all(abs(context - b) > 64 for b in boundaries) else 3  # slowly over the boundaries
+        args = step(rng.integers(0, 64, rows), context=[context], tables=[pages.copy()])
+        got = plan.forward(args, pools_of[0])
+        if rows == 3 or context > 2200:
+            same(got, twin.forward(args, pools_of[1]))
+        else:
+            twin.forward(args, pools_of[1])
+        context += rows
+
+
+def test_a_poisoned_row_does_not_reach_its_neighbours(isa: str, pools: list[table.Workers]) -> None:
+    rom, prog = attending(8, 2, 16, 13)
+    poison = np.frombuffer(rom.data, np.uint8).copy()
+    stored, _ = rom.table.find("v.weight")
+    poison[stored.offset :][: stored.bytes].view("<f4").reshape(-1, 2, 16, 16)[0, :, :, 5] = np.nan  # token 5
+    poisoned = SimpleNamespace(table=rom.table, data=memoryview(poison))
+    page = prog.groups[0].page_bytes("f32")
+    pages = np.arange(4, dtype=np.int64).reshape(2, 2) * page
+    args = step([1, 2, 5, 3, 1, 2, 3, 4], starts=[0, 4], context=[0, 0], tables=[pages])
+    plans = [native(each, prog, isa, pools[1], "f32") for each in (rom, poisoned)]
+    clean, dirty = (plan.forward(args, np.zeros(4 * page, np.uint8)).copy() for plan in plans)
+    assert np.isnan(dirty[2:4]).all()
+    same(dirty[[0, 1, 4, 5, 6, 7]], clean[[0, 1, 4, 5, 6, 7]])
