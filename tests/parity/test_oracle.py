@@ -50,7 +50,7 @@ class Runner:
     """One sequence through the reference, from position 0 on."""
 
     def __init__(self, program: Program, image: Image, kv_type: str, tokens: int) -> None:
-        self._plan = reference.ReferencePlan(program, image, kv_type=kv_type, max_rows=tokens, max_sequences=1)
+        self._plan = reference.ReferencePlan(program, image, kv_type=kv_type, max_rows=tokens, max_sequences=tokens)
         page = program.groups[0].page_bytes(kv_type)
         pages = -(-tokens // PAGE_TOKENS)
         self._table = np.arange(pages, dtype=np.int64)[None, :] * page

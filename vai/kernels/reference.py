@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vai.errors import CorruptImage
+from vai.errors import BadRequest, CorruptImage
 from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
 from vai.kernels.program import ATTENTION_CHUNK, PAGE_TOKENS, CacheGroup, Program, SampleArgs, Sampled, StepArgs
 from vai.request import MAX_LOGPROBS
@@ -283,7 +283,7 @@ def rope(x: Floats, positions: NDArray[np.int32], op: Rope) -> Floats:
 
 @np.errstate(all="ignore")
 def attend(q: Floats, positions: NDArray[np.int32], k: Floats, v: Floats, scale: float) -> Floats:
-    """Causal attention of one sequence: q [M, heads, d], k and v [kv_heads, tokens, d] -> [M, heads, d]."""
+    """Causal attention of one sequence: q [M, heads, d] at ascending positions, k and v [kv_heads, tokens, d]."""
     rows, heads, head_dim = q.shape
     shared = np.arange(heads) // (heads // len(k))  # the KV head of each query head
     k, v = k[shared], v[shared]
@@ -293,14 +293,15 @@ def attend(q: Floats, positions: NDArray[np.int32], k: Floats, v: Floats, scale:
     scores *= _F(scale)
     visible = np.arange(k.shape[1]) <= positions[:, None]
     top = np.where(visible, scores, _F(-np.inf)).max(axis=2)
-    # A token that is not visible adds +0, which changes no sum: a sum that starts at +0 is never -0.
+    # The weight +0 of a token that is not visible changes no sum.
     weights = np.where(visible, exp(scores - top[:, :, None]), _F(0))
     total, out = np.zeros((heads, rows), np.float32), np.zeros((heads, rows, head_dim), np.float32)
     for start in range(0, k.shape[1], ATTENTION_CHUNK):
         chunk = slice(start, start + ATTENTION_CHUNK)
         mixed = np.zeros_like(out)
         for t in range(start, min(start + ATTENTION_CHUNK, k.shape[1])):
-            mixed += np.where(visible[:, t, None], weights[:, :, t, None] * v[:, None, t], _F(0))
+            seeing = np.searchsorted(positions, t)  # rows from here on see the token
+            mixed[:, seeing:] += weights[:, seeing:, t, None] * v[:, None, t]
         total += sum_r16(weights[:, :, chunk])
         out += mixed
     return (out / total[:, :, None]).transpose(1, 0, 2)
@@ -371,7 +372,8 @@ class _Pages:
 class ReferencePlan:
     """A Program and the unpacked weights of one image. Implements program.Plan; for tests and small models.
 
-    Raises CorruptImage where the image does not hold what the Program needs.
+    A step has at most `max_rows` rows, of which at most `max_sequences` give results. Raises CorruptImage where the
+    image does not hold what the Program needs.
     """
 
     def __init__(self, program: Program, image: Image, *, kv_type: str, max_rows: int, max_sequences: int) -> None:
@@ -386,9 +388,13 @@ class ReferencePlan:
         self.workspace_bytes = 4 * max_rows * sum(self._widths.values())
 
     def forward(self, step: StepArgs, pool: Bytes) -> Floats:
-        """See program.Plan. Weights are unpacked already, so a step costs only its own arithmetic."""
-        if len(step.tokens) > self._max_rows or len(step.context) > self._max_sequences or step.kind != "exact":
-            raise ValueError(f"a step of {len(step.tokens)} rows, {len(step.context)} sequences, kind {step.kind}")
+        """See program.Plan. Raises BadRequest for a step larger than the plan, or of a kind that is not built."""
+        rows, results = len(step.tokens), len(step.output_rows)
+        if rows > self._max_rows or results > self._max_sequences or step.kind != "exact":
+            raise BadRequest(
+                f"A step of {rows} rows, {results} results and kind '{step.kind}' does not fit this plan "
+                f"of {self._max_rows}, {self._max_sequences} and 'exact'."
+            )
         values: dict[str, Floats] = {}
         for op in self._program.ops:
             self._run(op, values, step, pool)
