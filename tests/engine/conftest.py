@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from vai.burn.burn import burn
 from vai.burn.synth import SHAPES, synthesize
@@ -23,13 +23,22 @@ from vai.engine.engine import Engine
 DEADLINE = 30.0
 
 
+def _burn(base: Path, **changes: int) -> tuple[Path, str]:
+    shape = replace(SHAPES["tiny"], layers=2, **changes)
+    synthesize(base / "model.gguf", shape=shape, type="Q8_0", seed=2)
+    return base / "root", burn(base / "model.gguf", base / "root").digest
+
+
 @pytest.fixture(scope="session")
 def wide_root(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(root, digest) of a model with large pages (1 MiB: 16 in a slab, 512 tokens), so that pools are soon full."""
-    base = tmp_path_factory.mktemp("wide")
-    shape = msgspec.structs.replace(SHAPES["tiny"], layers=2, heads=16, kv_heads=16, head_dim=256, rope_dims=256)
-    synthesize(base / "wide.gguf", shape=shape, type="Q8_0", seed=2)
-    return base / "root", burn(base / "wide.gguf", base / "root").digest
+    return _burn(tmp_path_factory.mktemp("wide"), heads=16, kv_heads=16, head_dim=256, rope_dims=256)
+
+
+@pytest.fixture(scope="session")
+def short_root(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(root, digest) of a model whose context holds 100 tokens."""
+    return _burn(tmp_path_factory.mktemp("short"), context=100)
 
 
 @pytest.fixture

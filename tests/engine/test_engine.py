@@ -120,7 +120,8 @@ def test_a_preempted_request_continues_with_the_same_bits(wide_root: tuple[Path,
 
 
 def test_the_reference_gives_the_same_tokens(tiny_root: Root, make_engine: Make, mixed: list[Request]) -> None:
-    few = [replace(each, sampling=replace(each.sampling, max_tokens=4)) for each in mixed]
+    short = [each for each in mixed if len(each.tokens) < 40]
+    few = [replace(each, sampling=replace(each.sampling, max_tokens=4)) for each in short]
     native = answers(run(make_engine(tiny_root[0], slabs=2), few))
     reference = answers(run(make_engine(tiny_root[0], slabs=2, backend="reference"), few))
     assert native == reference
@@ -182,9 +183,9 @@ def test_prompts_that_cannot_fit_are_refused_with_both_numbers(
 
 
 def test_an_answer_ends_where_context_or_scratchpad_do(
-    tiny_root: Root, wide_root: tuple[Path, str], make_engine: Make
+    short_root: tuple[Path, str], wide_root: tuple[Path, str], make_engine: Make
 ) -> None:
-    for root, digest, room in ((tiny_root[0], tiny_root[2]["tiny"], 4096), (wide_root[0], wide_root[1], 512)):
+    for (root, digest), room in ((short_root, 100), (wide_root, 512)):
         own = run(make_engine(root), [request("a", digest, [1] * (room - 5), SamplingParams(temperature=0))])["a"]
         assert sum(len(each.tokens) for each in own) == 5
         assert own[-1].finish == "length"

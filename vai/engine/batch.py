@@ -58,6 +58,6 @@ class Batch:
     def _block_table(self, group: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
         tables = [sequence.block_table[group] for sequence in self.sequences]
         padded = np.zeros((len(tables), max(map(len, tables))), np.int64)
-        for row, pages in zip(padded, tables, strict=True):
-            row[: len(pages)] = pages
+        for row, pages in enumerate(tables):
+            padded[row, : len(pages)] = pages
         return padded

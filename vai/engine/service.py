@@ -173,7 +173,8 @@ class Service:
 
     async def stop(self) -> bool:
         """End streams with a reason, connections, and the engine; False where its last step takes too long."""
-        reason = Unavailable("The engine was asked to stop; send the request again once it is back.")
+        why = "failed and ends" if self.broken else "was asked to stop"
+        reason = Unavailable(f"The engine {why}; send the request again once it is back.")
         self._deliver([_refusal(identity, reason) for identity in self._streams])
         tasks = [task for task in self._connections.values() if task is not None]
         for connection in list(self._connections):

@@ -57,46 +57,72 @@ class Owner(NamedTuple):
         return max(1, SLAB // self.page_bytes)
 
 
+class _Cut:
+    """One slab (or run of slabs) of an owner: pages [fresh, end) were never handed out, `returned` came back."""
+
+    __slots__ = ("end", "fresh", "owner", "returned")
+
+    def __init__(self, owner: Owner, slab: int) -> None:
+        self.owner = owner
+        self.fresh = slab * SLAB
+        self.end = self.fresh + owner.pages_per_cut * owner.page_bytes
+        self.returned: set[int] = set()
+
+    def __len__(self) -> int:
+        """Free pages."""
+        return len(self.returned) + (self.end - self.fresh) // self.owner.page_bytes
+
+    def take(self) -> int:
+        """A free page; there must be one."""
+        if self.returned:
+            return self.returned.pop()
+        self.fresh += self.owner.page_bytes
+        return self.fresh - self.owner.page_bytes
+
+    def give(self, page: int) -> None:
+        """Take a page back."""
+        if page in self.returned or page >= self.fresh:
+            raise AssertionError(f"page {page} of {self.owner} is free already")
+        self.returned.add(page)
+
+
 class PagePool:
     """Who holds which page of a memory of `size` bytes. Pages are known by their byte offset."""
 
     def __init__(self, size: int) -> None:
+        """`size` must be whole slabs."""
         if size <= 0 or size % SLAB:
             raise AssertionError(f"a pool of {size} bytes is not whole slabs of {SLAB}")
         self.size = size
         self._lent = bytearray(size // SLAB)  # 1 for each slab that some owner has
-        self._open: dict[Owner, dict[int, set[int]]] = {}  # owner -> first slab -> free pages, if any
+        self._cuts: dict[Owner, dict[int, _Cut]] = {}  # owner -> first slab -> its pages
         self._held: dict[Owner, int] = {}  # pages in use
 
     def allocate(self, owner: Owner, count: int) -> list[int] | None:
         """Offsets of `count` pages, or None (and nothing changed) where that many are not free."""
-        cuts = self._open.setdefault(owner, {})
-        while sum(map(len, cuts.values())) < count:
+        cuts = self._cuts.setdefault(owner, {})
+        held = self._held.get(owner, 0)
+        while len(cuts) * owner.pages_per_cut - held < count:
             if not self._take_slab(owner, cuts):
-                self._give_back_unused(owner, cuts)
+                self._give_back_unused(owner)
                 return None
+        self._held[owner] = held + count
         pages: list[int] = []
-        for slab in list(cuts):
-            free = cuts[slab]
-            while free and len(pages) < count:
-                pages.append(free.pop())
-            if not free:
-                del cuts[slab]
-        self._held[owner] = self._held.get(owner, 0) + count
+        for cut in cuts.values():
+            pages += [cut.take() for _ in range(min(len(cut), count - len(pages)))]
+            if len(pages) == count:
+                break
         return pages
 
     def free(self, owner: Owner, pages: list[int]) -> None:
         """Take pages back. The slab of the last one is anybody's again."""
         if not pages:
             return
-        cuts = self._open.setdefault(owner, {})
+        cuts = self._cuts[owner]
         for page in pages:
-            free = cuts.setdefault(page // SLAB, set())
-            if page in free:
-                raise AssertionError(f"page {page} of {owner} is free already")
-            free.add(page)
+            cuts[page // SLAB].give(page)
         self._held[owner] -= len(pages)
-        self._give_back_unused(owner, cuts)
+        self._give_back_unused(owner)
 
     def held(self, image: str) -> int:
         """Pages in use by all cache groups of an image."""
@@ -112,21 +138,21 @@ class PagePool:
         """Slabs that nobody has."""
         return self._lent.count(0)
 
-    def _take_slab(self, owner: Owner, cuts: dict[int, set[int]]) -> bool:
+    def _take_slab(self, owner: Owner, cuts: dict[int, _Cut]) -> bool:
         """Cut one more slab (or run of slabs) for `owner`. Runs come from the far end: singles do not split them."""
         run = owner.slabs_per_page
         slab = self._lent.find(0) if run == 1 else self._lent.rfind(bytes(run))
         if slab < 0:
             return False
         self._lent[slab : slab + run] = b"\1" * run
-        start = slab * SLAB
-        cuts[slab] = set(range(start, start + owner.pages_per_cut * owner.page_bytes, owner.page_bytes))
+        cuts[slab] = _Cut(owner, slab)
         return True
 
-    def _give_back_unused(self, owner: Owner, cuts: dict[int, set[int]]) -> None:
-        for slab in [slab for slab, free in cuts.items() if len(free) == owner.pages_per_cut]:
+    def _give_back_unused(self, owner: Owner) -> None:
+        cuts = self._cuts[owner]
+        for slab in [slab for slab, cut in cuts.items() if len(cut) == owner.pages_per_cut]:
             del cuts[slab]
             self._lent[slab : slab + owner.slabs_per_page] = bytes(owner.slabs_per_page)
-        if not cuts and not self._held.get(owner):
-            self._open.pop(owner, None)
+        if not cuts:
+            del self._cuts[owner]
             self._held.pop(owner, None)
