@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from vai.burn.burn import burn
-from vai.burn.synth import synthesize
 from vai.daemon.stop import stop
 from vai.rom.registry import Name, Registry
 
@@ -19,11 +18,10 @@ Vai = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tiny_root: tuple[Path, Path, dict[str, str]]) -> Path:
     """A GGUF file of the shape `tiny`."""
-    path = tmp_path_factory.mktemp("checkpoints") / "tiny.gguf"
-    synthesize(path, shape="tiny", type="Q4_0", seed=1)
-    return path
+    root, names, _ = tiny_root
+    return Path(Registry(root, names).get("tiny").source)
 
 
 @pytest.fixture

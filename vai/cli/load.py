@@ -15,11 +15,11 @@ import click
 from vai import config
 from vai.cli.output import short, size
 from vai.config import Config
-from vai.daemon.loads import burn_argv, parse, renamed
+from vai.daemon.loads import burn_argv, parse, renamed, wish
 from vai.daemon.supervise import last_line, open_log
-from vai.errors import BadRequest, Interrupted, ModelNotFound, by_code
+from vai.errors import BadRequest, Interrupted, by_code
 from vai.rom import segment
-from vai.rom.registry import Name, Registry
+from vai.rom.registry import Registry
 
 Show = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -57,7 +57,7 @@ def load_again(settings: Config, name: str) -> None:
 def _load(settings: Config, file: Path, name: str) -> None:
     registry, source = Registry(settings.root, settings.names), str(file.resolve())
     began = time.monotonic()
-    with _wish(registry, name, source), _progress(file.name) as show:
+    with wish(registry, name, source), _progress(file.name) as show:
         digest = _burn(settings.root, source, settings.logs / "burn.log", show)
     registry.put(renamed(registry, name, source, digest))
     seconds = time.monotonic() - began
@@ -67,21 +67,6 @@ def _load(settings: Config, file: Path, name: str) -> None:
         f"{seconds:.1f} s ({count / seconds / 1e9:.2f} GB/s).",
         err=True,
     )
-
-
-@contextlib.contextmanager
-def _wish(registry: Registry, name: str, source: str) -> Iterator[None]:
-    """A new name is written before the burn, so that a bad one costs no burn; a burn that fails takes it back."""
-    new = all(known.name != name for known in registry.names())
-    try:
-        if new:
-            registry.put(Name(name=name, source=source))
-        yield
-    except BaseException:
-        if new:
-            with contextlib.suppress(ModelNotFound):
-                registry.forget(name)
-        raise
 
 
 def _burn(root: Path, source: str, output: Path, show: Show) -> str:

@@ -55,7 +55,7 @@ def _process(role: str, told: dict[str, Any]) -> Row:
 
 def _image(image: dict[str, Any]) -> Row:
     spec = image.get("spec", {})
-    leases = [f"{lease['command'].split(' --')[0][-40:]} ({lease['pid']})" for lease in image["leases"]]
+    leases = [f"{_program(lease['command'])} ({lease['pid']})" for lease in image["leases"]]
     return [
         ", ".join(image["names"]) or "-",
         short(image["digest"]),
@@ -68,6 +68,14 @@ def _image(image: dict[str, Any]) -> Row:
         f"{image['huge']:.0%}" if "huge" in image else "-",
         ", ".join(leases) or "none",
     ]
+
+
+def _program(command: str) -> str:
+    """What a command line runs, in a word or two: engine, burn, or the program and its first argument."""
+    words = command.split()
+    if words[1:2] == ["-m"] and words[2:]:
+        return words[2].removeprefix("vai.").removesuffix(".service")
+    return " ".join([words[0].rpartition("/")[2], *words[1:2]])[:40]
 
 
 def _images(rows: list[Row]) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,21 @@ def renamed(registry: Registry, name: str, source: str, digest: str) -> Name:
     return Name(name=name, source=source, digest=digest)
 
 
+@contextlib.contextmanager
+def wish(registry: Registry, name: str, source: str) -> Iterator[None]:
+    """A new name is written before its burn, so that a bad one costs no burn; a burn that fails takes it back."""
+    new = all(known.name != name for known in registry.names())
+    try:
+        if new:
+            registry.put(Name(name=name, source=source))
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(ModelNotFound):
+                registry.forget(name)
+        raise
+
+
 class Loader:
     """Loads, one after the other. All of them are remembered until the daemon ends, the last MEMORY at most."""
 
@@ -134,7 +150,8 @@ class Loader:
         while True:
             load = await self._queue.get()
             try:
-                await self._burn(load)
+                with contextlib.nullcontext() if load.name is None else wish(self.registry, load.name, load.source):
+                    await self._burn(load)
                 self._finish(load)
             except VaiError as error:
                 load.state, load.error = "failed", error

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vai.daemon import roles
@@ -19,7 +20,7 @@ _KILL_PATIENCE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """One process that was ended; `killed`: it did not heed SIGTERM in time."""
+    """One process that was ended, `seconds` after the beginning; `killed`: it did not heed SIGTERM in time."""
 
     role: str
     pid: int
@@ -29,19 +30,17 @@ class Stopped:
 
 def stop(root: Path) -> Iterator[Stopped]:
     """End daemon, server and engine of `root`, in this order, and yield each as it has ended."""
-    for role, patience in PATIENCE.items():
-        pid = roles.holder(root, role)
-        if pid is not None:
-            stopped = _end(root, role, pid, patience)
-            if stopped is not None:
-                yield stopped
-
-
-def _end(root: Path, role: str, pid: int, patience: float) -> Stopped | None:
-    """End the holder of a role; None where it had ended by itself."""
     began = time.monotonic()
-    heeded = end(pid, patience, lambda: roles.holder(root, role) == pid)
-    return None if heeded is None else Stopped(role, pid, time.monotonic() - began, killed=not heeded)
+    living = {role: roles.holder(root, role) for role in PATIENCE}
+    for role, patience in PATIENCE.items():
+        pid = roles.holder(root, role) or living[role]  # the daemon may have started another meanwhile, or ended it
+        if pid is not None:
+            heeded = end(pid, patience, partial(_holds, root, role, pid))
+            yield Stopped(role, pid, time.monotonic() - began, killed=heeded is False)
+
+
+def _holds(root: Path, role: str, pid: int) -> bool:
+    return roles.holder(root, role) == pid
 
 
 def end(pid: int, patience: float, still: Callable[[], bool]) -> bool | None:

@@ -140,11 +140,12 @@ class Supervisor:
         """Until `stop` is called. Raises BadRequest where the role refuses its arguments: trying again is no help."""
         backoff = Backoff()
         while not self._stopping.is_set():
-            self.process = self._adopt() or self._start()
-            code = await self._watch(self.process)
-            lived = time.monotonic() - self.process.since
-            self._ended(self.process, code, lived)
+            process = self.process = self._adopt() or self._start()
+            code = await self._watch(process)
+            lived = time.monotonic() - process.since
             self.process = None
+            process.close()
+            self._ended(process.pid, code, lived)
             if not self._stopping.is_set():
                 self.restarts += 1
                 await self._pause(backoff.after(lived))
@@ -190,14 +191,13 @@ class Supervisor:
         address, seconds = self.job.address(process.pid), time.monotonic() - process.since
         log.info("%s: ready on %s after %.2f s", self.job.role, address, seconds)
 
-    def _ended(self, process: Process, code: int | None, lived: float) -> None:
+    def _ended(self, pid: int, code: int | None, lived: float) -> None:
         was_ready = self.state == "ready"
         self.last_exit = _describe(code)
-        process.close()
         if self._stopping.is_set():
             log.info("%s: ended (%s)", self.job.role, self.last_exit)
             return
-        log.warning("%s: process %d ended (%s) after %.1f s", self.job.role, process.pid, self.last_exit, lived)
+        log.warning("%s: process %d ended (%s) after %.1f s", self.job.role, pid, self.last_exit, lived)
         if code == BadRequest.exit_code and not was_ready:
             self.state = "failed"
             raise BadRequest(f"The {self.job.role} refused to start: {last_line(self.job.log)}")
