@@ -6,7 +6,11 @@ front of the operation under test. What is compared are bits; a NaN equals a NaN
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import ctypes
+import platform
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -351,6 +355,41 @@ def test_a_value_that_is_still_needed_is_not_overwritten(isa: str, pools: list[t
     for workers in pools:
         plan = native(rom, prog, isa, workers)
         same(plan.forward(step(range(ROWS)), EMPTY), reference_of(rom, prog, step(range(ROWS))))
+
+
+@contextmanager
+def flushing_subnormals() -> Iterator[None]:
+    """This thread's floating-point environment as a library built for speed leaves it."""
+    where, bits = {"x86_64": (28, 0x8040), "aarch64": (0, 1 << 24)}[platform.machine()]  # MXCSR, FPCR inside fenv_t
+    libm, before = ctypes.CDLL("libm.so.6"), ctypes.create_string_buffer(64)
+    libm.fegetenv(before)
+    changed = ctypes.create_string_buffer(before.raw, 64)
+    mode = ctypes.c_uint32.from_buffer(changed, where)
+    mode.value |= bits
+    libm.fesetenv(changed)
+    try:
+        yield
+    finally:
+        libm.fesetenv(before)
+
+
+def test_a_caller_that_flushes_subnormals_does_not_pass_that_on(isa: str) -> None:
+    rng = np.random.default_rng(15)
+    rom = Rom(activations("x.weight", awkward(rng, ROWS, 96)) | vector("n.weight", np.ones(96, np.float32)))
+    prog = program(rom, [Embed("x", "x.weight"), RmsNorm("n", "x", "n.weight", 1.0)], "n")
+    expected = reference_of(rom, prog, step(range(ROWS)))
+    got: list[Floats] = []
+
+    def run() -> None:
+        with flushing_subnormals():
+            assert float("5e-324") * 1.0 == 0.0
+            got.append(native(rom, prog, isa, table.make_workers(2)).forward(step(range(ROWS)), EMPTY).copy())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert (np.abs(expected[4]) < 2.0**-126).all() and expected[4].any()
+    same(got[0], expected)
 
 
 # ---------------------------------------------------------------- with pages

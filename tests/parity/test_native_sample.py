@@ -1,0 +1,113 @@
+"""Sampling: the native draw is the reference's, token by token and bit by bit, over small and real vocabularies."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from vai.errors import NotSupported
+from vai.kernels import reference, table
+from vai.kernels.program import SampleArgs, Sampled
+
+Floats = NDArray[np.float32]
+
+
+def arguments(rows: int, **columns: object) -> SampleArgs:
+    """SampleArgs of `rows` rows; a column is a value for all or a list."""
+    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, "choice": 0, "position": 0}
+    values |= {"logprobs": -1, **columns}
+    types = (np.float32, np.int32, np.float32, np.float32, np.uint64, np.uint32, np.uint32, np.int32)
+    made = {name: np.array(values[name], t) for name, t in zip(values, types, strict=True)}
+    return SampleArgs(**{name: np.broadcast_to(value, rows).copy() for name, value in made.items()})
+
+
+def same(got: Sampled, want: Sampled) -> None:
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.logprob.view(np.uint32), want.logprob.view(np.uint32))
+    np.testing.assert_array_equal(got.top_ids, want.top_ids)
+    np.testing.assert_array_equal(got.top_logprobs.view(np.uint32), want.top_logprobs.view(np.uint32))
+
+
+@pytest.fixture(params=table.isas())
+def isa(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+GRID = list(itertools.product((0.0, 0.3, 1.0, 1.7), (0, 1, 5, 5000), (1.0, 0.9, 0.3, 0.0), (0.0, 0.05, 1.0)))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 523, 3000])
+def test_every_setting_draws_what_the_reference_draws(isa: str, vocabulary: int) -> None:
+    rng = np.random.default_rng(vocabulary)
+    logits = (rng.standard_normal((len(GRID), vocabulary)) * 3).astype(np.float32)
+    logits[::3] = np.round(logits[::3])  # many ties
+    logits[1::5, ::2] = -np.inf  # masked out
+    temperature, top_k, top_p, min_p = (list(column) for column in zip(*GRID, strict=True))
+    for seed in range(4):
+        args = arguments(
+            len(GRID),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=rng.integers(0, 1 << 63, len(GRID)) * 2 + 1,
+            choice=seed,
+            position=np.arange(len(GRID)),
+            logprobs=np.arange(len(GRID)) % 22 - 1,
+        )
+        same(table.sample(logits, args, isa=isa), reference.sample_reference(logits, args))
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-7, 1.0, 8.0])
+def test_a_real_vocabulary_from_flat_to_peaked(isa: str, spread: float) -> None:
+    rng = np.random.default_rng(3)
+    logits = (rng.standard_normal((6, 151_936)) * spread).astype(np.float32)
+    args = arguments(
+        6,
+        temperature=[1.0, 0.7, 1.0, 1.0, 0.8, 1.0],
+        top_k=[0, 0, 40, 0, 40, 0],
+        top_p=[1.0, 0.95, 1.0, 1.0, 0.9, 0.9999],
+        min_p=[0.0, 0.0, 0.0, 0.05, 0.05, 0.0],
+        seed=[1, 2, 3, 4, 5, (1 << 64) - 1],
+        position=1000,
+        logprobs=[-1, 0, 1, 5, 20, 20],
+    )
+    same(table.sample(logits, args, isa=isa), reference.sample_reference(logits, args))
+
+
+def test_a_row_that_cannot_be_sampled_ends_alone(isa: str) -> None:
+    logits = np.tile(np.arange(50, dtype=np.float32), (6, 1))
+    logits[1, 20] = np.nan
+    logits[2, 49] = np.inf
+    logits[3] = -np.inf
+    args = arguments(6, temperature=[1.0, 0.0, 1.0, 1.0, 1e-42, 0.0], logprobs=3)
+    sampled = table.sample(logits, args, isa=isa)
+    assert sampled.tokens[1:5].tolist() == [table.NO_TOKEN] * 4
+    assert sampled.tokens[0] >= 0
+    assert sampled.tokens[5] == 49
+    assert math.isnan(sampled.logprob[2])
+    same(sampled, reference.sample_reference(logits, args))
+
+
+def test_draws_follow_the_probabilities(isa: str) -> None:
+    p = np.array([0.5, 0.25, 0.15, 0.1])
+    draws = 20_000
+    logits = np.tile(np.log(p).astype(np.float32), (draws, 1))
+    tokens = table.sample(logits, arguments(draws, position=np.arange(draws)), isa=isa).tokens
+    counts = np.bincount(tokens, minlength=4)
+    assert (np.abs(counts - draws * p) < 5 * np.sqrt(draws * p * (1 - p))).all()
+
+
+def test_logits_may_be_columns_of_a_wider_array(isa: str) -> None:
+    wide = np.random.default_rng(5).standard_normal((4, 80)).astype(np.float32)
+    args = arguments(4, seed=[1, 2, 3, 4], logprobs=2)
+    same(table.sample(wide[:, :61], args, isa=isa), table.sample(wide[:, :61].copy(), args, isa=isa))
+
+
+def test_an_unknown_instruction_set_is_refused_by_name() -> None:
+    with pytest.raises(NotSupported, match="'mmx' kernels; it has scalar"):
+        table.sample(np.zeros((1, 4), np.float32), arguments(1), isa="mmx")
