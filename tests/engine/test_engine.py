@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from vai.burn.burn import burn
+from vai.burn.gguf import GgufFile
+from vai.burn.synth import synthesize
 from vai.daemon.pool import SLAB
 from vai.engine.engine import Engine
 from vai.errors import BadRequest, ContextTooLong, ModelNotFound, NotEnoughRoom
@@ -251,3 +255,25 @@ def test_the_pool_is_one_for_all_models_and_nothing_of_it_is_reserved(tiny_root:
     outputs = run(engine, both)
     assert {own[-1].finish for own in outputs.values()} == {"length"}
     assert engine.status().pool_bytes == SLAB
+
+
+def test_a_prompt_that_computes_to_no_number_ends_its_own_request_and_leaves_no_trace(
+    tmp_path: Path, make_engine: Make
+) -> None:
+    source, root = tmp_path / "model.gguf", tmp_path / "root"
+    synthesize(source, shape="tiny", type="F32", seed=1)
+    with GgufFile(source) as checkpoint:
+        embedding = checkpoint.tensors["token_embd.weight"]
+    poisoned = 7
+    with source.open("r+b") as file:
+        file.seek(embedding.offset + poisoned * embedding.shape[1] * 4)
+        file.write(np.full(embedding.shape[1], np.nan, "<f4").tobytes())
+    digest = burn(source, root).digest
+    good = [request("good", digest, range(10, 50)), request("later", digest, range(20, 70), SAMPLED)]
+    expected = alone(make_engine, root, good)
+    engine = make_engine(root)
+    outputs = run(engine, [request("bad", digest, [1, poisoned, *range(60)]), good[0]])
+    assert [each.finish for each in outputs["bad"]] == ["error"]
+    assert outputs["bad"][0].error is not None and "not a number" in outputs["bad"][0].error[1]
+    assert answers(outputs)["good"] == expected["good"]
+    assert answers(run(engine, [good[1]]))["later"] == expected["later"]  # in the pages that held the NaNs

@@ -54,7 +54,6 @@ from vai.rom import segment
 from vai.rom.room import free_room
 from vai.scratchpad.pages import map_pool
 
-ENGINE_NICENESS = 5  # of the thread that steps: whoever talks comes first
 STOP_PATIENCE = 2.0  # seconds that a running step has to end after SIGTERM
 BACKLOG = 128
 
@@ -65,7 +64,10 @@ Work = Callable[[Engine], None]
 
 
 class EngineThread:
-    """The one thread that owns the engine. Work is done between steps, in order; without any it sleeps."""
+    """The one thread that owns the engine. Work is done between steps, in order; without any it sleeps.
+
+    Like the loop it keeps its niceness: what takes time is done by the kernels' threads, which are nicer than both.
+    """
 
     def __init__(self, engine: Engine, deliver: Callable[[list[Output]], None], broken: Callable[[], None]) -> None:
         """`deliver` gets the outputs of every step, `broken` is called if the thread ends by an error; both in it."""
@@ -87,7 +89,6 @@ class EngineThread:
         return not self._thread.is_alive()
 
     def _main(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), ENGINE_NICENESS)
         try:
             while self._do_work():
                 outputs = self._engine.step()
