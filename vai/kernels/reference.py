@@ -31,6 +31,7 @@ Bytes = NDArray[np.uint8]
 
 LANES = 16  # rows of a stored block, and partial sums of the R16 order
 GROUP = 32  # elements that share an activation scale
+ATTENTION_ROWS = 64  # at a time, so that their scores stay in the processor's cache; no bit depends on it
 _F = np.float32
 
 
@@ -457,10 +458,13 @@ class ReferencePlan:
         heads = q.reshape(len(q), op.heads, op.head_dim)
         out = np.empty_like(heads)
         for sequence, table in enumerate(step.block_tables[op.group]):
-            rows = slice(int(step.seq_start[sequence]), int(step.seq_start[sequence + 1]))
-            tokens = int(step.context[sequence]) + rows.stop - rows.start
+            first, end = int(step.seq_start[sequence]), int(step.seq_start[sequence + 1])
+            tokens = int(step.context[sequence]) + end - first
             k, v = pages.read(table[: -(-tokens // PAGE_TOKENS)], tokens)
-            out[rows] = attend(heads[rows], step.positions[rows], k, v, op.scale)
+            for start in range(first, end, ATTENTION_ROWS):
+                rows = slice(start, min(start + ATTENTION_ROWS, end))
+                seen = int(step.positions[rows.stop - 1]) + 1
+                out[rows] = attend(heads[rows], step.positions[rows], k[:, :seen], v[:, :seen], op.scale)
         return out.reshape(q.shape)
 
 
