@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from vai.daemon import roles
 from vai.errors import Unavailable
-
-if TYPE_CHECKING:
-    from vai.engine.port import EnginePort
 
 Answer = TypeVar("Answer")
 _PATIENCE = 10.0
 
 
-def ask(root: Path, question: Callable[[EnginePort], Awaitable[Answer]]) -> Answer:
+class Engine(Protocol):
+    """What commands ask of an engine: the part of engine/port.py that is about models, not about requests."""
+
+    async def status(self) -> Any: ...
+
+    async def release(self, image: str) -> None: ...
+
+
+def ask(root: Path, question: Callable[[Engine], Awaitable[Answer]]) -> Answer:
     """What the engine answers. Raises Unavailable where none runs or it says nothing for 10 s."""
     if roles.holder(root, "engine") is None:
         raise Unavailable("No engine is running. Start it: vai serve")
