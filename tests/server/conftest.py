@@ -207,10 +207,21 @@ class _Running:
         until(lambda: self._server.started)
         self.served = Served(listener.getsockname()[1], script)
 
-    def stop(self) -> None:
+    def ask_to_stop(self) -> None:
         self._server.should_exit = True
+
+    def stop(self) -> None:
+        self.ask_to_stop()
         self._thread.join(10)
         assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def stoppable() -> Iterator[tuple[Served, Callable[[], None]]]:
+    """(a server of its own, what asks it to stop)."""
+    running = _Running(api_key=None, host="127.0.0.1", quick=False, daemon_socket=None)
+    yield running.served, running.ask_to_stop
+    running.stop()
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,6 +285,36 @@ def test_a_client_that_leaves_gives_its_pages_back(system: System, stream: bool)
     until(system.idle)
     made = sum(model.tokens for model in system.status().models) - sum(model.tokens for model in before.models)
     assert made < 8000, "the generation went on to its end"
+
+
+def test_two_hundred_disconnects_leave_neither_pages_nor_descriptors(system: System) -> None:
+    chance = random.Random(1)
+    descriptors = Path(f"/proc/{system.server.pid}/fd")
+    chat(system, model="tiny-qwen2")  # what stays open from the first chat on is there now
+    before = len(list(descriptors.iterdir()))
+    for _ in range(200):
+        prompt = [chance.randrange(400) for _ in range(chance.choice([1, 50, 600]))]
+        body = {
+            "model": chance.choice(["tiny", "tiny-qwen2"]),
+            "prompt": chance.choice([prompt, [prompt, prompt[:1]]]),
+            "max_tokens": 300,
+            "ignore_eos": True,
+            "stream": chance.random() < 0.5,
+        }
+        request = httpx2.Request("POST", system.url, json=body)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(request.content)}\r\n\r\n"
+        whole = head.encode() + request.content
+        with socket.create_connection(("127.0.0.1", system.port), timeout=20) as connection:
+            connection.sendall(whole if chance.random() < 0.9 else whole[: chance.randrange(len(whole))])
+            if chance.random() < 0.3 and body["stream"]:
+                connection.settimeout(0.05)
+                with suppress(TimeoutError):
+                    connection.recv(1000)
+            if chance.random() < 0.5:  # by a reset
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    until(system.idle)
+    until(lambda: len(list(descriptors.iterdir())) <= before)
+    assert complete(system, temperature=0).choices[0].text
 
 
 def test_models_are_listed_while_the_engine_is_stopped_and_health_says_so(system: System) -> None:

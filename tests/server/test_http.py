@@ -231,6 +231,25 @@ def test_a_client_that_leaves_ends_its_generation(served: Served, stream: bool, 
     assert served.post("/v1/completions", TEXT).status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stopping_server_ends_what_it_cannot_finish_with_an_error(
+    stoppable: tuple[Served, Callable[[], None]], stream: bool
+) -> None:
+    served, ask_to_stop = stoppable
+    served.script.stall_after = 4
+    with served.connect() as connection:
+        connection.sendall(served.raw_request("/v1/chat/completions", CHAT | {"stream": stream}))
+        until(lambda: served.script.open_streams == 1)
+        got = connection.recv(50) if stream else b""
+        ask_to_stop()
+        while data := connection.recv(65536):
+            got += data
+    assert got.startswith(b"HTTP/1.1 200" if stream else b"HTTP/1.1 503")
+    assert got.count(b'"code":"interrupted"') == 1
+    assert b"[DONE]" not in got
+    assert served.script.open_streams == 0
+
+
 def test_one_failing_prompt_of_a_batch_ends_the_others(served: Served) -> None:
     served.script.error, served.script.error_after = VaiError("It broke."), 2
     assert served.post("/v1/completions", TEXT | {"prompt": ["a", "b"]}).status_code == 500

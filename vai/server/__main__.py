@@ -6,11 +6,13 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import uvicorn
 import uvloop
@@ -26,6 +28,7 @@ MAX_KEY_BYTES = 4096
 KEEP_ALIVE_SECONDS = 60
 GRACE_SECONDS = 8  # streams may end this long after SIGTERM; the daemon waits 10
 BACKLOG = 2048
+MAX_FILES = 65536
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -74,8 +77,26 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _stop_quietly(number: int, frame: FrameType | None) -> None:
-    """uvicorn raises the signal again once it has shut down; this keeps the exit status 0."""
+class Server(uvicorn.Server):
+    """uvicorn's server, but having stopped as it was asked to is no failure: it does not die of the signal after all."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        yield
+
+    def _stop(self) -> None:
+        self.force_exit = self.should_exit  # asked twice
+        self.should_exit = True
+
+
+def allow_many_connections() -> None:
+    """Raise the soft limit on open files, 1,024 on most machines, to what the machine allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 async def warm(frontend: llm.Frontend) -> None:
@@ -107,7 +128,7 @@ async def serve(args: argparse.Namespace, listener: socket.socket, api_key: str 
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
-        await uvicorn.Server(config).serve(sockets=[listener])
+        await Server(config).serve(sockets=[listener])
     finally:
         warming.cancel()
         await asyncio.gather(warming, return_exceptions=True)
@@ -130,8 +151,7 @@ def main(argv: list[str] | None = None) -> int:
             address, number = listener.getsockname()[:2]
             shown = f"[{address}]" if ":" in address else address
             logging.getLogger("vai.server").info("Listening on http://%s:%d", shown, number)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, _stop_quietly)
+            allow_many_connections()
             uvloop.run(serve(args, listener, api_key))
     except VaiError as error:
         print(error.message, file=sys.stderr)  # noqa: T201 - the process's own last word

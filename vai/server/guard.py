@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vai.errors import BodyTooLarge, NotEnoughRoom, Overloaded, Unauthorized, VaiError
 from vai.server.schema import error_bytes
-from vai.server.stream import ClientGone
+from vai.server.stream import ClientGone, stopping
 
 MAX_BODY = 16 << 20
 OPEN_PATHS = frozenset({"/livez"})  # answered to anybody: it says nothing but that the process lives
@@ -124,6 +125,9 @@ class Guard:
             await self._answer(scope, receive, noting)
         except ClientGone:
             status = CLIENT_CLOSED
+        except asyncio.CancelledError:  # uvicorn's grace period is over; a stream has said so itself
+            if not status:
+                await error_response(stopping())(scope, receive, noting)
         except Exception:
             _log.exception("A request failed.")
             if status:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vai.llm import Delta
 
 KEEP_ALIVE_SECONDS = 15.0
+LAST_WORD_SECONDS = 1.0  # a stopping server does not wait longer for a client that does not read
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -33,6 +34,11 @@ T = TypeVar("T")
 
 class ClientGone(Exception):
     """The client closed its connection before the answer was complete: nobody is left to tell."""
+
+
+def stopping() -> Interrupted:
+    """What a request is told that the server's end cuts short."""
+    return Interrupted("The server was stopped before the answer was complete; send the request again.")
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -120,6 +126,10 @@ class EventStream:
         pinging = asyncio.ensure_future(self._ping(send))
         try:
             await until_gone(receive, self._carry(send))
+        except asyncio.CancelledError:  # the server is stopping: no stream ends as if it were complete
+            if not self._refuse():
+                await asyncio.wait_for(self._end(send, event(error_bytes(stopping()))), LAST_WORD_SECONDS)
+            raise
         finally:
             pinging.cancel()
             await asyncio.gather(pinging, return_exceptions=True)
@@ -133,13 +143,14 @@ class EventStream:
         except VaiError as error:
             if self._refuse():
                 raise
-            await self._write(send, event(error_bytes(error)))
+            await self._end(send, event(error_bytes(error)))
         except Exception:
             if self._refuse():
                 raise
             _log.exception("A stream failed.")
-            await self._write(send, event(error_bytes(VaiError("The server failed; its log says why."))))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._end(send, event(error_bytes(VaiError("The server failed; its log says why."))))
+        else:
+            await self._end(send)
 
     def _refuse(self) -> bool:
         """Whether an error can still be an HTTP error; if so, no keep-alive comment comes before it."""
@@ -153,6 +164,10 @@ class EventStream:
                 await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             self._written = asyncio.get_running_loop().time()
             await send({"type": "http.response.body", "body": frame, "more_body": True})
+
+    async def _end(self, send: Send, frame: bytes = b"") -> None:
+        async with self._one_writer:
+            await send({"type": "http.response.body", "body": frame, "more_body": False})
 
     async def _ping(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
