@@ -198,15 +198,20 @@ def _strings(cursor: _Cursor, count: int, what: str) -> list[str]:
     buffer, position, end, unpack = cursor.buffer, cursor.position, cursor.end, _U64.unpack_from
     out: list[str] = []
     append = out.append
-    for _ in range(count):
-        start = position + 8
-        if start > end:
-            raise MalformedFile(f"The file ends inside {what}; it is truncated, fetch it again.")
-        (length,) = unpack(buffer, position)
-        position = start + length
-        if position > end or length > MAX_STRING_BYTES:
-            raise MalformedFile(f"A string in {what} says it has {length} bytes: more than there are, or than is sane.")
-        append(_utf8(buffer[start:position], what))
+    try:
+        for _ in range(count):
+            start = position + 8
+            if start > end:
+                raise MalformedFile(f"The file ends inside {what}; it is truncated, fetch it again.")
+            (length,) = unpack(buffer, position)
+            position = start + length
+            if position > end or length > MAX_STRING_BYTES:
+                raise MalformedFile(
+                    f"A string in {what} says it has {length} bytes: more than there are, or than is sane."
+                )
+            append(buffer[start:position].decode())
+    except UnicodeDecodeError:
+        raise MalformedFile(f"A string in {what} is not valid UTF-8.") from None
     cursor.position = position
     return out
 
