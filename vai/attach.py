@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,3 +166,13 @@ def _f32(blocks: Bytes) -> Float32:
 
 
 _UNPACK = {"Q4_0": _q4_0, "Q8_0": _q8_0, "F16": _f16, "BF16": _bf16, "F32": _f32}
+
+
+class _CallableModule(ModuleType):
+    """Importing `vai.attach` binds that name in `vai` to this module, so the module has to be callable itself."""
+
+    def __call__(self, name: str, *, root: Path | str | None = None, names: Path | str | None = None) -> Weights:
+        return attach(name, root=root, names=names)
+
+
+sys.modules[__name__].__class__ = _CallableModule

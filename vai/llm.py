@@ -25,7 +25,16 @@ import msgspec
 from vai import config
 from vai.daemon import pool as memory
 from vai.engine.port import EnginePort
-from vai.errors import BadRequest, ContextTooLong, CorruptImage, MalformedFile, Unavailable, VaiError, by_code
+from vai.errors import (
+    BadRequest,
+    ContextTooLong,
+    CorruptImage,
+    MalformedFile,
+    ModelNotFound,
+    Unavailable,
+    VaiError,
+    by_code,
+)
 from vai.request import Output, Request, SamplingParams, Timing, TokenLogprob
 from vai.rom import segment
 from vai.rom.registry import Name, Registry
@@ -134,9 +143,11 @@ class _Overrides(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context: int | None = None
 
 
-def _read_sizes(root: Path, digest: str) -> _Sizes:
+def _read_facts(root: Path, digest: str) -> tuple[int, _Sizes]:
+    """When an image was burned, and its sizes. Raises ModelNotFound, CorruptImage, WrongVersion."""
+    created = int(segment.read_header(root, digest).burned_at)
     try:
-        return msgspec.json.decode(segment.read_sections(root, digest, "spec")["spec"], type=_Sizes)
+        return created, msgspec.json.decode(segment.read_sections(root, digest, "spec")["spec"], type=_Sizes)
     except msgspec.MsgspecError as error:
         raise CorruptImage(f"The spec of image {digest[:12]} cannot be read: {error}. Burn the model again.") from None
 
@@ -181,7 +192,8 @@ class Words:
         if self._system is not None and not any(message["role"] == "system" for message in plain):
             plain.insert(0, {"role": "system", "content": self._system})
         marker = _unused_marker(plain)
-        prompt = self._template.render([self._disarmed(message, marker) for message in plain], **self._variables)
+        safe = [{**self._disarmed(message, marker), "role": message["role"]} for message in plain]
+        prompt = self._template.render(safe, **self._variables)
         return self.tokenizer.encode(prompt, parse_special=True, marker=marker)
 
     def sampling(self, **given: Any) -> SamplingParams:
@@ -217,13 +229,12 @@ class Words:
         self._template.close()
 
     def _disarmed(self, value: Any, marker: str) -> Any:
-        """The same value with no control token in any text of it. Roles choose control tokens, and are checked."""
+        """The same value with no control token in any text of it."""
         if isinstance(value, str):
             return self.tokenizer.disarm(value, marker)
         if isinstance(value, Mapping):
             return {
-                self.tokenizer.disarm(str(key), marker): item if key == "role" else self._disarmed(item, marker)
-                for key, item in value.items()
+                self.tokenizer.disarm(str(key), marker): self._disarmed(item, marker) for key, item in value.items()
             }
         if isinstance(value, list | tuple):
             return [self._disarmed(item, marker) for item in value]
@@ -431,7 +442,7 @@ class Library:
         self._registry = Registry(root, names)
         self._tokenizers: _Shared[bytes, Tokenizer] = _Shared(TOKENIZERS)
         self._words: _Shared[Hashable, Words] = _Shared(MODELS, Words.close)
-        self._sizes: _Shared[str, _Sizes] = _Shared(256)
+        self._facts: _Shared[tuple[str, int], tuple[int, _Sizes]] = _Shared(256)
 
     def cards(self) -> list[ModelCard]:
         """All names, whether resident or not."""
@@ -453,8 +464,10 @@ class Library:
         self._tokenizers.clear()
 
     def _find(self, text: str) -> Name:
-        known = {name.name: name for name in self._registry.names()}
-        name = known.get(text) or Name(text, "", digest=self._registry.find(text))
+        try:
+            name = self._registry.get(text)
+        except ModelNotFound:
+            name = Name(text, "", digest=self._registry.find(text))
         if name.digest is None or not self._registry.is_resident(name.digest):
             load = f"vai load {name.source} --name {name.name}" if name.source else "vai load FILE"
             raise Unavailable(f"The model '{text[:128]}' is not resident. Load it: {load}")
@@ -473,15 +486,13 @@ class Library:
 
     def _card(self, name: Name) -> ModelCard:
         digest = name.digest or ""
-        if not self._registry.is_resident(digest):
-            return ModelCard(name.name, digest, created=0, context=0, resident=False)
         try:
-            burned_at = segment.read_header(self._root, digest).burned_at
-            sizes = self._sizes.get(digest, lambda: _read_sizes(self._root, digest))
+            inode = segment.image_path(self._root, digest).stat().st_ino
+            created, sizes = self._facts.get((digest, inode), lambda: _read_facts(self._root, digest))
             context = _context(sizes, _overrides(name))
-        except VaiError:  # damaged, or removed meanwhile: opening it says why
+        except (OSError, VaiError):  # not there, or damaged: opening it says which
             return ModelCard(name.name, digest, created=0, context=0, resident=False)
-        return ModelCard(name.name, digest, int(burned_at), context, resident=True)
+        return ModelCard(name.name, digest, created, context, resident=True)
 
 
 class Frontend:

@@ -15,11 +15,13 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 import msgspec
+from jinja2 import Template as Source
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -229,12 +231,12 @@ def _strftime_now(form: str) -> str:
     return datetime.now().astimezone().strftime(form)
 
 
-def _render(environment: ImmutableSandboxedEnvironment, source: str, variables: Mapping[str, Any]) -> dict[str, str]:
+def _render(compiled: Callable[[str], Source], source: str, variables: Mapping[str, Any]) -> dict[str, str]:
     """{"text": ...} or {"error": a sentence}. Whatever a template raises is its own affair, so all of it is caught."""
     pieces: list[str] = []
     size = 0
     try:
-        for piece in environment.from_string(source).generate(variables):
+        for piece in compiled(source).generate(variables):
             size += len(piece)
             if size > MAX_OUTPUT:
                 return {"error": f"it writes more than {MAX_OUTPUT:,} characters"}
@@ -252,12 +254,12 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer until the pipe ends. An alarm ends this process past the deadline, also where nobody waits any more."""
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    environment = _environment()
+    compiled = lru_cache(maxsize=2)(_environment().from_string)
     _write_message(answers, b"{}")
     while (message := _read_message(requests)) is not None:
         request = json.loads(message)
         signal.setitimer(signal.ITIMER_REAL, request["deadline"])
-        answer = _render(environment, request["source"], request["variables"])
+        answer = _render(compiled, request["source"], request["variables"])
         signal.setitimer(signal.ITIMER_REAL, 0)
         _write_message(answers, json.dumps(answer, ensure_ascii=False).encode())
 

@@ -214,17 +214,17 @@ class Tokenizer:
         at its end (the next text might complete it). Everything else is left alone, so that templates can still
         trim, compare and split it.
         """
-        places: list[int] = []
+        pieces: list[str] = []
+        start = 0
         for match in self._starts.finditer(text) if self._control else ():
             begin = match.start()
             whole = any(text[begin : begin + length] in self._control for length in self._lengths)
             rest = text[begin : begin + self._lengths[0]]
             open_end = begin + len(rest) == len(text) and any(control.startswith(rest) for control in self._control)
             if whole or open_end:
-                places.append(begin + 1)
-        for place in reversed(places):
-            text = text[:place] + marker + text[place:]
-        return text
+                pieces += (text[start : begin + 1], marker)
+                start = begin + 1
+        return "".join((*pieces, text[start:]))
 
     def decode(self, ids: Sequence[int], *, continuation: bool = False, control: bool = False) -> str:
         """Text of `ids`; unknown ids and bytes that are not UTF-8 give U+FFFD or nothing, never an error.
