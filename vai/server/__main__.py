@@ -78,7 +78,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, but having stopped as it was asked to is no failure: it does not die of the signal after all."""
+    """uvicorn's server, which does not die of the signal that it has obeyed: a clean stop is exit code 0."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
