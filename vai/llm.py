@@ -174,6 +174,11 @@ class Words:
         self.card = card
         self.tokenizer = tokenizer
         self.vocabulary = msgspec.json.decode(sections["spec"], type=_Sizes).vocabulary
+        if tokenizer.vocabulary > self.vocabulary:
+            raise MalformedFile(
+                f"The tokenizer of '{card.name}' has {tokenizer.vocabulary} tokens, its model {self.vocabulary}; "
+                "they are not of one checkpoint."
+            )
         self.eog: tuple[int, ...] = tuple(sorted(tokenizer.eog))
         self.defaults = _recommended(card.name, sections["defaults"], overrides)
         self._system = overrides.system

@@ -17,7 +17,7 @@ from reference_bpe import CUTS
 from reference_bpe import byte_level as reference_byte_level
 from reference_bpe import sentence_piece as reference_sentence_piece
 
-from vai.errors import MalformedFile, UnsupportedModel
+from vai.errors import BadRequest, MalformedFile, UnsupportedModel
 from vai.text.pretokenizers import PRETOKENIZERS
 from vai.text.template import template_section
 from vai.text.tokenizer import PROBE, Tokenizer, tokenizer_section
@@ -140,6 +140,12 @@ def test_other_threads_run_while_a_long_text_is_encoded() -> None:
         encoding.join(0.001)
         turns += 1
     assert turns > 10
+
+
+def test_half_a_surrogate_pair_is_refused_with_a_sentence() -> None:
+    for kind in ("gpt2", "llama"):
+        with pytest.raises(BadRequest, match="surrogate"):
+            made(kind).encode("a\ud800b", parse_special=True)
 
 
 def test_ids_outside_the_vocabulary_stand_for_nothing() -> None:

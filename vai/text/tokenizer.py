@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders
 
-from vai.errors import MalformedFile
+from vai.errors import BadRequest, MalformedFile
 from vai.rom.image import canonical_json
 from vai.text.fields import CONTROL, NORMAL, USER_DEFINED, TokenizerFields, read
 from vai.text.pretokenizers import Pretokenizer
@@ -187,7 +187,10 @@ class Tokenizer:
 
     @classmethod
     def from_sections(cls, tokenizer: bytes, template: bytes) -> Tokenizer:
-        """From an image's sections. Takes 0.4 s for 150,000 tokens. Raises MalformedFile."""
+        """From an image's sections. Raises MalformedFile.
+
+        Takes 0.4 s for 150,000 tokens, and the library holds the interpreter lock all that time.
+        """
         return cls(tokenizer, template)
 
     def encode(self, text: str, *, parse_special: bool = False, add_bos: bool = True, marker: str = "") -> list[int]:
@@ -195,7 +198,8 @@ class Tokenizer:
 
         parse_special: control tokens spelled out in the text become control tokens; otherwise they stay text, as they
         must in what a user wrote. A control token broken by `marker` (see `disarm`) always stays text, and the marker
-        is taken out. add_bos: begin with the BOS token if the model wants one and the text does not already.
+        is taken out. add_bos: begin with the BOS token if the model wants one and the text does not already. Raises
+        BadRequest for what is no text.
         """
         ids: list[int] = []
         start = 0
@@ -257,6 +261,12 @@ class Tokenizer:
         text = text.replace(marker, "") if marker else text
         if not text:
             return []
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRequest(
+                "The text has half of a surrogate pair in it, which is no character; send UTF-8."
+            ) from None
         # The batch call releases the interpreter lock, the single one does not.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return list(encoding.ids)
