@@ -18,7 +18,35 @@ void store32(std::uint8_t* to, std::uint64_t value) {
   std::memcpy(to, &low, sizeof low);
 }
 
-// Each format says where one group of one row goes: `group` within the tile, `lane` 0..15. A line is 64 bytes.
+// Four rows at a time: 16 bytes of each, as dwords, become 4 dwords of each of 4 lines. Compilers make single
+// instructions of these on every machine with 128-bit vectors.
+using Quad = std::uint32_t __attribute__((vector_size(16)));
+
+Quad load_quad(const std::uint8_t* from) {
+  Quad value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+void store_quad(std::uint8_t* to, Quad value) { std::memcpy(to, &value, sizeof value); }
+
+struct Quads {
+  Quad at[4];
+};
+
+// at[j] = dword j of the 16 bytes at `source` in each of four rows.
+Quads load_columns(const std::uint8_t* source, std::size_t stride) {
+  const Quad a = load_quad(source), b = load_quad(source + stride);
+  const Quad c = load_quad(source + 2 * stride), d = load_quad(source + 3 * stride);
+  const Quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Quad cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  return {{__builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
+           __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5),
+           __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)}};
+}
+
+// Each format says where one group of one row goes (put), and of four rows (put_four): `group` within the tile, `lane`
+// 0..15 or the first of four. A line is 64 bytes.
 
 struct Q4_0 {
   static constexpr Type kType = Type::kQ4_0;
@@ -37,6 +65,21 @@ struct Q4_0 {
       store32(line + kLine * (2 + half), high | high >> 28);
     }
   }
+
+  static void put_four(const std::uint8_t* source, std::size_t stride, std::size_t group, std::size_t lane,
+                       std::uint8_t* tile) {
+    for (std::size_t row = 0; row < 4; ++row) {
+      std::memcpy(tile + 32 * group + 2 * (lane + row), source + row * stride, 2);
+    }
+    const Quads codes = load_columns(source + 2, stride);
+    const Quad low = Quad{} + 0x0f0f0f0f, high = Quad{} + 0xf0f0f0f0;
+    std::uint8_t* line = tile + kLine * (1 + 4 * group) + 4 * lane;
+    for (std::size_t half = 0; half < 2; ++half) {
+      const Quad a = codes.at[2 * half], b = codes.at[2 * half + 1];
+      store_quad(line + kLine * half, (a & low) | ((b & low) << 4));
+      store_quad(line + kLine * (2 + half), ((a >> 4) & low) | (b & high));
+    }
+  }
 };
 
 struct Q8_0 {
@@ -51,6 +94,18 @@ struct Q8_0 {
       store32(line + kLine * (2 * pair + 1), codes >> 32);
     }
   }
+
+  static void put_four(const std::uint8_t* source, std::size_t stride, std::size_t group, std::size_t lane,
+                       std::uint8_t* tile) {
+    for (std::size_t row = 0; row < 4; ++row) {
+      std::memcpy(tile + 32 * group + 2 * (lane + row), source + row * stride, 2);
+    }
+    std::uint8_t* line = tile + kLine * (1 + 8 * group) + 4 * lane;
+    for (std::size_t half = 0; half < 2; ++half) {
+      const Quads codes = load_columns(source + 2 + 16 * half, stride);
+      for (std::size_t i = 0; i < 4; ++i) store_quad(line + kLine * (4 * half + i), codes.at[i] ^ 0x80808080);
+    }
+  }
 };
 
 template <Type type>
@@ -62,6 +117,14 @@ struct Plain {
       const std::uint64_t values = load64(source + 8 * pair);
       store32(tile + kLine * 2 * pair + 4 * lane, values);
       store32(tile + kLine * (2 * pair + 1) + 4 * lane, values >> 32);
+    }
+  }
+
+  static void put_four(const std::uint8_t* source, std::size_t stride, std::size_t, std::size_t lane,
+                       std::uint8_t* tile) {
+    for (std::size_t quarter = 0; quarter < 4; ++quarter) {
+      const Quads values = load_columns(source + 16 * quarter, stride);
+      for (std::size_t i = 0; i < 4; ++i) store_quad(tile + kLine * (4 * quarter + i) + 4 * lane, values.at[i]);
     }
   }
 };
@@ -89,15 +152,20 @@ struct Vector {
     if constexpr (type == Type::kVectorBF16) bits <<= 16;
     store32(tile + 4 * lane, bits);
   }
+
+  static void put_four(const std::uint8_t* source, std::size_t stride, std::size_t group, std::size_t lane,
+                       std::uint8_t* tile) {
+    for (std::size_t row = 0; row < 4; ++row) put(source + row * stride, group, lane + row, tile);
+  }
 };
 
 template <class Format>
 void pack_whole(const Rows& rows, std::size_t tile, std::uint8_t* target) {
   constexpr Layout k = layout_of(Format::kType);
   const std::uint8_t* source = rows.data + tile * k.groups * k.group_bytes;
-  for (std::size_t lane = 0; lane < kLanes; ++lane, source += rows.bytes) {
+  for (std::size_t lane = 0; lane < kLanes; lane += 4, source += 4 * rows.bytes) {
     for (std::size_t group = 0; group < k.groups; ++group) {
-      Format::put(source + group * k.group_bytes, group, lane, target);
+      Format::put_four(source + group * k.group_bytes, rows.bytes, group, lane, target);
     }
   }
 }
