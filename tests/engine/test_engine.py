@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -199,8 +200,27 @@ def test_token_ids_that_the_model_does_not_have_are_refused(tiny_root: Root, mak
     engine, digest = make_engine(tiny_root[0]), tiny_root[2]["tiny"]
     with pytest.raises(BadRequest, match=r"512 does not exist.* 0 to 511"):
         engine.submit(request("a", digest, [1, 512, 3]))
-    with pytest.raises(BadRequest, match="4000 does not exist"):
-        engine.submit(request("a", digest, [1], SamplingParams(stop_ids=(4000,))))
+    with pytest.raises(BadRequest, match="-1 does not exist"):
+        engine.submit(request("a", digest, [1, -1]))
+    with pytest.raises(BadRequest, match="empty"):
+        engine.submit(request("a", digest, []))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 2.0}, {"logprobs": 99}, {"max_tokens": 0}]
+)
+def test_values_out_of_bounds_are_refused_also_from_this_process(
+    tiny_root: Root, make_engine: Make, changes: dict[str, float]
+) -> None:
+    with pytest.raises(BadRequest, match="cannot be used"):
+        make_engine(tiny_root[0]).submit(request("a", tiny_root[2]["tiny"], [1], replace(GREEDY, **changes)))
+
+
+def test_a_stop_id_that_the_model_cannot_draw_changes_nothing(tiny_root: Root, make_engine: Make) -> None:
+    engine, digest = make_engine(tiny_root[0]), tiny_root[2]["tiny"]
+    strange = replace(GREEDY, stop_ids=(512, 1 << 23), min_tokens=5)
+    outputs = run(engine, [request("a", digest, [9]), request("b", digest, [9], strange)])
+    assert answers(outputs)["a"] == answers(outputs)["b"]
 
 
 def test_an_image_that_is_not_there_is_refused(tiny_root: Root, make_engine: Make) -> None:

@@ -23,7 +23,7 @@ from vai.daemon import pool as memory
 from vai.daemon.pool import SLAB
 from vai.engine.client import EngineClient
 from vai.engine.engine import Engine
-from vai.engine.port import MAX_MESSAGE, Abort, Hello, Submit, ToEngine, frame
+from vai.engine.port import MAX_MESSAGE, Abort, AskStatus, Hello, Submit, ToEngine, frame
 from vai.errors import BadRequest, ContextTooLong, ModelNotFound, Unavailable
 from vai.request import Output, Request, SamplingParams
 from vai.rom import segment
@@ -215,6 +215,19 @@ def test_a_client_that_stalls_in_the_middle_of_a_message_disturbs_nobody(tiny_ro
         stalled.connect(str(process.socket))
         stalled.sendall(frame(Hello())[:3])
         assert asyncio.run(answer_length(process.socket, tiny_root[2]["tiny"])) == 30
+
+
+def test_a_client_that_only_asks_and_never_reads_loses_its_connection(tiny_root: Root, start_engine: Start) -> None:
+    process = start_engine(tiny_root[0])
+    question = frame(AskStatus()) * 1000
+    with socket.socket(socket.AF_UNIX) as deaf:
+        deaf.settimeout(DEADLINE)
+        deaf.connect(str(process.socket))
+        deaf.sendall(frame(Hello()))
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            while True:
+                deaf.sendall(question)
+    assert asyncio.run(answer_length(process.socket, tiny_root[2]["tiny"])) == 30
 
 
 async def answer_length(path: Path, digest: str) -> int:

@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,7 +20,7 @@ from vai.engine.select import Bank, Entry
 from vai.engine.sequence import Sequence
 from vai.errors import BadRequest, ContextTooLong, NotEnoughRoom, VaiError
 from vai.kernels import table
-from vai.request import Output, Request
+from vai.request import Output, Request, SamplingParams
 from vai.scratchpad.budget import tokens_that_fit
 from vai.scratchpad.pages import PagePool
 
@@ -77,10 +78,11 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request; its outputs come from `step`.
 
-        Raises ModelNotFound or CorruptImage where its image cannot be attached, BadRequest for token ids that this
-        model does not have or a request id in use, ContextTooLong or NotEnoughRoom for a prompt that can never fit,
-        Overloaded where too many wait.
+        Raises ModelNotFound or CorruptImage where its image cannot be attached, BadRequest for values out of bounds,
+        token ids that this model does not have or a request id in use, ContextTooLong or NotEnoughRoom for a prompt
+        that can never fit, Overloaded where too many wait.
         """
+        _check(request)
         entry = self._bank.select(request.image)
         limit = self._limit(request, entry)
         self._arrivals += 1
@@ -136,12 +138,12 @@ class Engine:
     def _limit(self, request: Request, entry: Entry) -> int:
         """Tokens that prompt and answer may have together; raises where not even the first answer token fits."""
         program, prompt = entry.program, len(request.tokens)
-        largest = max(*request.tokens, *request.sampling.stop_ids, 0)
-        if largest >= program.vocabulary:
-            raise BadRequest(
-                f"Token id {largest} does not exist: this model has the ids 0 to {program.vocabulary - 1}.",
-                param="tokens",
-            )
+        for wrong in (min(request.tokens), max(request.tokens)):
+            if not 0 <= wrong < program.vocabulary:
+                raise BadRequest(
+                    f"Token id {wrong} does not exist: this model has the ids 0 to {program.vocabulary - 1}.",
+                    param="tokens",
+                )
         if prompt >= program.context:
             raise ContextTooLong(
                 f"The prompt has {prompt} tokens, but this model's context holds {program.context}, answer included. "
@@ -167,3 +169,13 @@ class Engine:
             tokens=tokens,
             attach_seconds=entry.attach_seconds,
         )
+
+
+def _check(request: Request) -> None:
+    """The bounds of the types, which only decoding enforces: a caller in this process may have set anything."""
+    if not request.tokens:
+        raise BadRequest("The prompt is empty; it needs at least one token.", param="tokens")
+    try:
+        msgspec.convert(msgspec.to_builtins(request.sampling), SamplingParams)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"These sampling parameters cannot be used: {error}.") from None

@@ -30,7 +30,8 @@ class Sequence:
         self.block_table = [array("q") for _ in entry.owners]  # for each cache group, the byte offset of every page
         seed = request.sampling.seed
         self.seed = seed if seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
-        self.stop_ids = frozenset(request.sampling.stop_ids)
+        # A stop id that the model cannot draw changes nothing; only those it can are looked at.
+        self.stop_ids = frozenset(id for id in request.sampling.stop_ids if id < entry.program.vocabulary)
         self._submitted = now
         self._admitted: float | None = None
         self._first_token: float | None = None

@@ -31,7 +31,6 @@ from vai.daemon import pool as memory
 from vai.daemon.roles import RoleLock, lock_path, peer
 from vai.engine.engine import Engine
 from vai.engine.port import (
-    MAX_MESSAGE,
     PROTOCOL,
     Abort,
     AskStatus,
@@ -56,6 +55,8 @@ from vai.scratchpad.pages import map_pool
 
 STOP_PATIENCE = 2.0  # seconds that a running step has to end after SIGTERM
 BACKLOG = 128
+MAX_UNREAD = 8 << 20  # bytes kept for a client that does not read
+MAX_UNANSWERED = 1000  # questions of one client
 
 log = logging.getLogger("vai.engine")
 
@@ -116,6 +117,7 @@ class Connection:
 
     def __init__(self, number: int, writer: asyncio.StreamWriter) -> None:
         self.streams: dict[str, str] = {}
+        self.unanswered = 0
         self._number = number
         self._writer = writer
 
@@ -128,10 +130,15 @@ class Connection:
 
     def send(self, message: FromEngine) -> None:
         """Queue a message. A client that does not read loses its connection, not everybody's memory."""
-        if self._writer.transport.get_write_buffer_size() > MAX_MESSAGE:
+        if self._writer.transport.get_write_buffer_size() > MAX_UNREAD:
             self._writer.transport.abort()
         elif not self._writer.is_closing():
             self._writer.write(frame(message))
+
+    def answer(self, message: FromEngine) -> None:
+        """Queue the answer to a question."""
+        self.unanswered -= 1
+        self.send(message)
 
     def close(self) -> None:
         """End the connection once what was sent is out."""
@@ -228,8 +235,11 @@ class Service:
             self._thread.do(lambda engine: engine.abort(inner))
 
     def _ask(self, connection: Connection, question: Callable[[Engine], FromEngine]) -> None:
-        """Have a question answered between two steps."""
-        self._thread.do(lambda engine: self._soon(connection.send, question(engine)))
+        """Have a question answered between two steps. Raises BadRequest for the one too many."""
+        if connection.unanswered >= MAX_UNANSWERED:
+            raise BadRequest(f"{MAX_UNANSWERED} questions wait for their answers already.")
+        connection.unanswered += 1
+        self._thread.do(lambda engine: self._soon(connection.answer, question(engine)))
 
     def _deliver(self, outputs: list[Output]) -> None:
         """One message for each connection that has a part in these outputs."""
