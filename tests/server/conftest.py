@@ -62,6 +62,7 @@ class Script:
         self.seen: list[tuple[list[int], SamplingParams, list[str]]] = []
         self.engine_alive = True
         self.loaded = False
+        self.empty = False
         self.engine_pid = next(_pids)
 
 
@@ -122,7 +123,7 @@ class Frontend:
         self._script = script
 
     def models(self) -> list[Any]:
-        return self._cards
+        return [] if self._script.empty else self._cards
 
     async def open(self, name: str) -> Model:
         for card in self._cards:
@@ -149,6 +150,7 @@ class Served:
 
     port: int
     script: Script
+    http: httpx2.Client  # one, because making one reads all of the machine's certificates
 
     @property
     def url(self) -> str:
@@ -159,10 +161,13 @@ class Served:
 
     def post(self, path: str, body: Any, **headers: str) -> httpx2.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx2.post(self.url + path, content=content, headers=headers, timeout=20)
+        return self.http.post(self.url + path, content=content, headers=headers)
 
     def get(self, path: str, **headers: str) -> httpx2.Response:
-        return httpx2.get(self.url + path, headers=headers, timeout=20)
+        return self.request("GET", path, **headers)
+
+    def request(self, method: str, path: str, **headers: str) -> httpx2.Response:
+        return self.http.request(method, self.url + path, headers=headers)
 
     def raw_request(self, path: str, body: Any) -> bytes:
         content = json.dumps(body).encode()
@@ -205,7 +210,7 @@ class _Running:
         self._thread = threading.Thread(target=lambda: uvloop.run(self._server.serve(sockets=[listener])))
         self._thread.start()
         until(lambda: self._server.started)
-        self.served = Served(listener.getsockname()[1], script)
+        self.served = Served(listener.getsockname()[1], script, httpx2.Client(timeout=20))
 
     def ask_to_stop(self) -> None:
         self._server.should_exit = True
@@ -214,6 +219,7 @@ class _Running:
         self.ask_to_stop()
         self._thread.join(10)
         assert not self._thread.is_alive()
+        self.served.http.close()
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ class System:
     engine: subprocess.Popen[bytes]
     server: subprocess.Popen[bytes]
     port: int
+    http: httpx2.Client  # one, because making one reads all of the machine's certificates
 
     @property
     def url(self) -> str:
@@ -51,7 +52,7 @@ class System:
 
     @property
     def api(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, http_client=self.http)
 
     def status(self) -> EngineStatus:
         async def ask() -> EngineStatus:
@@ -133,8 +134,8 @@ def place(tiny_root: tuple[Path, Path, dict[str, str]], tmp_path_factory: pytest
 def processes(place: tuple[Path, Path]) -> Iterator[System]:
     root, names = place
     engine = start_engine(root)
-    with running_server(root, names) as (server, port):
-        system = System(root, names, engine, server, port)
+    with running_server(root, names) as (server, port), httpx2.Client(timeout=60) as http:
+        system = System(root, names, engine, server, port, http)
         yield system
         system.engine.kill()
         system.engine.wait()
@@ -318,18 +319,18 @@ def test_two_hundred_disconnects_leave_neither_pages_nor_descriptors(system: Sys
 
 
 def test_models_are_listed_while_the_engine_is_stopped_and_health_says_so(system: System) -> None:
-    assert httpx2.get(system.url + "/health", timeout=30).status_code == 200
+    assert system.http.get(system.url + "/health").status_code == 200
     system.engine.send_signal(signal.SIGSTOP)
     try:
         began = time.monotonic()
-        health = httpx2.get(system.url + "/readyz", timeout=30)
+        health = system.http.get(system.url + "/readyz")
         assert health.status_code == 503
         assert time.monotonic() - began < 6
         assert [model.id for model in system.api.models.list()]
-        assert httpx2.get(system.url + "/livez").status_code == 200
+        assert system.http.get(system.url + "/livez").status_code == 200
     finally:
         system.engine.send_signal(signal.SIGCONT)
-    assert httpx2.get(system.url + "/health", timeout=30).status_code == 200
+    assert system.http.get(system.url + "/health").status_code == 200
 
 
 def test_an_engine_killed_in_mid_stream_is_one_error_and_the_next_engine_is_found(system: System) -> None:
@@ -339,7 +340,7 @@ def test_an_engine_killed_in_mid_stream_is_one_error_and_the_next_engine_is_foun
     with pytest.raises(openai.APIError):
         list(stream)
     system.engine.wait()
-    down = httpx2.post(system.url + "/v1/completions", json={"model": "tiny", "prompt": "x"})
+    down = system.http.post(system.url + "/v1/completions", json={"model": "tiny", "prompt": "x"})
     assert (down.status_code, down.headers["retry-after"]) == (503, "1")
     system.engine = start_engine(system.root)
     assert complete(system, temperature=0).choices[0].text
@@ -384,6 +385,17 @@ def test_an_address_beyond_this_machine_is_refused_without_a_key(place: tuple[Pa
     assert refused.returncode == 2
     assert "VAI_API_KEY" in refused.stderr
     assert not root.exists()
+
+
+@pytest.mark.parametrize("more", [("--port", "70000"), ("--host", "no such host"), ("--api-key-fd", "99")])
+def test_an_argument_that_cannot_be_is_a_sentence(
+    place: tuple[Path, Path], tmp_path: Path, more: tuple[str, str]
+) -> None:
+    argv = [*server_argv(tmp_path / "root", place[1]), *more]
+    refused = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert refused.returncode == 2
+    assert more[0] in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_a_port_in_use_is_a_sentence(place: tuple[Path, Path], tmp_path: Path) -> None:

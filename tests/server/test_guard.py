@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Callable
 
-import httpx2
 import pytest
 
 from vai.server.guard import MAX_BODY, Hosts, host_of, is_loopback
@@ -30,29 +29,22 @@ METHODS = ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH"]
 
 def test_every_route_and_method_but_livez_needs_the_key(serve: Callable[..., Served]) -> None:
     served = serve(api_key=KEY)
-    with httpx2.Client(base_url=served.url) as http:
-        for method in METHODS:
-            for path in ROUTES:
-                for headers in (
-                    {},
-                    {"authorization": "Bearer wrong"},
-                    {"authorization": f"Basic {KEY}"},
-                    {"authorization": f"Bearer {KEY}x"},
-                    {"authorization": "Bearer"},
-                ):
-                    assert http.request(method, path, headers=headers).status_code == 401, (method, path, headers)
-        assert http.get("/livez").status_code == 200
-        good = http.get("/v1/models", headers={"authorization": f"Bearer {KEY}"})
-        assert good.status_code == 200
-        bad = http.get("/v1/models")
-        assert bad.json()["error"]["code"] == "invalid_api_key"
-        assert bad.headers["www-authenticate"] == "Bearer"
+    for method in METHODS:
+        for path in ROUTES:
+            assert served.request(method, path).status_code == 401, (method, path)
+            for wrong in ("Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer"):
+                assert served.request(method, path, authorization=wrong).status_code == 401, (method, path, wrong)
+    assert served.get("/livez").status_code == 200
+    assert served.get("/v1/models", authorization=f"Bearer {KEY}").status_code == 200
+    refused = served.get("/v1/models")
+    assert refused.json()["error"]["code"] == "invalid_api_key"
+    assert refused.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "10.0.0.1", "", "127.0.0.1.nip.io:80"])
 def test_a_host_that_is_not_this_server_is_refused_on_every_method(served: Served, host: str) -> None:
     for method in METHODS:
-        answer = httpx2.request(method, served.url + "/v1/models", headers={"host": host})
+        answer = served.request(method, "/v1/models", host=host)
         assert answer.status_code == 403, (method, host)
     with served.connect() as connection:
         connection.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
@@ -67,7 +59,7 @@ def test_loopback_names_are_answered(served: Served, host: str) -> None:
 def test_a_page_of_another_site_is_refused_and_gets_no_cors_headers(served: Served) -> None:
     for origin in ("https://evil.example", "null", "http://localhost:1", "file://"):
         for method in METHODS:
-            answer = httpx2.request(method, served.url + "/v1/chat/completions", headers={"origin": origin})
+            answer = served.request(method, "/v1/chat/completions", origin=origin)
             assert answer.status_code == 403, (method, origin)
             assert not [name for name in answer.headers if name.startswith("access-control")]
     own = served.get("/v1/models", origin=served.url)
@@ -94,7 +86,7 @@ def test_hosts_are_taken_apart_rightly() -> None:
 def test_a_body_over_the_limit_is_413_whether_its_length_is_declared_or_not(served: Served) -> None:
     big = b" " * (MAX_BODY + 1)
     declared = served.post("/v1/completions", big)
-    chunked = httpx2.post(served.url + "/v1/completions", content=iter([big]), timeout=20)
+    chunked = served.http.post(served.url + "/v1/completions", content=iter([big]))
     for answer in (declared, chunked):
         assert answer.status_code == 413
         assert answer.json()["error"]["code"] == "body_too_large"

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 
@@ -22,8 +21,8 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "tiny", "prompt": "hi", "max_tokens": 40}
 
 
-def client(served: Served, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=served.url + "/v1", api_key=key, max_retries=0, timeout=20)
+def client(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0, http_client=served.http)
 
 
 def events(body: str) -> list[Any]:
@@ -161,7 +160,7 @@ def test_an_unknown_model_is_404_and_the_message_lists_those_there_are(served: S
 def test_wrong_paths_and_methods_get_openai_error_bodies(
     served: Served, method: str, path: str, status: int, code: str
 ) -> None:
-    answer = httpx2.request(method, served.url + path)
+    answer = served.request(method, path)
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert answer.json()["error"]["code"] == code
@@ -291,6 +290,14 @@ def test_health_is_503_when_the_model_cannot_decode(served: Served) -> None:
     assert served.get("/health").status_code == 503
     served.script.error = None
     assert served.get("/health").status_code == 200
+
+
+def test_health_is_503_while_there_is_no_model_to_answer(served: Served) -> None:
+    assert served.get("/health").status_code == 200
+    served.script.empty = True
+    answer = served.get("/health")
+    assert answer.status_code == 503
+    assert "vai load" in answer.json()["error"]["message"]
 
 
 def test_the_version_is_told(served: Served) -> None:

@@ -20,6 +20,7 @@ import uvloop
 from vai import llm
 from vai.daemon.roles import RoleLock
 from vai.errors import BadRequest, Unavailable, VaiError
+from vai.rom import segment
 from vai.server.app import build
 from vai.server.guard import is_loopback
 from vai.server.protocol import Protocol
@@ -58,7 +59,9 @@ def read_key(descriptor: int) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket on the first address of `host`. Raises Unavailable, naming the address."""
+    """A listening socket on the first address of `host`. Raises BadRequest, Unavailable, naming the address."""
+    if not 0 <= port <= 65535:
+        raise BadRequest(f"--port {port} must be from 0 to 65535.")
     try:
         family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, number)
@@ -147,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"--host {args.host} can be reached from other machines, so the server needs a key: set VAI_API_KEY, "
                 "or listen on 127.0.0.1."
             )
+        segment.prepare(args.root)
         with RoleLock(args.root, "server"), listen(args.host, args.port) as listener:
             address, number = listener.getsockname()[:2]
             shown = f"[{address}]" if ":" in address else address

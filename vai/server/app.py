@@ -95,27 +95,27 @@ class Routes:
         return _json({"version": metadata.version("vai")})
 
     async def health(self, request: Request) -> Response:
-        """200 when the engine answers and a model has been seen to decode in it, else 503 with the reason."""
+        """200 when a model is resident and the engine answers and has been seen to decode, else 503 with the reason."""
+        resident = [card.name for card in self._frontend.models() if card.resident]
+        if not resident:
+            raise Unavailable("No model is resident, so none can answer. Load one: vai load FILE")
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
-                await self._proof((await self._engine.status()).pid)
+                await self._proof((await self._engine.status()).pid, resident[0])
         except TimeoutError:
             raise Unavailable(f"The engine did not answer within {HEALTH_SECONDS:g} s.") from None
         return _json({"status": "ok"})
 
-    async def _proof(self, pid: int) -> None:
-        """Returns once the engine `pid` has decoded a token. Whoever stops waiting does not stop the proof."""
+    async def _proof(self, pid: int, name: str) -> None:
+        """Returns once the engine `pid` has decoded a token. The proof goes on if its asker stops waiting."""
         proof = self._proofs.get(pid)
         if proof is None or (proof.done() and proof.exception() is not None):
-            proof = asyncio.ensure_future(self._decode_one())
+            proof = asyncio.ensure_future(self._decode_one(name))
             self._proofs = {pid: proof}
         await asyncio.shield(proof)
 
-    async def _decode_one(self) -> None:
-        cards = [card for card in self._frontend.models() if card.resident]
-        if not cards:
-            raise Unavailable("No model is resident, so none can answer. Load one: vai load FILE")
-        model = await self._frontend.open(cards[0].name)
+    async def _decode_one(self, name: str) -> None:
+        model = await self._frontend.open(name)
         async with aclosing(model.stream([0], SamplingParams(temperature=0, max_tokens=1), [])) as deltas:
             async for _ in deltas:
                 pass
