@@ -11,10 +11,15 @@ import msgspec
 import numpy as np
 import pytest
 
+from vai.burn.burn import burn
 from vai.burn.gguf import GgufFile
 from vai.burn.synth import SHAPES, synthesize
 from vai.errors import BadRequest
+from vai.kernels.program import StepArgs
+from vai.kernels.reference import ReferencePlan
+from vai.models.decoder import build
 from vai.models.spec import Spec, spec_from_gguf
+from vai.rom.segment import attach
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 # SHA-256 over the tensors' bytes: the golden logits hold for these weights and no others.
@@ -71,6 +76,21 @@ def test_weights_are_normal_of_the_width_that_keeps_activations_alive(type: str,
     assert abs(np.corrcoef(gate[:-1].ravel(), gate[1:].ravel())[0, 1]) < 5 / math.sqrt(gate.size)
     assert bias.std() == pytest.approx(0.3, rel=0.3)
     assert norm.mean() == pytest.approx(1, abs=0.15) and norm.std() == pytest.approx(0.3, rel=0.3)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-qwen2"])
+def test_activations_neither_vanish_nor_explode_in_32_layers(shape: str, tmp_path: Path) -> None:
+    spec = msgspec.structs.replace(
+        SHAPES[shape], layers=32, width=128, ffn=352, heads=4, head_dim=32, rope_dims=32, norm_epsilon=1e-6
+    )
+    synthesize(tmp_path / "m.gguf", shape=spec, type="Q4_0")
+    program, rows = build(spec), np.arange(8, dtype=np.int32)
+    with attach(tmp_path / "root", burn(tmp_path / "m.gguf", tmp_path / "root").digest) as image:
+        plan = ReferencePlan(program, image, kv_type="bf16", max_rows=8, max_sequences=8)
+    step = StepArgs(7 * rows, rows, np.array([0, 8], np.int32), rows[:1], (np.zeros((1, 1), np.int64),), rows)
+    logits = plan.forward(step, np.zeros(program.groups[0].page_bytes("bf16"), np.uint8))
+    assert 2 < logits.std() < 4
+    assert len(set(logits.argmax(axis=1))) > 2
 
 
 @pytest.mark.parametrize(("type", "low", "high"), [("Q4_0", -8, 7), ("Q8_0", -128, 127)])

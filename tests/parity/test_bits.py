@@ -1,4 +1,4 @@
-"""The reference's bits: what it unpacks, what they are, and what they must not depend on."""
+"""The bits of logits: what they are with every executor, what they must not depend on, and what they are made from."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from vai.burn.synth import SHAPES
 from vai.errors import BadRequest, CorruptImage
+from vai.kernels import table
 from vai.kernels.program import PAGE_TOKENS, StepArgs
 from vai.kernels.reference import Matrix, ReferencePlan, unpack, unpack_vector
 from vai.models.decoder import build
@@ -83,12 +84,27 @@ def alone(image: Image, shape: str, length: int) -> Logits:
     return Batch(image, shape, (length,)).step([length])[0]
 
 
+@pytest.fixture(scope="module")
+def workers() -> table.Workers:
+    return table.make_workers(2)
+
+
+@pytest.mark.parametrize("executor", ["reference", *table.isas()])
 @pytest.mark.parametrize("entry", BITS, ids=lambda e: f"{e['shape']}-{e['type']}-{e['tokens']}")
-def test_not_one_bit_of_a_logit_has_changed(entry: dict[str, Any], burned: Burned) -> None:
+def test_not_one_bit_of_a_logit_has_changed(
+    entry: dict[str, Any], executor: str, burned: Burned, workers: table.Workers
+) -> None:
     spec, count, rows = SHAPES[entry["shape"]], entry["tokens"], entry["rows"]
     program, kv_type = build(spec), entry["kv_type"]
-    plan = ReferencePlan(
-        program, burned(entry["shape"], entry["type"]), kv_type=kv_type, max_rows=count, max_sequences=rows
+    plan = table.lower(
+        program,
+        burned(entry["shape"], entry["type"]),
+        backend="reference" if executor == "reference" else "native",
+        isa=None if executor == "reference" else executor,
+        kv_type=kv_type,
+        max_rows=count,
+        max_sequences=rows,
+        workers=workers,
     )
     page, pages = program.groups[0].page_bytes(kv_type), -(-count // PAGE_TOKENS)
     step = StepArgs(
