@@ -278,6 +278,17 @@ def test_a_model_that_idled_has_saved_nothing_up() -> None:
     assert abs(order.count("a") - order.count("b")) <= 4
 
 
+def test_a_model_that_comes_while_nobody_runs_has_saved_nothing_up_either() -> None:
+    bench = Bench()
+    first = bench.submit(model("a", 4096), [1], 5000)
+    turns(bench, 1000, {"a": 0.02})
+    bench.scheduler.abort(first)
+    for letter in "ba":
+        bench.submit(model(letter, 4096), [1], 5000)
+    order = turns(bench, 40, {"a": 0.02, "b": 0.02})
+    assert abs(order.count("a") - order.count("b")) <= 4
+
+
 def test_prompts_are_cut_to_what_fits_the_time_of_a_step_while_others_stream() -> None:
     bench = Bench(max_rows=512)
     streaming = bench.submit(model("a"), [1], 50)

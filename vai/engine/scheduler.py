@@ -41,7 +41,7 @@ class ModelQueue:
         self.entry = entry
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.served = 0.0  # seconds of steps, set forward after idle times so that idling saves nothing up
+        self.served = 0.0  # seconds of steps, set forward after idle times
         self.passed_over_since = 0.0
         self.tokens = 0  # made since the attach
         self.rows_per_second = 0.0  # in the last step that had prompt rows; 0 before the first
@@ -62,6 +62,7 @@ class Scheduler:
         self._by_id: dict[str, Sequence] = {}
         self._turn: ModelQueue | None = None
         self._turn_used = 0.0
+        self._floor = 0.0  # what the least served model with work has been served; never falls
         self._outputs: list[Output] = []
 
     def add(self, sequence: Sequence) -> None:
@@ -145,6 +146,7 @@ class Scheduler:
         ready = [queue for queue in self._queues.values() if queue.running]
         if not ready:
             return None
+        self._floor = max(self._floor, min(queue.served for queue in ready))
         longest = min(ready, key=lambda queue: queue.passed_over_since)
         if now - longest.passed_over_since > MAX_WAIT:
             chosen = longest
@@ -199,16 +201,11 @@ class Scheduler:
             sequence = queue.waiting[0]
             if not self._reserve(sequence, len(sequence.tokens) + 1):
                 return
-            if not queue.running:
-                self._enter(queue, now)
+            if not queue.running:  # it has work again, and idling saves nothing up
+                queue.served = max(queue.served, self._floor)
+                queue.passed_over_since = now
             queue.running.append(queue.waiting.popleft())
             sequence.admit(now)
-
-    def _enter(self, queue: ModelQueue, now: float) -> None:
-        """A model has work again: it stands where the least served of the others stands."""
-        others = [other.served for other in self._queues.values() if other.running]
-        queue.served = max([queue.served, *([min(others)] if others else [])])
-        queue.passed_over_since = now
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for the first `tokens` tokens of a sequence in every cache group; all or nothing."""
