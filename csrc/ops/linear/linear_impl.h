@@ -113,7 +113,7 @@ __attribute__((noinline)) void float_tile(const TileArgs& t) {
       }
   } else {
     const uint8_t* line = t.weight;
-    for (int k = 0; k < t.columns; k += 2, line += 64)
+    auto pair = [&](int k, bool whole) __attribute__((always_inline)) {
       VAI_UNROLL for (int j = 0; j < NB; ++j) {
         V::prefetch(line + size_t(j) * t.stride + t.ahead);
         VAI_UNROLL for (int h = 0; h < H; ++h) {
@@ -123,9 +123,13 @@ __attribute__((noinline)) void float_tile(const TileArgs& t) {
           else
             V::bf16_pairs(line + size_t(j) * t.stride + h * W * 4, even, odd);
           VAI_UNROLL for (int r = 0; r < R; ++r) step(r, j, h, k, even);
-          if (k + 1 < t.columns) VAI_UNROLL for (int r = 0; r < R; ++r) step(r, j, h, k + 1, odd);
+          if (whole) VAI_UNROLL for (int r = 0; r < R; ++r) step(r, j, h, k + 1, odd);
         }
       }
+    };
+    int k = 0;
+    for (; k + 1 < t.columns; k += 2, line += 64) pair(k, true);
+    if (k < t.columns) pair(k, false);
   }
   VAI_UNROLL for (int r = 0; r < R; ++r)
     VAI_UNROLL for (int j = 0; j < NB; ++j)
