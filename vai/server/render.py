@@ -144,7 +144,7 @@ class ChatAnswer(Answer):
         choice = self._take(index, delta)
         places = self._places(delta) if self.with_logprobs else []
         events = b""
-        if delta.text or places or not choice.started:
+        if delta.text or delta.token_ids or places or not choice.started:
             role = None if choice.started else "assistant"
             logprobs = schema.ChatLogprobs(places) if places else None
             events = self._event(index, schema.AnswerDelta(role, delta.text), logprobs, None)
@@ -213,7 +213,7 @@ class TextAnswer(Answer):
         places = schema.CompletionLogprobs()
         if self.with_logprobs:
             self._extend(places, index, delta)
-        if not delta.text and not places.tokens and delta.finish is None:
+        if not delta.text and not delta.token_ids and delta.finish is None:
             return b""
         choice = schema.TextChoice(index, delta.text, places if places.tokens else None, delta.finish)
         chunk = schema.Completion(
