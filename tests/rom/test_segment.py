@@ -291,6 +291,34 @@ rom_toy.room(Path({str(root)!r}), "1")
     assert images == "[]"
 
 
+@pytest.mark.parametrize("limit", [2, 5])
+def test_what_the_system_refuses_while_the_burn_is_writing_leaves_nothing(limit: int, root: Path) -> None:
+    """Steps of 1 MiB, so that all but the first are taken beside the burn; the system breaks its word after some."""
+    script = f"""
+import resource, sys
+sys.path[:0] = [{str(SCRIPT.parent)!r}, {str(SCRIPT.parents[2])!r}]
+from pathlib import Path
+import rom_toy
+from vai.rom import segment
+segment.ALLOCATION_STEP = 1 << 20
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit} << 20, {limit} << 20))
+rom_toy.room(Path({str(root)!r}), "1")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    _, refused, images = done.stdout.splitlines()
+    assert refused.startswith(f"NotEnoughRoom: Need 6.4 MiB, and the system gave {limit}.0 MiB (File too large).")
+    assert images == "[]"
+
+
+def test_what_is_written_before_it_is_allocated_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment, "ALLOCATION_STEP", 64 << 10)
+    with segment.Partial(root, file_bytes=64 << 20, data_offset=2 << 20) as partial:
+        partial.write(memoryview(b"early"), (62 << 20) - 5)
+        assert partial.data[-6:] == b"\0early", "data waits for the allocation"
+        assert partial.path.stat().st_blocks * 512 >= 64 << 20
+    assert _images(root) == []
+
+
 def test_a_reserve_no_machine_has_is_refused_and_says_so(root: Path) -> None:
     with (
         pytest.raises(NotEnoughRoom, match=r"free 0\.0 MiB: the machine has no more, .* kept for other programs"),

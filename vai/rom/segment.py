@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import stat
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
@@ -107,11 +108,11 @@ class Partial:
             digest = partial.publish(sections, burn_seconds)
 
     file_bytes, data_offset: as `image.layout` gives them. reserve: bytes of memory that stay free for others.
-    Raises NotEnoughRoom (before a byte is written), Unavailable (the directories).
+    Memory is taken step by step, all but the first step in a thread of its own, which holds the room lock: a third of
+    a burn would be spent waiting for it otherwise. What `write` reaches before that thread, it takes itself.
+    Raises NotEnoughRoom (before a byte is written; later only if the system breaks its word), Unavailable (the
+    directories).
     """
-
-    data: memoryview
-    """The data area, writable until `publish`; zeros at first."""
 
     def __init__(self, root: Path, *, file_bytes: int, data_offset: int, reserve: int = RESERVE) -> None:
         self._root = root
@@ -120,27 +121,39 @@ class Partial:
         self._reserve = reserve
         self._fd = -1  # for writing and mapping
         self._lease = -1  # for the lock
+        self._allocation: threading.Thread | None = None
+        self._given_up = threading.Event()  # tells the allocation to end
+        self._refused: BaseException | None = None  # what ended it early
         self.path = root / "images" / f".{os.urandom(8).hex()}.partial"
         _burning.add(self)
 
     def __enter__(self) -> Partial:
         prepare(self._root)
-        with _room_locked(self._root):
+        with contextlib.ExitStack() as lock:
+            lock.enter_context(_room_locked(self._root))
             sweep(self._root)
-            _require_room(self._root, self._file_bytes, self._file_bytes, self._reserve)
             try:
                 self._create()
-                self._allocate()
+                self._allocate_step(0)
                 self._memory = Memory(self._fd, self._data_offset, self._file_bytes - self._data_offset, writable=True)
+                self._data = self._memory.view
+                if self._file_bytes > ALLOCATION_STEP:
+                    self._allocation = threading.Thread(target=self._allocate_rest, args=(lock.pop_all(),))
+                    self._allocation.start()
             except BaseException:
                 self._discard()
                 raise
-        self.data = self._memory.view
         return self
+
+    @property
+    def data(self) -> memoryview:
+        """The data area, writable until `publish`; zeros at first. Waits until all of it is allocated."""
+        self._await_allocation()
+        return self._data
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._discard()
-        self.data = memoryview(b"")
+        self._data = memoryview(b"")
         del self._memory
 
     def write(self, part: memoryview, start: int) -> None:
@@ -152,7 +165,12 @@ class Partial:
         self._require_open()
         if start < 0 or start + len(part) > self._file_bytes - self._data_offset:
             raise ValueError(f"{len(part)} bytes at {start} are outside the data area")
-        _write(self._fd, part, self._data_offset + start)
+        try:
+            _write(self._fd, part, self._data_offset + start)
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise self._no_room(self._data_offset + start, error) from None
+            raise
 
     def publish(self, sections: Mapping[str, bytes], burn_seconds: float) -> str:
         """Freeze the data, write the sections, make the image visible under its digest, and return that.
@@ -165,6 +183,7 @@ class Partial:
         if (plan.data_offset, plan.file_bytes) != (self._data_offset, self._file_bytes):
             raise ValueError(f"planned as {self._data_offset}, {self._file_bytes}, but the sections make it {plan}")
         self._require_open()
+        self._await_allocation()
         self._memory.freeze()
         for name, offset in zip(form.SECTIONS, plan.section_offsets, strict=True):
             _write(self._fd, sections[name], offset)
@@ -193,22 +212,45 @@ class Partial:
             self._lease = reopen(self._fd)
             fcntl.flock(self._lease, fcntl.LOCK_EX)
 
-    def _allocate(self) -> None:
+    def _allocate_step(self, offset: int) -> None:
         # fallocate, not truncate: touching a hole in a full tmpfs is SIGBUS. In steps, since tmpfs undoes a whole
         # call when a signal comes; Python repeats the interrupted one.
-        for offset in range(0, self._file_bytes, ALLOCATION_STEP):
-            _require_room(self._root, self._file_bytes, self._file_bytes - offset, self._reserve)
+        need = self._file_bytes - 512 * os.fstat(self._fd).st_blocks
+        _require_room(self._root, self._file_bytes, need, self._reserve)
+        try:
+            os.posix_fallocate(self._fd, offset, min(ALLOCATION_STEP, self._file_bytes - offset))
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise self._no_room(offset, error) from None
+            raise
+
+    def _allocate_rest(self, lock: contextlib.ExitStack) -> None:
+        with lock:
             try:
-                os.posix_fallocate(self._fd, offset, min(ALLOCATION_STEP, self._file_bytes - offset))
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
-                    raise
-                given = f"the system gave {_size(offset)} ({error.strerror})"
-                raise NotEnoughRoom(f"Need {_size(self._file_bytes)}, and {given}. {_WAY_OUT}") from None
+                for offset in range(ALLOCATION_STEP, self._file_bytes, ALLOCATION_STEP):
+                    if self._given_up.is_set():
+                        break
+                    self._allocate_step(offset)
+            except (OSError, NotEnoughRoom) as error:
+                self._refused = error
+
+    def _await_allocation(self) -> None:
+        if self._allocation is not None:
+            self._allocation.join()
+        if self._refused is not None:
+            raise self._refused
+
+    def _no_room(self, given: int, error: OSError) -> NotEnoughRoom:
+        return NotEnoughRoom(
+            f"Need {_size(self._file_bytes)}, and the system gave {_size(given)} ({error.strerror}). {_WAY_OUT}"
+        )
 
     def _discard(self) -> None:
         if self._fd >= 0:
             self.path.unlink(missing_ok=True)
+        self._given_up.set()
+        if self._allocation is not None:
+            self._allocation.join()
         self._close()
 
     def _close(self) -> None:
@@ -228,6 +270,7 @@ def _close_in_child() -> None:
 
 os.register_at_fork(after_in_child=_close_in_child)
 
+_NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG)
 _WAY_OUT = "Remove a model with `vai rm NAME` (`vai ls` shows their sizes), or stop what uses the memory."
 
 
