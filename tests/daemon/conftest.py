@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -21,6 +22,7 @@ import pytest
 from vai.daemon import client, roles
 from vai.daemon.stop import stop
 from vai.errors import Unavailable
+from vai.llm import connect
 from vai.rom import segment
 from vai.rom.registry import Name, Registry
 
@@ -111,6 +113,18 @@ class Stand:
 
     def complete(self, model: str, tokens: int) -> str:
         return "".join(self.stream(model, tokens))
+
+    def requests(self) -> int:
+        """How many the engine works on."""
+
+        async def ask() -> int:
+            engine = connect(roles.socket_path(self.root, "engine"))
+            try:
+                return sum(model.running + model.waiting for model in (await engine.status()).models)
+            finally:
+                await engine.close()
+
+        return asyncio.run(ask())
 
     def verify(self) -> None:
         """Every image is there, with every byte it was burned with."""

@@ -13,7 +13,7 @@ import pytest
 from vai.daemon import roles
 from vai.daemon.stop import stop
 
-LONG = 2000  # tokens, some seconds of one tiny model
+LONG = ("tiny-qwen2", 1000)  # a model that does not end its turn early, and tokens for some seconds
 
 
 @contextlib.contextmanager
@@ -35,10 +35,10 @@ def pools(pid: int) -> set[int]:
 
 def test_a_killed_daemon_disturbs_no_stream_and_the_next_one_adopts(stand) -> None:
     stand.start()
-    expected = stand.complete("tiny", LONG)
+    expected = stand.complete(*LONG)
     engine, server = stand.pid("engine"), stand.pid("server")
     pool = pools(engine)
-    pieces = stand.stream("tiny", LONG)
+    pieces = stand.stream(*LONG)
     text = next(pieces)
     for _ in range(3):
         with held(engine):
@@ -48,6 +48,7 @@ def test_a_killed_daemon_disturbs_no_stream_and_the_next_one_adopts(stand) -> No
             stand.start()
             assert {role["adopted"] for name, role in stand.roles().items() if name != "daemon"} == {True}
         text += next(pieces)
+    assert stand.requests() == 1  # still: it was open all the time
     assert text + "".join(pieces) == expected
     assert (stand.pid("engine"), stand.pid("server")) == (engine, server)
     assert len(pool) == 1
@@ -58,7 +59,7 @@ def test_a_killed_daemon_disturbs_no_stream_and_the_next_one_adopts(stand) -> No
 def test_a_killed_engine_is_replaced_and_ends_its_streams_with_an_error(stand) -> None:
     stand.start()
     expected = {model: stand.complete(model, 20) for model in stand.digests}
-    pieces, pool = stand.stream("tiny", LONG), pools(stand.pid("engine"))
+    pieces, pool = stand.stream(*LONG), pools(stand.pid("engine"))
     next(pieces)
     killed, server = stand.pid("engine"), stand.pid("server")
     with held(killed):

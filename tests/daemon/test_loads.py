@@ -12,7 +12,7 @@ import pytest
 
 from vai.burn.synth import synthesize
 from vai.daemon.loads import Load, Loader, parse
-from vai.errors import CorruptImage, MalformedFile, ModelNotFound
+from vai.errors import CorruptImage, MalformedFile, ModelNotFound, Unavailable
 from vai.rom import segment
 from vai.rom.registry import Name
 
@@ -108,3 +108,14 @@ async def test_a_resident_name_is_loaded_at_once_and_equal_wishes_are_one(tmp_pa
 
 def test_a_line_that_is_no_object_is_nothing() -> None:
     assert [parse(line) for line in (b"", b"[1]", b"{", b'{"done": 1}')] == [{}, {}, {}, {"done": 1}]
+
+
+async def test_a_name_that_cannot_be_written_fails_its_load_and_not_the_loader(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    async with loading(tmp_path) as loader:
+        (tmp_path / "names").write_text("a file where the directory should be")
+        failed = await over(loader.add(Load(str(checkpoint), name="m")))
+        assert isinstance(failed.error, Unavailable)
+        (tmp_path / "names").unlink()
+        assert (await over(loader.add(Load(str(checkpoint), name="m")))).state == "done"

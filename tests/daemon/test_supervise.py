@@ -173,3 +173,18 @@ def test_backoff_grows_to_a_limit_and_is_forgotten_after_a_good_run() -> None:
     backoff = Backoff()
     assert [backoff.after(0.1) for _ in range(10)] == [0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
     assert backoff.after(supervise.GOOD_RUN) == 0.0
+
+
+async def test_an_adopted_role_with_other_options_is_named_in_the_log(
+    tmp_path: Path, living: subprocess.Popen[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = job(tmp_path, "--pool-fd", "9")
+    async with supervised(wanted) as supervisor:
+        await until(lambda: supervisor.state == "ready")
+    assert "was started with" not in caplog.text
+    argv = [sys.executable, STANDIN, str(tmp_path), "engine", "--threads", "1"]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as other:
+        await until(lambda: roles.holder(tmp_path, "engine") == other.pid)
+        async with supervised(job(tmp_path, "--threads", "2")) as supervisor:
+            await until(lambda: supervisor.state == "ready")
+    assert "it was started with --threads 1" in caplog.text

@@ -87,3 +87,6 @@ def main() -> None:
     except BrokenPipeError:  # `vai ls | head`: whoever read us has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # a full disk, a file that is not ours: the system's own words say which
+        print(f"vai: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -11,7 +11,7 @@ from vai.daemon import roles
 from vai.errors import Unavailable
 
 Answer = TypeVar("Answer")
-_PATIENCE = 10.0
+_PATIENCE = 5.0
 
 
 class Engine(Protocol):
@@ -23,7 +23,7 @@ class Engine(Protocol):
 
 
 def ask(root: Path, question: Callable[[Engine], Awaitable[Answer]]) -> Answer:
-    """What the engine answers. Raises Unavailable where none runs or it says nothing for 10 s."""
+    """What the engine answers. Raises Unavailable where none runs or it says nothing for 5 s."""
     if roles.holder(root, "engine") is None:
         raise Unavailable("No engine is running. Start it: vai serve")
     from vai.llm import connect

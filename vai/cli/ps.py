@@ -15,7 +15,8 @@ from vai.rom.registry import Registry
 def ps(as_json: bool) -> None:
     """List the running processes, and the models the engine has attached with their requests."""
     settings = config.load()
-    processes = {role: told for role, told in report.processes(settings.root).items() if told["pid"] is not None}
+    every = report.processes(settings.root, report.daemon(settings.root))
+    processes = {role: told for role, told in every.items() if told["pid"] is not None}
     engine = report.engine(settings.root)
     models = [] if engine is None else engine["models"]
     if as_json:

@@ -18,17 +18,27 @@ from vai.rom.registry import Name, Registry, Resident
 from vai.rom.room import free_room
 
 Report = dict[str, Any]
+_PATIENCE = 5.0
 
 
-def processes(root: Path) -> dict[str, Report]:
+def daemon(root: Path) -> Report:
+    """What a living daemon tells; empty where none answers."""
+    try:
+        return client.call(roles.socket_path(root, "daemon"), "status", timeout=_PATIENCE)
+    except Unavailable:
+        return {}
+
+
+def processes(root: Path, told: Report) -> dict[str, Report]:
     """Role -> pid, state, uptime (seconds), private memory (bytes) and, from a living daemon, address and restarts."""
-    told: dict[str, Report] = {}
-    with contextlib.suppress(Unavailable):
-        told = client.call(roles.socket_path(root, "daemon"), "status", timeout=5.0)["roles"]
     found = {}
     for role in roles.ROLES:
         pid = roles.holder(root, role)
-        report: Report = {"state": "stopped" if pid is None else "running", "pid": pid, **told.get(role, {})}
+        report: Report = {
+            "state": "stopped" if pid is None else "running",
+            "pid": pid,
+            **told.get("roles", {}).get(role, {}),
+        }
         with contextlib.suppress(ProcessLookupError):
             if pid is not None:
                 report |= {"pid": pid, "uptime": roles.age(pid), "private_bytes": _private(pid)}
@@ -43,14 +53,6 @@ def _private(pid: int) -> int | None:
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) << 10
     return None
-
-
-def loads(root: Path) -> list[Report]:
-    """Burns in progress in the daemon, and those that failed."""
-    with contextlib.suppress(Unavailable):
-        every: list[Report] = client.call(roles.socket_path(root, "daemon"), "status", timeout=5.0)["loads"]
-        return [load for load in every if load["state"] != "done"]
-    return []
 
 
 def engine(root: Path) -> Report | None:
@@ -107,14 +109,14 @@ def status(settings: Config) -> Report:
     """Everything `vai status --json` prints."""
     segment.prepare(settings.root)
     room = free_room(settings.root)
-    running = engine(settings.root)
+    running, told = engine(settings.root), daemon(settings.root)
     return {
         "root": str(settings.root),
-        "processes": processes(settings.root),
+        "processes": processes(settings.root, told),
         "engine": running,
         "images": images(settings),
         "absent": absent(settings),
-        "loads": loads(settings.root),
+        "loads": [load for load in told.get("loads", []) if load["state"] != "done"],
         "scratchpad": None if running is None else {"bytes": running["pool_bytes"], "used": running["pool_used"]},
         "room": {"free": room.free, "limit": room.limit},
     }

@@ -40,13 +40,19 @@ def main() -> int:
     """Run the daemon to its end and return the exit code."""
     os.umask(0o077)
     settings = _arguments()
-    _log_to(settings.logs / "daemon.log")
     try:
+        _log_to(settings.logs / "daemon.log")
         asyncio.run(_run(settings))
     except VaiError as error:
-        print(f"vai: {error.message}", file=sys.stderr)  # noqa: T201 - the last word to whoever started us
-        return error.exit_code
+        return _last_word(error.message, error.exit_code)
+    except OSError as error:
+        return _last_word(str(error), VaiError.exit_code)
     return 0
+
+
+def _last_word(message: str, code: int) -> int:
+    print(f"vai: {message}", file=sys.stderr)  # noqa: T201 - to whoever started us
+    return code
 
 
 async def _run(settings: Settings) -> None:

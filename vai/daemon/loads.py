@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vai.daemon.supervise import Process, last_line
-from vai.errors import CorruptImage, Interrupted, InUse, ModelNotFound, VaiError, by_code
+from vai.errors import CorruptImage, Interrupted, InUse, ModelNotFound, Unavailable, VaiError, by_code
 from vai.rom import segment
 from vai.rom.registry import Name, Registry
 
@@ -153,9 +153,10 @@ class Loader:
                 with contextlib.nullcontext() if load.name is None else wish(self.registry, load.name, load.source):
                     await self._burn(load)
                 self._finish(load)
-            except VaiError as error:
-                load.state, load.error = "failed", error
-                log.warning("load of %s failed: %s", load.source, error.message)
+            except (VaiError, OSError) as error:
+                load.state = "failed"
+                load.error = error if isinstance(error, VaiError) else Unavailable(f"{load.source}: {error}")
+                log.warning("load of %s failed: %s", load.source, load.error.message)
             finally:
                 load.over.set()
 

@@ -133,7 +133,10 @@ class Daemon:
         stop = asyncio.create_task(self._stop.wait())
         tasks = [asyncio.create_task(supervisor.run()) for supervisor in self.supervisors]
         loading = asyncio.create_task(self.loader.run())
-        await asyncio.wait([stop, loading, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait([stop, loading, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            if not isinstance(task.exception(), VaiError | None):
+                task.result()  # a bug of ours: engine and server live on, and the next daemon adopts them
         asked = self._stop.is_set()
         log.info("daemon: stopping; weights stay in memory")
         engine, server = self.supervisors

@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -164,6 +165,8 @@ class Supervisor:
             process.close()
             return None
         log.info("%s: adopted the running process %d", self.job.role, pid)
+        if other := _differences(roles.arguments(pid), self.job.argv):
+            log.warning("%s: it was started with %s; for another value, vai stop and start again", self.job.role, other)
         return process
 
     def _start(self) -> Process:
@@ -230,6 +233,16 @@ class Supervisor:
         self._stopping.set()
         if self.process is not None and (adopted or self.process.own is not None):
             await self.process.end(patience)
+
+
+def _differences(running: Sequence[str], wanted: Sequence[str]) -> str:
+    """The options of a running process that differ from the wanted ones. Descriptor numbers mean nothing elsewhere."""
+    before = dict(pairwise(running))
+    return ", ".join(
+        f"{option} {before[option]}"
+        for option, value in pairwise(wanted)
+        if option.startswith("--") and not option.endswith("-fd") and before.get(option, value) != value
+    )
 
 
 def _describe(code: int | None) -> str:
