@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
@@ -14,6 +16,13 @@ from vai.errors import ModelNotFound
 
 _LINES = 50
 _LOGS = (*ROLES, "burn")
+
+
+class _End(NamedTuple):
+    """How far a log has been shown."""
+
+    inode: int
+    offset: int
 
 
 @click.command()
@@ -33,23 +42,27 @@ def logs(role: str | None, follow: bool) -> None:
             ends[path] = _new(path, ends[path], f"{path.stem}: " if len(paths) > 1 else "")
 
 
-def _last(path: Path, *, headed: bool) -> int:
+def _last(path: Path, *, headed: bool) -> _End:
     """Print the last lines; return where the file ended."""
     if headed:
         click.echo(click.style(f"── {path} ", bold=True))
-    with open(path, errors="replace") as file:
-        for line in deque(file, _LINES):
-            click.echo(line, nl=False)
-        return file.tell()
+    with open(path, "rb") as file:
+        lines = deque(file, _LINES)
+        end = _End(os.fstat(file.fileno()).st_ino, file.tell())
+    for line in lines:
+        click.echo(line, nl=False)
+    return end
 
 
-def _new(path: Path, start: int, prefix: str) -> int:
-    """Print what came after `start`; return where the file ends now. A log put aside and begun anew is read anew."""
+def _new(path: Path, end: _End, prefix: str) -> _End:
+    """Print the whole lines that came after `end`; return where they ended. A log begun anew is read from its start."""
     if not path.exists():
-        return start
-    with open(path, errors="replace") as file:
-        file.seek(start if path.stat().st_size >= start else 0)
-        while (line := file.readline()).endswith("\n"):
-            click.echo(prefix + line, nl=False)
-            start = file.tell()
-        return min(start, path.stat().st_size)
+        return end
+    with open(path, "rb") as file:
+        found = os.fstat(file.fileno())
+        offset = end.offset if found.st_ino == end.inode and found.st_size >= end.offset else 0
+        file.seek(offset)
+        while (line := file.readline()).endswith(b"\n"):
+            click.echo(prefix.encode() + line, nl=False)
+            offset += len(line)
+    return _End(found.st_ino, offset)
