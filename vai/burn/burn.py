@@ -22,6 +22,7 @@ from vai.errors import MalformedFile, NotSupported
 from vai.models.spec import ROPE_DIVISORS, Spec, spec_from_gguf
 from vai.rom.image import CHUNK, TensorTable, canonical_json, layout, weights_id
 from vai.rom.segment import Partial
+from vai.text.fields import read as read_fields
 from vai.text.template import template_section
 from vai.text.tokenizer import tokenizer_section
 
@@ -121,12 +122,13 @@ def _spec(gguf: GgufFile) -> Spec:
 
 def _sections(gguf: GgufFile, spec: Spec, plan: ImagePlan) -> dict[str, bytes]:
     """Every section of the image; the tensor table's chunk hashes are still zeros, which does not change its length."""
+    words = read_fields(gguf.metadata)
     blank = [bytes(32)] * -(-plan.data_bytes // CHUNK)
     return {
         "tensors": TensorTable(plan.data_bytes, blank, plan.stored()).to_bytes(),
         "spec": spec.to_bytes(),
-        "tokenizer": tokenizer_section(gguf.metadata),
-        "template": template_section(gguf.metadata),
+        "tokenizer": tokenizer_section(words),
+        "template": template_section(words),
         "defaults": canonical_json({}),
         "provenance": _provenance(gguf),
     }

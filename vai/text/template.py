@@ -56,12 +56,12 @@ class ChatFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     eos_token: str
 
 
-def template_section(fields: Mapping[str, object]) -> bytes:
-    """The template section (canonical JSON) of a GGUF file's `tokenizer.*` fields.
+def template_section(fields: Mapping[str, object] | TokenizerFields) -> bytes:
+    """The template section (canonical JSON) of a GGUF file's `tokenizer.*` fields, read already or not.
 
     Raises MalformedFile and UnsupportedModel as the tokenizer section does.
     """
-    checked: TokenizerFields = read(fields)
+    checked = fields if isinstance(fields, TokenizerFields) else read(fields)
     chat = ChatFields(
         chat_template=checked.chat_template,
         bos=checked.bos,

@@ -33,13 +33,14 @@ PROBE = (
 )
 
 
-def tokenizer_section(fields: Mapping[str, object]) -> bytes:
-    """The tokenizer section of a GGUF file's `tokenizer.*` fields: canonical tokenizer.json, proven on a probe text.
+def tokenizer_section(fields: Mapping[str, object] | TokenizerFields) -> bytes:
+    """The tokenizer section of a GGUF file's `tokenizer.*` fields, read already or not: canonical tokenizer.json, proven on
+    a probe text.
 
     Raises MalformedFile where the fields contradict themselves, UnsupportedModel for kinds and pre-tokenizers that VAI
     does not have.
     """
-    checked = read(fields)
+    checked = fields if isinstance(fields, TokenizerFields) else read(fields)
     document = _sentence_piece(checked) if checked.pre is None else _byte_level(checked, checked.pre)
     section = canonical_json(document)
     _prove(_load(section), checked)
