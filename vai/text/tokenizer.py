@@ -34,8 +34,9 @@ PROBE = (
 
 
 def tokenizer_section(fields: Mapping[str, object] | TokenizerFields) -> bytes:
-    """The tokenizer section of a GGUF file's `tokenizer.*` fields, read already or not: canonical tokenizer.json, proven on
-    a probe text.
+    """The tokenizer section of a GGUF file's `tokenizer.*` fields, read already or not.
+
+    Canonical tokenizer.json, proven on a probe text.
 
     Raises MalformedFile where the fields contradict themselves, UnsupportedModel for kinds and pre-tokenizers that VAI
     does not have.
