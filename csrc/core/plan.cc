@@ -21,6 +21,11 @@ void accept(bool holds, const std::string& what) {
 
 size_t workspace_size(const PlanShape& shape) { return std::max<size_t>(shape.workspace_bytes, 64); }
 
+// A worker takes its share of a linear operation in about this many pieces, so that who is done early can take some over.
+constexpr int kPieces = 8;
+
+int share_begin(int units, int worker, int count) { return int(int64_t(units) * worker / count); }
+
 // How many rows of one sequence a unit of attention takes, so that its queries fill a group of four.
 int rows_of_tile(int queries_per_row) { return std::max(1, kAttentionQueries / queries_per_row); }
 
@@ -121,6 +126,7 @@ void Plan::linear(const Weight& weight, int blocks, std::optional<Place> x, std:
   a.ldo = out.width;
   a.gated = gated;
   add(a, where, blocks);
+  instructions_.back().cursors = cursors_.emplace_back(size_t(workers_.count())).data();
 }
 
 void Plan::glu(Place gate, Place up, int columns, Place out, Where where) {
@@ -239,6 +245,8 @@ void Plan::bind(const Step& s) {
       norm->row_block = isa_.row_block(rows);
     } else if (auto* linear = std::get_if<LinearArgs>(&instruction.args)) {
       linear->rows = rows;
+      for (int w = 0; w < workers_.count(); ++w)
+        instruction.cursors[w].next.store(share_begin(instruction.units, w, workers_.count()), std::memory_order_relaxed);
     } else if (auto* angles = std::get_if<AnglesArgs>(&instruction.args)) {
       angles->positions = s.positions;
     } else if (auto* kv = std::get_if<KvWriteArgs>(&instruction.args)) {
@@ -258,18 +266,32 @@ void Plan::run(const Step& step) {
   workers_.run([&](int worker) { work(worker, step); });
 }
 
+// The worker's own share, a range of bytes of the weights, then what others have left of theirs: on a machine that is not ours
+// alone a worker may lose its core for milliseconds. Who computes a block does not change its bits.
+void Plan::multiply(int worker, const Instruction& instruction, const LinearArgs& args) {
+  const int count = workers_.count();
+  for (int i = 0; i < count; ++i) {
+    const int owner = (worker + i) % count;
+    const int end = share_begin(instruction.units, owner + 1, count);
+    const int share = end - share_begin(instruction.units, owner, count);
+    const int piece = std::max(2, ((share + kPieces - 1) / kPieces + 1) & ~1);  // even, for tiles of two blocks
+    std::atomic<int>& next = instruction.cursors[owner].next;
+    for (int at; (at = next.fetch_add(piece, std::memory_order_relaxed)) < end;) isa_.linear(args, at, std::min(at + piece, end));
+  }
+}
+
 void Plan::work(int worker, const Step& s) {
   const int count = workers_.count();
   for (auto& instruction : instructions_) {
     const int rows = int(instruction.where.outputs ? s.outputs : s.rows);
     auto share = [&](int units, auto&& part) {
-      const int begin = int(int64_t(units) * worker / count), end = int(int64_t(units) * (worker + 1) / count);
+      const int begin = share_begin(units, worker, count), end = share_begin(units, worker + 1, count);
       if (begin < end) part(begin, end);
     };
     auto visit = [&](const auto& a) {
       using A = std::decay_t<decltype(a)>;
       if constexpr (std::is_same_v<A, LinearArgs>) {
-        if (rows > 0) share(instruction.units, [&](int b, int e) { isa_.linear(a, b, e); });
+        if (rows > 0) multiply(worker, instruction, a);
       } else if constexpr (std::is_same_v<A, AttentionArgs>) {
         const auto& tiles = tiles_[rows_of_tile(a.heads / a.pages.kv_heads)];
         const int units = int(tiles.size()) * a.pages.kv_heads;

@@ -105,11 +105,15 @@ class Plan {
 
  private:
   using Args = std::variant<EmbedArgs, NormArgs, LinearArgs, GluArgs, AnglesArgs, RopeArgs, KvWriteArgs, AttentionArgs, CopyArgs>;
+  struct alignas(64) Cursor {
+    std::atomic<int> next{0};
+  };
   struct Instruction {
     Args args;
     Where where;
     int units;  // linear: output blocks; KV operations: their cache group
     std::atomic<int>* next = nullptr;  // attention: the unit that nobody has taken yet
+    Cursor* cursors = nullptr;  // linear: for each worker, the block of its share that nobody has taken yet
     float* scratch = nullptr;
     size_t scratch_floats = 0;
   };
@@ -124,6 +128,7 @@ class Plan {
   void add(Args args, Where where, int units = 0);
   void bind(const Step& step);
   void work(int worker, const Step& step);
+  void multiply(int worker, const Instruction& instruction, const LinearArgs& args);
 
   Workers& workers_;
   const Isa& isa_;
@@ -134,6 +139,7 @@ class Plan {
   std::vector<Instruction> instructions_;
   std::deque<std::vector<double>> frequencies_;
   std::deque<std::atomic<int>> counters_;
+  std::deque<std::vector<Cursor>> cursors_;
   std::vector<int32_t> sequence_of_row_;
   std::vector<RowTile> tiles_[kAttentionQueries + 1];  // by rows in a tile
   float* result_ = nullptr;

@@ -7,6 +7,9 @@
 
 #include "vai/scalar_types.h"
 
+// Loops over the registers of a tile: unrolled, or the registers become memory.
+#define VAI_UNROLL _Pragma("GCC unroll 16")
+
 namespace vai {
 namespace {
 

@@ -11,16 +11,19 @@
 
 #include "vai/scalar_types.h"
 
+#define VAI_UNROLL  // its registers are memory anyway
+
 namespace vai {
 namespace {
 
 struct ScalarVec {
   static constexpr const char* kName = "scalar";
   static constexpr int kLanes = 16;
-  static constexpr int kMaxRows = 2;  // rows that one tile call multiplies
-  static constexpr int kBlocks = 1;   // n-blocks that one tile call multiplies when there are many rows
+  static constexpr int kMaxRows = 3;  // rows that one tile call multiplies
+  static constexpr int kBlocks = 2;   // n-blocks that one tile call multiplies when there are many rows
   static constexpr int kAhead = 0;    // bytes of software prefetch
-  static int row_block(int rows) { return rows < kMaxRows ? rows : kMaxRows; }
+  // Shaped like AVX-512's, only smaller: so its way through the shared loops is walked on every machine.
+  static int row_block(int rows) { return rows < 3 ? rows : rows <= 16 ? 3 : 2; }
 
   struct F { float v[16]; };
   struct I { int32_t v[16]; };

@@ -8,8 +8,6 @@
 namespace vai {
 namespace {
 
-#define VAI_UNROLL _Pragma("GCC unroll 16")
-
 template <class V, KvType T>
 inline typename V::F load_kv(const void* p) {
   if constexpr (T == KvType::kBf16)

@@ -6,8 +6,6 @@
 #include "vai/math.h"
 #include "vai/ops.h"
 
-#define VAI_UNROLL _Pragma("GCC unroll 16")
-
 namespace vai {
 namespace {
 
