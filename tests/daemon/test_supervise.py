@@ -169,10 +169,20 @@ async def test_an_overlong_log_is_put_aside_before_a_start(tmp_path: Path, monke
         assert (tmp_path / "engine.log").read_text() == "a stand-in was started\n"
 
 
-def test_backoff_grows_to_a_limit_and_is_forgotten_after_a_good_run() -> None:
+def test_backoff_grows_to_a_limit_while_a_role_never_becomes_ready() -> None:
     backoff = Backoff()
-    assert [backoff.after(0.1) for _ in range(10)] == [0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
-    assert backoff.after(supervise.GOOD_RUN) == 0.0
+    delays = [backoff.after(0.1, ready=False) for _ in range(10)]
+    assert delays == [0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert backoff.after(60, ready=False) == 30.0
+
+
+def test_backoff_stays_short_for_a_role_that_was_ready_and_is_forgotten_after_a_good_run() -> None:
+    backoff = Backoff()
+    assert [backoff.after(0.1, ready=True) for _ in range(4)] == [0.0, 0.25, 0.25, 0.25]
+    assert backoff.after(supervise.GOOD_RUN, ready=True) == 0.0
+    for _ in range(6):
+        backoff.after(0.1, ready=False)
+    assert backoff.after(0.1, ready=True) == 0.25
 
 
 async def test_an_adopted_role_with_other_options_is_named_in_the_log(

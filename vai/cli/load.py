@@ -34,8 +34,9 @@ def load(file: Path | None, name: str | None) -> None:
     `vai rm` or a reboot. Without FILE, a model that is named but not in memory is burned again.
 
     \b
-    vai load qwen2-1.5b-q4_0.gguf --name qwen
-    vai load --name qwen                  (again, after a reboot)
+    Examples:
+      vai load qwen2-1.5b-q4_0.gguf --name qwen
+      vai load --name qwen                  (again, after a reboot)
     """
     settings = config.load()
     if file is not None:

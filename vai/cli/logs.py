@@ -56,9 +56,11 @@ def _last(path: Path, *, headed: bool) -> _End:
 
 def _new(path: Path, end: _End, prefix: str) -> _End:
     """Print the whole lines that came after `end`; return where they ended. A log begun anew is read from its start."""
-    if not path.exists():
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed below; only its absence is to be caught
+    except FileNotFoundError:
         return end
-    with open(path, "rb") as file:
+    with file:
         found = os.fstat(file.fileno())
         offset = end.offset if found.st_ino == end.inode and found.st_size >= end.offset else 0
         file.seek(offset)

@@ -37,9 +37,10 @@ def run(name: str, prompt: str | None, system: str | None, **sampling: float | N
     In a chat, Ctrl-C ends an answer and Ctrl-D the chat.
 
     \b
-    vai run qwen "Why is the sky blue?"
-    vai run qwen --temperature 0 --max-tokens 64 < question.txt
-    vai run qwen
+    Examples:
+      vai run qwen "Why is the sky blue?"
+      vai run qwen --temperature 0 --max-tokens 64 < question.txt
+      vai run qwen
     """
     settings = config.load()
     registry = Registry(settings.root, settings.names)

@@ -39,8 +39,9 @@ def serve(host: str | None, port: int | None, kv: str | None, threads: int | Non
     daemon, the new one takes them over without disturbing a request.
 
     \b
-    vai serve
-    vai serve --port 9000 --kv 2G --detach
+    Examples:
+      vai serve
+      vai serve --port 9000 --kv 2G --detach
     """
     settings = config.load()
     settings = replace(

@@ -22,8 +22,9 @@ def synth(shape: str, type: str, path: Path, seed: int) -> None:
     deepseek-coder-6.7b; types are F32, F16, BF16, Q8_0 and Q4_0. One seed gives the same file everywhere.
 
     \b
-    vai synth tiny Q4_0 tiny.gguf
-    vai synth qwen2-1.5b Q4_0 qwen2-1.5b.gguf --seed 7
+    Examples:
+      vai synth tiny Q4_0 tiny.gguf
+      vai synth qwen2-1.5b Q4_0 qwen2-1.5b.gguf --seed 7
     """
     from vai.burn.synth import synthesize
 

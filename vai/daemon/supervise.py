@@ -24,7 +24,7 @@ from vai.errors import BadRequest
 
 log = logging.getLogger("vai.daemon")
 
-GOOD_RUN = 10.0  # seconds a role must live for its earlier deaths to be forgotten
+GOOD_RUN = 2.0  # seconds a role must live, and have been ready, for its earlier deaths to be forgotten
 FIRST_DELAY = 0.25
 LONGEST_DELAY = 30.0
 LOG_LIMIT = 8 << 20
@@ -98,15 +98,18 @@ def open_log(path: Path) -> BinaryIO:
 
 
 class Backoff:
-    """How long to wait before the next start: nothing after a good run, then twice as long each time."""
+    """How long to wait before the next start: nothing after a good run, then twice as long each time.
+
+    A role that was ready works, whatever killed it: it never waits longer than FIRST_DELAY.
+    """
 
     def __init__(self) -> None:
         self._failures = 0
 
-    def after(self, lived: float) -> float:
-        """Seconds to wait after a life of `lived` seconds."""
-        if lived >= GOOD_RUN:
-            self._failures = 0
+    def after(self, lived: float, *, ready: bool) -> float:
+        """Seconds to wait after a life of `lived` seconds, in which the role was `ready` or never."""
+        if ready:
+            self._failures = 0 if lived >= GOOD_RUN else min(self._failures, 1)
         delay = 0.0 if self._failures == 0 else min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** (self._failures - 1))
         self._failures += 1
         return delay
@@ -143,13 +146,13 @@ class Supervisor:
         while not self._stopping.is_set():
             process = self.process = self._adopt() or self._start()
             code = await self._watch(process)
-            lived = time.monotonic() - process.since
+            lived, ready = time.monotonic() - process.since, self.state == "ready"
             self.process = None
             process.close()
-            self._ended(process.pid, code, lived)
+            self._ended(process.pid, code, lived, ready=ready)
             if not self._stopping.is_set():
                 self.restarts += 1
-                await self._pause(backoff.after(lived))
+                await self._pause(backoff.after(lived, ready=ready))
         self.state = "stopped"
 
     def _adopt(self) -> Process | None:
@@ -194,14 +197,13 @@ class Supervisor:
         address, seconds = self.job.address(process.pid), time.monotonic() - process.since
         log.info("%s: ready on %s after %.2f s", self.job.role, address, seconds)
 
-    def _ended(self, pid: int, code: int | None, lived: float) -> None:
-        was_ready = self.state == "ready"
+    def _ended(self, pid: int, code: int | None, lived: float, *, ready: bool) -> None:
         self.last_exit = _describe(code)
         if self._stopping.is_set():
             log.info("%s: ended (%s)", self.job.role, self.last_exit)
             return
         log.warning("%s: process %d ended (%s) after %.1f s", self.job.role, pid, self.last_exit, lived)
-        if code == BadRequest.exit_code and not was_ready:
+        if code == BadRequest.exit_code and not ready:
             self.state = "failed"
             raise BadRequest(f"The {self.job.role} refused to start: {last_line(self.job.log)}")
 
