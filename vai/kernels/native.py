@@ -2,7 +2,7 @@
 
 Lowering has three passes. `_Fuser` walks the Program once and joins what the ROM stores together or what a kernel does
 in one go (norm with quantization, q|k|v, gate|up with its activation, residuals in place). `_assign` lays the slots
-out: two may share memory when no stretch between barriers needs both. `_emit` hands the instructions to the native Plan.
+out: two may share memory when no stretch between barriers needs both. `_emit` hands each to the native Plan.
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ class NativePlan:
     """
 
     def __init__(
-        self, program: Program, native: _native.Plan, workspace_bytes: int, kv_type: str, lines: list[str]
+        self, native: _native.Plan, instructions: list[_Instruction], workspace_bytes: int, kv_type: str
     ) -> None:
-        self.program = program
         self.workspace_bytes = workspace_bytes
         self.kv_type = kv_type
         self._native = native
-        self._lines = lines
+        self._instructions = instructions
 
     def forward(self, step: StepArgs, pool: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Run one step: logits [R, vocabulary], valid until the next call. One thread at a time.
@@ -63,7 +62,7 @@ class NativePlan:
 
     def lines(self) -> list[str]:
         """One line for each instruction: what it does, the image's bytes it reads, the Program lines it came from."""
-        return list(self._lines)
+        return [str(instruction) for instruction in self._instructions]
 
 
 def lower(
@@ -104,7 +103,7 @@ def lower(
         _emit(native, instruction)
     result = fuser.result()
     native.result(out=result.place(), columns=result.columns, of_outputs=result.outputs)
-    return NativePlan(program, native, workspace_bytes, kv_type, [str(instruction) for instruction in instructions])
+    return NativePlan(native, instructions, workspace_bytes, kv_type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -640,18 +639,20 @@ def _assign(instructions: list[_Instruction]) -> int:
         for slot in instruction.slots:
             first, _ = spans.get(slot, (instruction.phase, 0))
             spans[slot] = (first, instruction.phase)
-    placed: list[_Slot] = []
+    alive: list[_Slot] = []  # placed, and needed at or after the phase that is looked at
+    end = 0
     for slot in sorted(spans, key=lambda slot: (spans[slot][0], -slot.bytes)):
-        first, last = spans[slot]
-        rivals = [other for other in placed if spans[other][0] <= last and first <= spans[other][1]]
+        first = spans[slot][0]
+        alive = [other for other in alive if spans[other][1] >= first]
         offset = 0
-        for other in sorted(rivals, key=lambda other: other.offset):
+        for other in sorted(alive, key=lambda other: other.offset):
             if offset + slot.bytes <= other.offset:
                 break
             offset = max(offset, _aligned(other.offset + other.bytes))
         slot.offset = offset
-        placed.append(slot)
-    return max((_aligned(slot.offset + slot.bytes) for slot in placed), default=0)
+        alive.append(slot)
+        end = max(end, _aligned(offset + slot.bytes))
+    return end
 
 
 def _aligned(offset: int) -> int:
