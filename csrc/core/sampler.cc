@@ -6,6 +6,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <utility>
 
 namespace vai {
 namespace {
@@ -43,10 +44,28 @@ uint64_t candidate(float p, int id) { return uint64_t(std::bit_cast<uint32_t>(p)
 float probability(uint64_t c) { return std::bit_cast<float>(uint32_t(c >> 32)); }
 int identity(uint64_t c) { return int(0xffffffffu - uint32_t(c)); }
 
+// Sorts candidates that stand in ascending order of id: a stable radix sort by p, 11 bits a pass, needs no comparison of ids.
+void sort_candidates(uint64_t* first, size_t count, std::vector<uint64_t>& spare) {
+  if (count < 2048) return std::sort(first, first + count, std::greater<>());
+  spare.resize(count);
+  uint64_t *from = first, *to = spare.data();
+  for (int shift = 32; shift < 64; shift += 11) {
+    auto digit = [shift](uint64_t c) { return 2047u - (uint32_t(c >> shift) & 2047u); };  // descending
+    std::array<uint32_t, 2048> starts{};
+    for (size_t i = 0; i < count; ++i) ++starts[digit(from[i])];
+    uint32_t sum = 0;
+    for (uint32_t& start : starts) sum += std::exchange(start, sum);
+    for (size_t i = 0; i < count; ++i) to[starts[digit(from[i])]++] = from[i];
+    std::swap(from, to);
+  }
+  std::copy(from, from + count, first);  // three passes end in the spare memory
+}
+
 // The candidates in sorted order, as many as are asked for: most draws need a few of 150,000.
 class Ranking {
  public:
-  Ranking(const float* p, int count, std::vector<uint64_t>& kept) : p_(p), count_(count), kept_(kept) {
+  Ranking(const float* p, int count, SampleScratch& scratch)
+      : p_(p), count_(count), kept_(scratch.kept), spare_(scratch.spare) {
     kept_.clear();
     buckets_.fill(0);
     for (int i = 0; i < count; ++i) ++buckets_[bucket(p[i])];
@@ -76,12 +95,12 @@ class Ranking {
       const int b = bucket(p_[i]);
       if (b >= floor_ && b < ceiling) kept_.push_back(candidate(p_[i], i));
     }
-    std::sort(kept_.begin() + std::ptrdiff_t(old), kept_.end(), std::greater<>());
+    sort_candidates(kept_.data() + old, kept_.size() - old, spare_);
   }
 
   const float* p_;
   const int count_;
-  std::vector<uint64_t>& kept_;
+  std::vector<uint64_t>&kept_, &spare_;
   int floor_;
   std::array<uint32_t, 0x3f81> buckets_;
 };
@@ -92,12 +111,12 @@ double ascending_sum(const float* p, int count) {
   return sum;
 }
 
-int draw(const float* p, int count, const SampleRow& row, double total, std::vector<uint64_t>& kept) {
-  Ranking ranking(p, count, kept);
+int draw(const float* p, int count, const SampleRow& row, double total, SampleScratch& scratch) {
+  Ranking ranking(p, count, scratch);
   size_t end = row.top_k > 0 && row.top_k < count ? size_t(row.top_k) : size_t(count);
   if (end < size_t(count)) {
     ranking[end - 1];
-    std::vector<uint64_t> first(kept.begin(), kept.begin() + std::ptrdiff_t(end));
+    std::vector<uint64_t> first(scratch.kept.begin(), scratch.kept.begin() + std::ptrdiff_t(end));
     std::sort(first.begin(), first.end(), [](uint64_t a, uint64_t b) { return identity(a) < identity(b); });
     total = 0.0;
     for (uint64_t c : first) total += double(probability(c));
@@ -169,7 +188,7 @@ void sample_row(const Isa& isa, const float* logits, int count, const SampleRow&
   } else {
     const double total = isa.probabilities({logits, count, row.temperature, p}, &maximum) ? ascending_sum(p, count) : 0.0;
     if (!(total > 0.0)) return;  // a temperature so small that the quotients overflow
-    result.token = draw(p, count, row, total, scratch.kept);
+    result.token = draw(p, count, row, total, scratch);
   }
   if (row.logprobs < 0) return;
   isa.probabilities({logits, count, 1.0f, p}, &maximum);

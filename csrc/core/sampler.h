@@ -10,7 +10,7 @@ namespace vai {
 // Memory that rows share, one after the other.
 struct SampleScratch {
   std::vector<float> p;
-  std::vector<uint64_t> kept;
+  std::vector<uint64_t> kept, spare;
 };
 
 void sample_row(const Isa& isa, const float* logits, int count, const SampleRow& row, SampleScratch& scratch,

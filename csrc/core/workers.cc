@@ -41,7 +41,13 @@ Workers::Workers(int count) : owner_(getpid()) {
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  for (int i = 0; i < count; ++i) threads_.emplace_back([this, i] { serve(i); });
+  try {
+    for (int i = 0; i < count; ++i) threads_.emplace_back([this, i] { serve(i); });
+  } catch (...) {  // the machine gives no more threads
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    stop();
+    throw;
+  }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
@@ -50,6 +56,10 @@ Workers::~Workers() {
     for (auto& thread : threads_) thread.detach();
     return;
   }
+  stop();
+}
+
+void Workers::stop() {
   started_.store(INT_MIN, std::memory_order_release);
   started_.notify_all();
   for (auto& thread : threads_) thread.join();

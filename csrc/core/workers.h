@@ -30,6 +30,7 @@ class Workers {
 
  private:
   void serve(int worker);
+  void stop();
 
   std::vector<std::thread> threads_;
   const std::function<void(int)>* task_ = nullptr;

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
+import subprocess
+import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from numpy.typing import NDArray
 
 from vai.burn.burn import burn
 from vai.burn.synth import synthesize
-from vai.errors import BadRequest, CorruptImage, NotSupported, UnsupportedModel
+from vai.errors import BadRequest, CorruptImage, NotSupported, Unavailable, UnsupportedModel
 from vai.kernels import table
 from vai.kernels.ops import Glu
 from vai.kernels.program import CacheGroup, Plan, Program, StepArgs
@@ -223,11 +226,13 @@ def test_workers_run_five_nicer_than_their_maker(model: Model) -> None:
 
 def test_a_fork_has_no_workers_and_says_so(model: Model, plan: Plan) -> None:
     step, pool = good(model[1])
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of just what is tested here
+        child = os.fork()
     if child == 0:
         try:
             plan.forward(step, pool)
-        except RuntimeError as error:
+        except Unavailable as error:
             os._exit(0 if "fork" in str(error) else 2)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -313,7 +318,7 @@ def test_a_plan_lowered_for_other_pages_is_not_built(model: Model) -> None:
 
 def test_threads_out_of_bounds_are_refused() -> None:
     for threads in (0, -1, 1 << 20):
-        with pytest.raises(ValueError, match="1 to 1024"):
+        with pytest.raises(BadRequest, match="1 to 1024 threads, not"):
             table.make_workers(threads)
 
 
@@ -324,3 +329,20 @@ def test_no_worker_spins_between_steps(model: Model, plan: Plan) -> None:
     threading.Event().wait(0.2)
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert after.ru_utime - before.ru_utime < 0.05
+
+
+def test_a_machine_that_gives_no_more_threads_says_so() -> None:
+    script = """
+import resource
+from vai.errors import Unavailable
+from vai.kernels import table
+alive = table.make_workers(1)
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))  # stacks of 8 MiB: some start, not all
+try:
+    table.make_workers(1024)
+except Unavailable as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "gives no 1024 threads" in done.stdout

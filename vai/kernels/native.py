@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from vai.errors import BadRequest, CorruptImage, NotSupported, UnsupportedModel
+from vai.errors import BadRequest, CorruptImage, NotSupported, Unavailable, UnsupportedModel
 from vai.kernels import _native
 from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
 from vai.kernels.program import KV_BYTES, Program, StepArgs
@@ -43,7 +43,8 @@ class NativePlan:
     def forward(self, step: StepArgs, pool: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Run one step: logits [R, vocabulary], valid until the next call. One thread at a time.
 
-        Raises BadRequest if the step fits not the model, its pages or itself; then nothing was written.
+        Raises BadRequest if the step fits not the model, its pages or itself; then nothing was written. Unavailable in
+        a forked child, which has no workers.
         """
         if step.kind != "exact":
             raise NotSupported(f"Steps of kind {step.kind!r} are not built; use 'exact'.")
@@ -59,6 +60,8 @@ class NativePlan:
             )
         except ValueError as error:
             raise BadRequest(str(error)) from error
+        except RuntimeError as error:
+            raise Unavailable(f"The step cannot run here: {error}.") from error
 
     def lines(self) -> list[str]:
         """One line for each instruction: what it does, the image's bytes it reads, the Program lines it came from."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vai.errors import NotSupported
+from vai.errors import BadRequest, NotSupported, Unavailable
 from vai.kernels import _native, native, reference
 from vai.kernels.program import Plan, Program, SampleArgs, Sampled
 from vai.request import MAX_LOGPROBS
 from vai.rom.view import Image
 
 BACKENDS = ("native", "reference")
+MAX_THREADS = 1024
 NO_TOKEN = -1  # of a row that cannot be sampled
 # Operations too small a part of a step to have more than the portable implementation.
 PORTABLE = ("embed", "angles", "rope", "kv_write", "rows")
@@ -40,8 +41,16 @@ def implementations(name: str | None = None) -> dict[str, str]:
 
 
 def make_workers(threads: int) -> Workers:
-    """The thread pool that all plans of a process share. Make it after any fork: threads do not survive one."""
-    return _native.Workers(threads)
+    """The thread pool that all plans of a process share. Make it after any fork: threads do not survive one.
+
+    Raises BadRequest for fewer than 1 or more than 1,024, Unavailable where the machine gives no more threads.
+    """
+    if not 1 <= threads <= MAX_THREADS:
+        raise BadRequest(f"The kernels run on 1 to {MAX_THREADS} threads, not on {threads}.")
+    try:
+        return _native.Workers(threads)
+    except RuntimeError as error:
+        raise Unavailable(f"The machine gives no {threads} threads ({error}); ask for fewer.") from error
 
 
 def lower(
