@@ -28,7 +28,8 @@ GOOD_RUN = 2.0  # seconds a role must live, and have been ready, for its earlier
 FIRST_DELAY = 0.25
 LONGEST_DELAY = 30.0
 LOG_LIMIT = 8 << 20
-_PROBE_EVERY = (0.01, 0.25)  # seconds between questions whether a starting role is ready: first, and at most
+_PROBE_EVERY = (0.01, 0.25)  # seconds between questions whether a starting role is ready: at least, and at most
+_PROBE_SHARE = 0.02  # of its age: whoever starts fast is soon known to be ready, whoever hangs costs little
 
 
 class Process:
@@ -189,10 +190,10 @@ class Supervisor:
             probing.cancel()
 
     async def _probe(self, process: Process) -> None:
-        pause, most = _PROBE_EVERY
+        least, most = _PROBE_EVERY
         while not await self.job.ready(process.pid):
-            await asyncio.sleep(pause)
-            pause = min(most, pause * 1.25)
+            age = time.monotonic() - process.since
+            await asyncio.sleep(min(most, max(least, _PROBE_SHARE * age)))
         self.state = "ready"
         address, seconds = self.job.address(process.pid), time.monotonic() - process.since
         log.info("%s: ready on %s after %.2f s", self.job.role, address, seconds)
