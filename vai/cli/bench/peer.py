@@ -11,6 +11,7 @@ from typing import Any
 
 from vai.cli.bench.client import Raw
 from vai.cli.bench.stand import DEADLINE, free_port
+from vai.errors import Unavailable
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
 
@@ -33,7 +34,7 @@ def _ready(port: int, process: subprocess.Popen[bytes]) -> None:
         except OSError:
             pass
         time.sleep(0.005)
-    raise RuntimeError("the peer did not become ready")
+    raise Unavailable(f"The peer did not become ready (exit status {process.poll()}).")
 
 
 def start(binary: Path, file: Path, threads: int, flags: list[str], tokens: int = 32) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def start(binary: Path, file: Path, threads: int, flags: list[str], tokens: int 
         body = {"prompt": PROMPT, "n_predict": 1, "temperature": 0, "cache_prompt": False}
         first, status, answer = raw.post("/completion", body)
         if status != 200:
-            raise RuntimeError(f"the peer refused: {answer[:200]!r}")
+            raise Unavailable(f"The peer refused: {answer[:200]!r}.")
         rates = []
         for _ in range(3):
             _, _, answer = raw.post("/completion", {**body, "n_predict": tokens, "ignore_eos": True})
