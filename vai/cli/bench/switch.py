@@ -256,7 +256,8 @@ def everything_killed(stand: Stand, models: list[str]) -> dict[str, Any]:
     both = time.perf_counter() - start
     read = read_bytes(stand.pids()["engine"])
     click.echo(
-        f"first answer after {first:.2f} s, both models after {both:.2f} s; bytes its engine read from disk, whatever file: {read}"
+        f"first answer after {first:.2f} s, both models after {both:.2f} s; "
+        f"bytes its engine read from disk, of whatever file: {read}"
     )
     return {"first_answer": first, "both": both, "read_bytes": read}
 
