@@ -9,4 +9,5 @@ NB_MODULE(_native, m) {
   bind_workers(m);
   bind_plan(m);
   bind_sample(m);
+  bind_ceilings(m);
 }
