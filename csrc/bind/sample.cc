@@ -34,19 +34,43 @@ class DefaultFloats {
   fenv_t before_;
 };
 
+// Entries of all rows, one row's after the other's: row r has [start[r], start[r + 1]).
+template <class T>
+struct Ragged {
+  Ragged(const Column<int64_t>& start, const Column<int32_t>& ids, const Column<T>& values, size_t rows, size_t vocabulary)
+      : start(start.data()), ids(ids.data()), values(values.data()) {
+    bool sound = start.size() == rows + 1 && ids.size() == values.size() && this->start[0] == 0 &&
+                 this->start[rows] == int64_t(ids.size());
+    for (size_t r = 0; sound && r < rows; ++r) sound = this->start[r] <= this->start[r + 1];
+    for (size_t i = 0; sound && i < ids.size(); ++i) sound = uint32_t(this->ids[i]) < vocabulary;
+    if (!sound) throw std::invalid_argument("adjustments need ids of the vocabulary, in one range for each row");
+  }
+  int64_t count(size_t row) const { return start[row + 1] - start[row]; }
+
+  const int64_t* start;
+  const int32_t* ids;
+  const T* values;
+};
+
 void sample(const std::string& isa, const Logits& logits, const Column<float>& temperature, const Column<int32_t>& top_k,
             const Column<float>& top_p, const Column<float>& min_p, const Column<uint64_t>& seed, const Column<uint32_t>& choice,
-            const Column<uint32_t>& position, const Column<int32_t>& logprobs, const Out<int32_t>& tokens, const Out<float>& logprob,
+            const Column<uint32_t>& position, const Column<int32_t>& logprobs, const Column<float>& repetition,
+            const Column<float>& presence, const Column<float>& frequency, const Column<int64_t>& bias_start,
+            const Column<int32_t>& bias_ids, const Column<float>& biases, const Column<int64_t>& seen_start,
+            const Column<int32_t>& seen_ids, const Column<int32_t>& made, const Out<int32_t>& tokens, const Out<float>& logprob,
             const OutRows<int32_t>& top_ids, const OutRows<float>& top_logprobs) {
   const size_t rows = logits.shape(0), count = logits.shape(1), width = top_ids.shape(1);
   for (size_t n : {temperature.size(), top_k.size(), top_p.size(), min_p.size(), seed.size(), choice.size(), position.size(),
-                   logprobs.size(), tokens.size(), logprob.size(), top_ids.shape(0), top_logprobs.shape(0)})
+                   logprobs.size(), repetition.size(), presence.size(), frequency.size(), tokens.size(), logprob.size(),
+                   top_ids.shape(0), top_logprobs.shape(0)})
     if (n != rows) throw std::invalid_argument("sampling needs one value for each row of logits");
   if (count == 0 || count > (size_t(1) << 30) || logits.stride(1) != 1 || top_logprobs.shape(1) != width)
     throw std::invalid_argument("the logits are no rows of a vocabulary");
   for (size_t r = 0; r < rows; ++r)
     if (logprobs.data()[r] > int32_t(width) || !(temperature.data()[r] >= 0.0f))
       throw std::invalid_argument("a row asks for too many alternatives or a negative temperature");
+  const Ragged bias(bias_start, bias_ids, biases, rows, count);
+  const Ragged seen(seen_start, seen_ids, made, rows, count);
   const vai::Isa& table = isa_by_name(isa.c_str());
   const nb::gil_scoped_release released;
   const DefaultFloats defaults;
@@ -54,8 +78,17 @@ void sample(const std::string& isa, const Logits& logits, const Column<float>& t
   for (size_t r = 0; r < rows; ++r) {
     const vai::SampleRow row{temperature.data()[r], top_k.data()[r],  top_p.data()[r],    min_p.data()[r],
                              seed.data()[r],        choice.data()[r], position.data()[r], logprobs.data()[r]};
+    const vai::Adjustments adjustments{bias.ids + bias.start[r],
+                                       bias.values + bias.start[r],
+                                       bias.count(r),
+                                       seen.ids + seen.start[r],
+                                       seen.values + seen.start[r],
+                                       seen.count(r),
+                                       repetition.data()[r],
+                                       presence.data()[r],
+                                       frequency.data()[r]};
     vai::SampleResult result{0, 0.0f, top_ids.data() + r * width, top_logprobs.data() + r * width};
-    vai::sample_row(table, logits.data() + int64_t(r) * logits.stride(0), int(count), row, scratch, result);
+    vai::sample_row(table, logits.data() + int64_t(r) * logits.stride(0), int(count), row, adjustments, scratch, result);
     tokens.data()[r] = result.token;
     logprob.data()[r] = result.logprob;
   }
@@ -67,6 +100,9 @@ void bind_sample(nb::module_& m) {
   m.def("sample", &sample, nb::kw_only(), nb::arg("isa"), nb::arg("logits").noconvert(), nb::arg("temperature").noconvert(),
         nb::arg("top_k").noconvert(), nb::arg("top_p").noconvert(), nb::arg("min_p").noconvert(), nb::arg("seed").noconvert(),
         nb::arg("choice").noconvert(), nb::arg("position").noconvert(), nb::arg("logprobs").noconvert(),
+        nb::arg("repetition").noconvert(), nb::arg("presence").noconvert(), nb::arg("frequency").noconvert(),
+        nb::arg("bias_start").noconvert(), nb::arg("bias_ids").noconvert(), nb::arg("biases").noconvert(),
+        nb::arg("seen_start").noconvert(), nb::arg("seen_ids").noconvert(), nb::arg("made").noconvert(),
         nb::arg("tokens").noconvert(), nb::arg("logprob").noconvert(), nb::arg("top_ids").noconvert(),
         nb::arg("top_logprobs").noconvert());
 }

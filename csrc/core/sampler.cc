@@ -149,6 +149,21 @@ int draw(const float* p, int count, const SampleRow& row, double total, SampleSc
   return identity(ranking[end - 1]);
 }
 
+// The logits to draw from: those of the model where nothing changes them, else a copy with each change rounded.
+const float* adjusted(const float* logits, int count, const Adjustments& a, std::vector<float>& copy) {
+  if (a.bias_count == 0 && a.seen_count == 0) return logits;
+  copy.assign(logits, logits + count);
+  for (int64_t i = 0; i < a.bias_count; ++i) copy[size_t(a.bias_ids[i])] += a.biases[i];
+  for (int64_t i = 0; i < a.seen_count; ++i) {
+    float& z = copy[size_t(a.seen_ids[i])];
+    z = z > 0.0f ? z / a.repetition : z * a.repetition;
+    if (a.made[i] == 0) continue;
+    z = z - a.frequency * float(a.made[i]);
+    z = z - a.presence;
+  }
+  return copy.data();
+}
+
 // The `wanted` largest logits by (logit descending, id ascending).
 void top_logits(const float* logits, int count, int wanted, int32_t* ids, float* values) {
   int held = 0;
@@ -166,8 +181,9 @@ void top_logits(const float* logits, int count, int wanted, int32_t* ids, float*
 
 }  // namespace
 
-void sample_row(const Isa& isa, const float* logits, int count, const SampleRow& row, SampleScratch& scratch,
-                SampleResult& result) {
+void sample_row(const Isa& isa, const float* raw, int count, const SampleRow& row, const Adjustments& adjustments,
+                SampleScratch& scratch, SampleResult& result) {
+  const float* logits = adjusted(raw, count, adjustments, scratch.adjusted);
   result.token = -1;
   result.logprob = std::numeric_limits<float>::quiet_NaN();
   float highest = -std::numeric_limits<float>::infinity();
@@ -191,11 +207,11 @@ void sample_row(const Isa& isa, const float* logits, int count, const SampleRow&
     result.token = draw(p, count, row, total, scratch);
   }
   if (row.logprobs < 0) return;
-  isa.probabilities({logits, count, 1.0f, p}, &maximum);
+  isa.probabilities({raw, count, 1.0f, p}, &maximum);
   const double normalizer = double(maximum) + log64(ascending_sum(p, count));
-  result.logprob = float(double(logits[result.token]) - normalizer);
+  result.logprob = float(double(raw[result.token]) - normalizer);
   const int wanted = std::min(row.logprobs, count);
-  top_logits(logits, count, wanted, result.top_ids, result.top_logprobs);
+  top_logits(raw, count, wanted, result.top_ids, result.top_logprobs);
   for (int i = 0; i < wanted; ++i) result.top_logprobs[i] = float(double(result.top_logprobs[i]) - normalizer);
 }
 

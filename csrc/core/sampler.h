@@ -7,13 +7,25 @@
 
 namespace vai {
 
+// What changes a row's logits before temperature, id by id: biases, then penalties on the tokens that were there before.
+struct Adjustments {
+  const int32_t* bias_ids;
+  const float* biases;
+  int64_t bias_count;
+  const int32_t* seen_ids;  // distinct
+  const int32_t* made;      // how often each of them was made, 0 for one of the prompt's alone
+  int64_t seen_count;
+  float repetition, presence, frequency;
+};
+
 // Memory that rows share, one after the other.
 struct SampleScratch {
-  std::vector<float> p;
+  std::vector<float> p, adjusted;
   std::vector<uint64_t> kept, spare;
 };
 
-void sample_row(const Isa& isa, const float* logits, int count, const SampleRow& row, SampleScratch& scratch,
-                SampleResult& result);
+// `adjustments` change what is drawn from, not the logprobs.
+void sample_row(const Isa& isa, const float* logits, int count, const SampleRow& row, const Adjustments& adjustments,
+                SampleScratch& scratch, SampleResult& result);
 
 }  // namespace vai

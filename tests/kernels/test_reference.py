@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vai.kernels import reference
 from vai.kernels.ops import Rope
-from vai.kernels.program import SampleArgs
+from vai.kernels.program import Adjustments, SampleArgs
 from vai.kernels.reference import NO_TOKEN, Matrix
 
 F = np.float32
@@ -287,16 +287,36 @@ def test_filters_keep_what_they_say(filters: dict[str, float], kept: set[int]) -
     assert set(drawn(2000, **filters)) == kept
 
 
+def test_penalties_and_biases_are_computed_in_their_order() -> None:
+    logits = np.array([2, -2, 3, 4, 5, -1], F)
+    changes = Adjustments(
+        repetition=np.array([2], F),
+        presence=np.array([0.5], F),
+        frequency=np.array([0.25], F),
+        bias_start=np.array([0, 2], np.int64),
+        bias_ids=np.array([0, 4], np.int32),
+        biases=np.array([-3, -np.inf], F),
+        seen_start=np.array([0, 4], np.int64),
+        seen_ids=np.array([0, 1, 2, 4], np.int32),
+        made=np.array([0, 1, 4, 1], np.int32),
+    )
+    # The biased 2 - 3 is below zero, so repetition moves it away from zero; id 2: 3 / 2 - 4 * 0.25 - 0.5.
+    want = [-2, -4.75, 0, 4, -np.inf, -1]
+    np.testing.assert_array_equal(reference.adjusted(logits, 0, changes), np.array(want, F))
+    np.testing.assert_array_equal(reference.adjusted(logits, 0, Adjustments.neutral(1)), logits)
+
+
 def test_a_draw_depends_on_seed_choice_and_position_alone() -> None:
     rows = 64
     logits = random(rows, 200)
     base = args(rows)
     first = reference.sample_reference(logits, base).tokens
     order = np.random.default_rng(0).permutation(rows)
-    shuffled = SampleArgs(*(getattr(base, name)[order] for name in SampleArgs.__slots__))
+    columns = [name for name in SampleArgs.__slots__ if name != "adjustments"]
+    shuffled = SampleArgs(*(getattr(base, name)[order] for name in columns))
     np.testing.assert_array_equal(reference.sample_reference(logits[order], shuffled).tokens, first[order])
     for name in ("seed", "choice", "position"):
-        changed = {each: getattr(base, each) for each in SampleArgs.__slots__}
+        changed = {each: getattr(base, each) for each in columns}
         changed[name] = changed[name] + changed[name].dtype.type(1 << 20)
         assert (reference.sample_reference(logits, SampleArgs(**changed)).tokens != first).any()
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vai.errors import NotSupported
 from vai.kernels import reference, table
-from vai.kernels.program import SampleArgs, Sampled
+from vai.kernels.program import Adjustments, SampleArgs, Sampled
 
 Floats = NDArray[np.float32]
 
@@ -111,3 +114,119 @@ def test_logits_may_be_columns_of_a_wider_array(isa: str) -> None:
 def test_an_unknown_instruction_set_is_refused_by_name() -> None:
     with pytest.raises(NotSupported, match="'mmx' kernels; it has scalar"):
         table.sample(np.zeros((1, 4), np.float32), arguments(1), isa="mmx")
+
+
+def adjustments(rows: int, vocabulary: int, rng: np.random.Generator, penalties: Floats) -> Adjustments:
+    """Up to 300 biases and a history of any length for each row; `penalties` [3]: repetition, presence, frequency."""
+    biased = [rng.integers(0, vocabulary, rng.integers(0, 301)) for _ in range(rows)]
+    seen = [rng.permutation(vocabulary)[: rng.integers(0, vocabulary + 1)] for _ in range(rows)]
+    biases = [rng.uniform(-100, 100, len(ids)).astype(np.float32) for ids in biased]
+    for row in biases:
+        row[:1] = -np.inf
+    made = [rng.integers(0, 4, len(ids)) * rng.integers(1, 500, len(ids)) for ids in seen]
+
+    def starts(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+        return np.cumsum([0, *map(len, parts)], dtype=np.int64)
+
+    repetition, presence, frequency = (np.full(rows, value, np.float32) for value in penalties)
+    return Adjustments(
+        repetition,
+        presence,
+        frequency,
+        starts(biased),
+        np.concatenate(biased).astype(np.int32),
+        np.concatenate(biases),
+        starts(seen),
+        np.concatenate(seen).astype(np.int32),
+        np.concatenate(made).astype(np.int32),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    vocabulary=st.sampled_from([1, 2, 17, 500, 3000]),
+    seed=st.integers(0, 1 << 32),
+    repetition=st.floats(0.015625, 100, width=32),
+    presence=st.floats(-2, 2, width=32),
+    frequency=st.floats(-2, 2, width=32),
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+    top_k=st.sampled_from([0, 1, 40]),
+    top_p=st.sampled_from([1.0, 0.9]),
+)
+def test_penalties_and_biases_draw_what_the_reference_draws(
+    rows: int,
+    vocabulary: int,
+    seed: int,
+    repetition: float,
+    presence: float,
+    frequency: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal((rows, vocabulary)) * 4).astype(np.float32)
+    logits[:, ::3] = np.round(logits[:, ::3])
+    changed = adjustments(rows, vocabulary, rng, np.array([repetition, presence, frequency], np.float32))
+    args = arguments(
+        rows, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, position=range(rows), logprobs=3
+    )
+    args = replace(args, adjustments=changed)
+    expected = reference.sample_reference(logits, args)
+    for name in table.isas():
+        same(table.sample(logits, args, isa=name), expected)
+
+
+def test_logprobs_stay_those_of_the_model(isa: str) -> None:
+    logits = np.random.default_rng(2).standard_normal((3, 200)).astype(np.float32)
+    ban = np.argmax(logits, axis=1).astype(np.int32)
+    changed = replace(
+        Adjustments.neutral(3),
+        bias_start=np.arange(4, dtype=np.int64),
+        bias_ids=ban,
+        biases=np.full(3, -np.inf, np.float32),
+    )
+    args = arguments(3, temperature=[0.0, 1.0, 0.2], logprobs=20)
+    plain, changed_rows = table.sample(logits, args, isa=isa), replace(args, adjustments=changed)
+    banned = table.sample(logits, changed_rows, isa=isa)
+    assert (banned.tokens != ban).all() and (banned.top_ids[:, 0] == ban).all()
+    np.testing.assert_array_equal(banned.top_logprobs, plain.top_logprobs)
+    np.testing.assert_array_equal(banned.logprob < banned.top_logprobs[:, 0], True)
+
+
+def test_rows_without_adjustments_beside_rows_with_them_draw_as_alone(isa: str) -> None:
+    rng = np.random.default_rng(8)
+    logits = rng.standard_normal((4, 700)).astype(np.float32)
+    changed = adjustments(4, 700, rng, np.array([1.3, 0.5, 0.1], np.float32))
+    args = arguments(4, seed=[1, 2, 3, 4], logprobs=1)
+    together = table.sample(logits, replace(args, adjustments=changed), isa=isa)
+    for row in range(4):
+        b, h = changed.bias_start[row : row + 2], changed.seen_start[row : row + 2]
+        own = Adjustments(
+            *(getattr(changed, name)[row : row + 1] for name in ("repetition", "presence", "frequency")),
+            b - b[0],
+            changed.bias_ids[b[0] : b[1]],
+            changed.biases[b[0] : b[1]],
+            h - h[0],
+            changed.seen_ids[h[0] : h[1]],
+            changed.made[h[0] : h[1]],
+        )
+        alone = replace(arguments(1, seed=row + 1, logprobs=1), adjustments=own)
+        assert table.sample(logits[row : row + 1], alone, isa=isa).tokens[0] == together.tokens[row]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("seen_ids", [0, 9]), ("seen_ids", [0, -1]), ("seen_start", [1, 2]), ("seen_start", [0, 3]), ("made", [1])],
+)
+def test_adjustments_outside_the_vocabulary_or_their_own_arrays_are_not_computed(field: str, value: list[int]) -> None:
+    sound = replace(
+        Adjustments.neutral(1),
+        seen_start=np.array([0, 2], np.int64),
+        seen_ids=np.array([3, 4], np.int32),
+        made=np.array([1, 2], np.int32),
+    )
+    broken = replace(sound, **{field: np.array(value, getattr(sound, field).dtype)})
+    with pytest.raises(ValueError, match="adjustments need ids"):
+        table.sample(np.zeros((1, 9), np.float32), replace(arguments(1), adjustments=broken))

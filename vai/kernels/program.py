@@ -74,10 +74,40 @@ class StepArgs:
 
 
 @dataclass(frozen=True, slots=True)
+class Adjustments:
+    """What changes the logits of R rows before temperature, filters and greedy choice, but not the logprobs.
+
+    Row r has the biases [bias_start[r], bias_start[r + 1]) and the tokens seen [seen_start[r], seen_start[r + 1]), the
+    latter distinct: those of its prompt (where repetition is not 1) and of its answer, which has `made` of each. Every
+    operation is binary32 and rounded, in this order:
+      z = z + bias                                            for each bias
+      z = z / repetition if z > 0 else z * repetition         for each token seen (Keskar et al., 2019)
+      z = z - frequency * made;  z = z - presence             for each token seen with made > 0
+    A bias may be -inf: that token is never drawn.
+    """
+
+    repetition: NDArray[np.float32]  # [R], as the next two
+    presence: NDArray[np.float32]
+    frequency: NDArray[np.float32]
+    bias_start: NDArray[np.int64]  # [R + 1]
+    bias_ids: NDArray[np.int32]
+    biases: NDArray[np.float32]
+    seen_start: NDArray[np.int64]  # [R + 1]
+    seen_ids: NDArray[np.int32]
+    made: NDArray[np.int32]
+
+    @classmethod
+    def neutral(cls, rows: int) -> Adjustments:
+        """Those that change nothing."""
+        zeros, starts, ids = np.zeros(rows, np.float32), np.zeros(rows + 1, np.int64), np.zeros(0, np.int32)
+        return cls(np.ones(rows, np.float32), zeros, zeros, starts, ids, zeros[:0], starts, ids, ids)
+
+
+@dataclass(frozen=True, slots=True)
 class SampleArgs:
     """How each of R rows is drawn; all arrays [R]. `position` is the new token's absolute position.
 
-    `logprobs`: -1 none, else how many alternatives (0..20).
+    `logprobs`: -1 none, else how many alternatives (0..20). `adjustments` None: the logits are drawn from as they are.
     """
 
     temperature: NDArray[np.float32]
@@ -88,6 +118,7 @@ class SampleArgs:
     choice: NDArray[np.uint32]
     position: NDArray[np.uint32]
     logprobs: NDArray[np.int32]
+    adjustments: Adjustments | None = None
 
 
 @dataclass(frozen=True, slots=True)

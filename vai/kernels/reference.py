@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 
 from vai.errors import BadRequest, CorruptImage
 from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
-from vai.kernels.program import ATTENTION_CHUNK, PAGE_TOKENS, CacheGroup, Program, SampleArgs, Sampled, StepArgs
+from vai.kernels.program import (
+    ATTENTION_CHUNK,
+    PAGE_TOKENS,
+    Adjustments,
+    CacheGroup,
+    Program,
+    SampleArgs,
+    Sampled,
+    StepArgs,
+)
 from vai.request import MAX_LOGPROBS
 from vai.rom.image import VECTOR
 
@@ -545,6 +554,23 @@ def draw(logits: Floats, temperature: float, top_k: int, top_p: float, min_p: fl
 
 
 @np.errstate(all="ignore")
+def adjusted(logits: Floats, row: int, adjustments: Adjustments) -> Floats:
+    """The logits [vocabulary] of `row` that are drawn from; see Adjustments."""
+    z = logits.copy()
+    first, end = adjustments.bias_start[row : row + 2]
+    for id, bias in zip(adjustments.bias_ids[first:end], adjustments.biases[first:end], strict=True):
+        z[id] = z[id] + bias
+    first, end = adjustments.seen_start[row : row + 2]
+    seen, made = adjustments.seen_ids[first:end], adjustments.made[first:end]
+    repetition = adjustments.repetition[row]
+    z[seen] = np.where(z[seen] > 0, z[seen] / repetition, z[seen] * repetition)
+    answer, times = seen[made > 0], made[made > 0].astype(np.float32)
+    z[answer] = z[answer] - adjustments.frequency[row] * times
+    z[answer] = z[answer] - adjustments.presence[row]
+    return z
+
+
+@np.errstate(all="ignore")
 def log_probabilities(logits: Floats, ids: NDArray[np.int64]) -> Floats:
     """Natural logarithms of the probabilities of `ids` before temperature and filters."""
     top = logits.max()
@@ -561,8 +587,9 @@ def sample_reference(logits: Floats, args: SampleArgs) -> Sampled:
     top_logprobs = np.full((rows, MAX_LOGPROBS), np.nan, np.float32)
     for row in range(rows):
         u = uniform(int(args.seed[row]), int(args.choice[row]), int(args.position[row]))
+        z = logits[row] if args.adjustments is None else adjusted(logits[row], row, args.adjustments)
         tokens[row] = draw(
-            logits[row],
+            z,
             float(args.temperature[row]),
             int(args.top_k[row]),
             float(args.top_p[row]),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vai.errors import BadRequest, NotSupported, Unavailable
 from vai.kernels import _native, native, reference
-from vai.kernels.program import Plan, Program, SampleArgs, Sampled
+from vai.kernels.program import Adjustments, Plan, Program, SampleArgs, Sampled
 from vai.request import MAX_LOGPROBS
 from vai.rom.view import Image
 
@@ -91,6 +91,7 @@ def sample(logits: NDArray[np.float32], args: SampleArgs, *, isa: str | None = N
     NotSupported for an unknown instruction set.
     """
     rows = len(logits)
+    adjustments = args.adjustments or Adjustments.neutral(rows)
     sampled = Sampled(
         tokens=np.full(rows, NO_TOKEN, np.int32),
         logprob=np.full(rows, np.nan, np.float32),
@@ -108,6 +109,15 @@ def sample(logits: NDArray[np.float32], args: SampleArgs, *, isa: str | None = N
         choice=args.choice,
         position=args.position,
         logprobs=args.logprobs,
+        repetition=adjustments.repetition,
+        presence=adjustments.presence,
+        frequency=adjustments.frequency,
+        bias_start=adjustments.bias_start,
+        bias_ids=adjustments.bias_ids,
+        biases=adjustments.biases,
+        seen_start=adjustments.seen_start,
+        seen_ids=adjustments.seen_ids,
+        made=adjustments.made,
         tokens=sampled.tokens,
         logprob=sampled.logprob,
         top_ids=sampled.top_ids,
