@@ -20,7 +20,7 @@ from vai.burn.gguf import GgufFile
 from vai.burn.pack import ImagePlan, pack_range, plan_image
 from vai.errors import MalformedFile, NotSupported
 from vai.models.spec import ROPE_DIVISORS, Spec, spec_from_gguf
-from vai.rom.image import CHUNK, TensorTable, canonical_json, layout, weights_id
+from vai.rom.image import CHUNK, Layout, TensorTable, canonical_json, layout, weights_id
 from vai.rom.segment import Partial
 from vai.text.fields import read as read_fields
 from vai.text.template import template_section
@@ -47,6 +47,22 @@ class Burned(NamedTuple):
     weights: str
     bytes: int
     seconds: float
+
+
+class Preview(NamedTuple):
+    """What burning a file would make: the model, its tensors (chunk hashes are zeros), and the bytes of the image."""
+
+    spec: Spec
+    table: TensorTable
+    file_bytes: int
+
+
+def preview(source: Path) -> Preview:
+    """What `burn` would make of a GGUF file, exact to the byte, from its header alone. Raises as `burn` does."""
+    with _no_collection(), GgufFile(source) as gguf:
+        spec = _spec(gguf)
+        plan = plan_image(gguf, spec)
+        return Preview(spec, _table(plan), _layout(_sections(gguf, spec, plan), plan).file_bytes)
 
 
 def burn(
@@ -81,7 +97,7 @@ def burn(
         spec = _spec(gguf)
         plan = plan_image(gguf, spec)
         sections = _sections(gguf, spec, plan)
-        place = layout({name: len(section) for name, section in sections.items()}, plan.data_bytes)
+        place = _layout(sections, plan)
         report("packing", 0, plan.data_bytes)
         with Partial(root, file_bytes=place.file_bytes, data_offset=place.data_offset) as partial:
             chunks: list[bytes] = []
@@ -120,12 +136,20 @@ def _spec(gguf: GgufFile) -> Spec:
     return spec_from_gguf(gguf.metadata, shapes, rope_divisors=divisors)
 
 
+def _layout(sections: Mapping[str, bytes], plan: ImagePlan) -> Layout:
+    return layout({name: len(section) for name, section in sections.items()}, plan.data_bytes)
+
+
+def _table(plan: ImagePlan) -> TensorTable:
+    """The tensor table with chunk hashes of zeros, which do not change its length."""
+    return TensorTable(plan.data_bytes, [bytes(32)] * -(-plan.data_bytes // CHUNK), plan.stored())
+
+
 def _sections(gguf: GgufFile, spec: Spec, plan: ImagePlan) -> dict[str, bytes]:
-    """Every section of the image; the tensor table's chunk hashes are still zeros, which does not change its length."""
+    """Every section of the image, the tensor table still without its hashes."""
     words = read_fields(gguf.metadata)
-    blank = [bytes(32)] * -(-plan.data_bytes // CHUNK)
     return {
-        "tensors": TensorTable(plan.data_bytes, blank, plan.stored()).to_bytes(),
+        "tensors": _table(plan).to_bytes(),
         "spec": spec.to_bytes(),
         "tokenizer": tokenizer_section(words),
         "template": template_section(words),

@@ -8,6 +8,7 @@ out: two may share memory when no stretch between barriers needs both. `_emit` h
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +18,22 @@ from vai.kernels import _native
 from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
 from vai.kernels.program import KV_BYTES, Program, StepArgs
 from vai.rom.image import BLOCK_TYPES, VECTOR, Part, StoredTensor, TensorTable
-from vai.rom.view import Image
 
 BLOCK_ROWS = 16
 LINE = 64  # every slot begins on a cache line
 GROUP = 32  # columns that share one activation scale
 RECORD_BYTES = 40  # a quantized group: its codes, scale and sum
 TYPE_CODES = {name: code for code, name in enumerate(("Q4_0", "Q8_0", "F16", "BF16", "F32"))}
+
+
+class Weights(Protocol):
+    """What lowering needs of an image: where its tensors are, and their bytes."""
+
+    @property
+    def table(self) -> TensorTable: ...
+
+    @property
+    def data(self) -> memoryview: ...
 
 
 class NativePlan:
@@ -70,7 +80,7 @@ class NativePlan:
 
 def lower(
     program: Program,
-    image: Image,
+    image: Weights,
     *,
     kv_type: str,
     max_rows: int,
@@ -84,10 +94,7 @@ def lower(
     """
     if kv_type not in KV_BYTES:
         raise NotSupported(f"There is no KV type {kv_type!r}; choose one of {', '.join(KV_BYTES)}.")
-    if any(group.window is not None for group in program.groups):
-        raise UnsupportedModel("This model attends within a window, which the native executor does not do yet.")
-    shape = _Shape(max_rows, max_sequences, program.context, workers.threads)
-    fuser = _Fuser(program, image.table, shape)
+    fuser = _fuser(program, image.table, _Shape(max_rows, max_sequences, program.context, workers.threads))
     instructions = fuser.instructions()
     workspace_bytes = _assign(instructions)
     native = _native.Plan(
@@ -107,6 +114,17 @@ def lower(
     result = fuser.result()
     native.result(out=result.place(), columns=result.columns, of_outputs=result.outputs)
     return NativePlan(native, instructions, workspace_bytes, kv_type)
+
+
+def workspace_bytes(program: Program, table: TensorTable, *, max_rows: int, max_sequences: int, threads: int) -> int:
+    """The bytes that `lower` would give the workspace, from the tensor table alone. Raises as `lower` does."""
+    return _assign(_fuser(program, table, _Shape(max_rows, max_sequences, program.context, threads)).instructions())
+
+
+def _fuser(program: Program, table: TensorTable, shape: _Shape) -> _Fuser:
+    if any(group.window is not None for group in program.groups):
+        raise UnsupportedModel("This model attends within a window, which the native executor does not do yet.")
+    return _Fuser(program, table, shape)
 
 
 @dataclass(frozen=True, slots=True)

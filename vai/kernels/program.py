@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from vai.kernels.ops import Op
 
 PAGE_TOKENS = 32  # of one cache group; a constant, never tuned
+KERNEL_ABI = 1  # part of every page's key: another number wherever the same tokens would fill a page with other bits
+MAX_ROWS = 512  # of one step
+MAX_SEQUENCES = 64  # of one model at once
 ATTENTION_CHUNK = 1024  # tokens, counted from position 0
 KV_BYTES = {"bf16": 2, "f32": 4}
 

@@ -5,13 +5,17 @@ Everything is chosen once, when a Program is lowered; `implementations` says wha
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from vai.errors import BadRequest, NotSupported, Unavailable
 from vai.kernels import _native, native, reference
+from vai.kernels.ops import Embed, Linear
 from vai.kernels.program import Adjustments, Plan, Program, SampleArgs, Sampled
 from vai.request import MAX_LOGPROBS
+from vai.rom.image import BLOCK_ROWS, CHUNK, Part, StoredTensor, TensorTable, place, tensor_bytes
 from vai.rom.view import Image
 
 BACKENDS = ("native", "reference")
@@ -82,6 +86,56 @@ def lower(
         workers=workers,
         isa=_known(isa),
     )
+
+
+def workspace_bytes(program: Program, table: TensorTable, *, max_rows: int, max_sequences: int, threads: int) -> int:
+    """The exact `workspace_bytes` of the native Plan that `lower` would make, before there is an image.
+
+    Raises UnsupportedModel for a missing operation, CorruptImage where table and Program disagree.
+    """
+    return native.workspace_bytes(program, table, max_rows=max_rows, max_sequences=max_sequences, threads=threads)
+
+
+def block_types() -> list[str]:
+    """The types of matrices that the native executor reads."""
+    return list(native.TYPE_CODES)
+
+
+def lower_linear(
+    type: str, rows: int, columns: int, data: memoryview, *, max_rows: int, workers: Workers, isa: str | None = None
+) -> Plan:
+    """A Plan of one linear layer with `rows` outputs over whatever `data` holds: there to be timed.
+
+    Its 16 token ids are embedded from F32 rows before the weights. Raises BadRequest where `data` is too short,
+    NotSupported.
+    """
+    sizes = [tensor_bytes("F32", BLOCK_ROWS, columns), tensor_bytes(type, rows, columns)]
+    offsets, end = place(sizes)
+    if end > len(data):
+        raise BadRequest(f"A linear layer of {end} bytes does not fit {len(data)} bytes.")
+    shapes = (("token_embd.weight", "F32", BLOCK_ROWS), ("output.weight", type, rows))
+    stored = [
+        StoredTensor(name, kind, count, columns, offset, size, (Part(name, count, 0, 1),))
+        for (name, kind, count), offset, size in zip(shapes, offsets, sizes, strict=True)
+    ]
+    program = Program(
+        ops=(Embed("x", "token_embd.weight"), Linear("logits", "x", "output.weight")),
+        groups=(),
+        outputs={"logits": "logits"},
+        constants={name: (count, columns) for name, _, count in shapes},
+        width=columns,
+        vocabulary=BLOCK_ROWS,
+        context=max_rows,
+    )
+    weights = _Weights(TensorTable(end, [bytes(32)] * -(-end // CHUNK), stored), data)
+    return native.lower(
+        program, weights, kv_type="bf16", max_rows=max_rows, max_sequences=1, workers=workers, isa=_known(isa)
+    )
+
+
+class _Weights(NamedTuple):
+    table: TensorTable
+    data: memoryview
 
 
 def sample(logits: NDArray[np.float32], args: SampleArgs, *, isa: str | None = None) -> Sampled:
