@@ -20,12 +20,10 @@ from vai.engine.select import Bank, Entry
 from vai.engine.sequence import Sequence
 from vai.errors import BadRequest, ContextTooLong, NotEnoughRoom, VaiError
 from vai.kernels import table
+from vai.kernels.program import MAX_ROWS, MAX_SEQUENCES
 from vai.request import Output, Request, SamplingParams
 from vai.scratchpad.budget import tokens_that_fit
 from vai.scratchpad.pages import PagePool
-
-MAX_ROWS = 512  # of one step
-MAX_SEQUENCES = 64  # of one model at once
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +166,7 @@ class Engine:
             pages=self._pages.held(entry.digest),
             tokens=tokens,
             attach_seconds=entry.attach_seconds,
+            workspace_bytes=entry.plan.workspace_bytes,
         )
 
 

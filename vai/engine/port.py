@@ -22,7 +22,10 @@ MAX_MESSAGE = 64 << 20
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One attached image: its digest, requests running and waiting, pages held, tokens made, seconds to attach."""
+    """One attached image: its digest, requests running and waiting, pages held, tokens made, seconds to attach.
+
+    workspace_bytes: what its steps need beside weights and pages; taken from the machine when first touched.
+    """
 
     image: str
     running: int
@@ -30,6 +33,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     pages: int
     tokens: int
     attach_seconds: float
+    workspace_bytes: int
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
