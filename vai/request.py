@@ -13,6 +13,12 @@ from msgspec import Meta
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 24) - 1)]
 MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
+MAX_BIASES = 300
+MAX_CHOICES = 16  # answers to one prompt
+
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=100)]
+LogitBias = Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -20,12 +26,21 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     `seed` None: one is drawn at admission and reported. `logprobs`: None for none, else how many alternatives (0..20)
     come with each chosen token.
+
+    Off at 1, 0, 0 and {}: `repetition_penalty` divides the logits above 0 of tokens of prompt and answer, and
+    multiplies the others (Keskar et al., 2019); `presence_penalty` is taken once, `frequency_penalty` for each time,
+    from those of tokens of the answer (as in OpenAI's API); `logit_bias` is added to the logits of its ids. Order and
+    rounding: kernels.program.Adjustments.
     """
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
     top_k: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: LogitBias = {}
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 24)] = 1 << 24
     min_tokens: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
@@ -38,12 +53,14 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     A stop id ends the request with reason "stop" and is itself the last token reported. `max_tokens` is cut by the
     engine to what the context still holds; a prompt that fills the context is refused (ContextTooLong).
+    `choice` keys the draws beside seed and position: with it one seed gives several answers to one prompt.
     """
 
     id: Annotated[str, Meta(min_length=1, max_length=64)]
     image: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
     tokens: Annotated[list[TokenId], Meta(min_length=1, max_length=1 << 24)]
     sampling: SamplingParams = SamplingParams()
+    choice: Annotated[int, Meta(ge=0, lt=MAX_CHOICES)] = 0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

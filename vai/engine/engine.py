@@ -142,6 +142,13 @@ class Engine:
                     f"Token id {wrong} does not exist: this model has the ids 0 to {program.vocabulary - 1}.",
                     param="tokens",
                 )
+        unknown = [id for id in request.sampling.logit_bias if id >= program.vocabulary]
+        if unknown:
+            raise BadRequest(
+                f"Token id {unknown[0]} has a bias but does not exist: this model has the ids 0 to "
+                f"{program.vocabulary - 1}.",
+                param="logit_bias",
+            )
         if prompt >= program.context:
             raise ContextTooLong(
                 f"The prompt has {prompt} tokens, but this model's context holds {program.context}, answer included. "

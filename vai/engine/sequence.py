@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Sequence as List
 
+from vai.engine.history import History
 from vai.engine.select import Entry
-from vai.request import Output, Request, Timing, TokenLogprob
+from vai.request import Output, Request, SamplingParams, Timing, TokenLogprob
 
 
 class Sequence:
@@ -15,7 +17,7 @@ class Sequence:
     `tokens` are the prompt and everything made since; the first `computed` of them are in the cache, so
     [computed, len(tokens)) is what the next steps compute. A step that computes the last one yields a new token.
     After a preemption `computed` is 0 again and nothing else has changed: every row is computed to the same bits, and
-    draws are keyed by (seed, position), so the request continues as if it had never stopped.
+    draws are keyed by (seed, choice, position), so the request continues as if it had never stopped.
     """
 
     def __init__(self, request: Request, entry: Entry, *, arrival: int, limit: int, now: float) -> None:
@@ -32,6 +34,8 @@ class Sequence:
         self.seed = seed if seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
         # A stop id that the model cannot draw changes nothing; only those it can are looked at.
         self.stop_ids = frozenset(id for id in request.sampling.stop_ids if id < entry.program.vocabulary)
+        prompt = len(self.tokens) - self.made
+        self.history = _history(request.sampling, self.tokens[:prompt], self.tokens[prompt:])
         self._submitted = now
         self._admitted: float | None = None
         self._first_token: float | None = None
@@ -63,6 +67,8 @@ class Sequence:
         if self._first_token is None:
             self._first_token = now
         self.tokens.append(token)
+        if self.history is not None:
+            self.history.append(token)
         finish = "stop" if token in self.stop_ids else "length" if len(self.tokens) >= self.limit else None
         return Output(
             id=self.request.id,
@@ -78,3 +84,12 @@ class Sequence:
         admitted = now if self._admitted is None else self._admitted
         first_token = now if self._first_token is None else self._first_token
         return Timing(queued=admitted - self._submitted, prefill=first_token - admitted, decode=now - first_token)
+
+
+def _history(sampling: SamplingParams, prompt: List[int], answer: List[int]) -> History | None:
+    """What the penalties of a request weigh; None for a request without any."""
+    if sampling.repetition_penalty != 1:
+        return History(prompt, answer)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        return History((), answer)
+    return None
