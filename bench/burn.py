@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vai.burn.burn import burn
+from vai.cli.bench.stand import warm
 from vai.cli.bench.switch import cpu_name
 
 THREADS = 2
@@ -30,13 +31,6 @@ def copy(source: Path, target: Path) -> float:
         while os.sendfile(write.fileno(), read.fileno(), None, COPY_PIECE):
             pass
     return time.perf_counter() - start
-
-
-def warm(source: Path) -> None:
-    """Bring the file into the page cache."""
-    with open(source, "rb") as file:
-        while file.read(COPY_PIECE):
-            pass
 
 
 def main(source: Path, rounds: int) -> None:

@@ -32,6 +32,13 @@ def free_port() -> int:
         return port
 
 
+def warm(file: Path) -> None:
+    """Bring a file into the page cache."""
+    with open(file, "rb", buffering=0) as source:
+        while source.read(16 << 20):
+            pass
+
+
 class Stand:
     """A private VAI. `daemon` is its process while it runs; a context manager that leaves no file and no process."""
 

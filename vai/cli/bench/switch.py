@@ -36,7 +36,7 @@ from vai.burn.synth import synthesize
 from vai.cli.bench import client as fresh_client
 from vai.cli.bench.client import Raw
 from vai.cli.bench.peer import start as start_peer
-from vai.cli.bench.stand import Stand
+from vai.cli.bench.stand import Stand, warm
 from vai.cli.bench.stats import median_interval, percentile
 from vai.errors import VaiError
 from vai.llm import connect
@@ -96,6 +96,7 @@ def burn_all(stand: Stand, files: list[Path]) -> dict[str, str]:
     """Burn and name both files; pages stay 4 KiB until `collapse`. Returns name -> digest."""
     named = {}
     for file in files:
+        warm(file)
         burned = burn(file, stand.root, threads=2)
         name = file.stem
         stand.registry().put(Name(name=name, source=str(file), recipe={}, digest=burned.digest, overrides={}))
@@ -266,13 +267,13 @@ def reload(stand: Stand, files: list[Path], peer: Path | None) -> dict[str, Any]
     title("Beside it: what reloading costs")
     result: dict[str, Any] = {}
     for file in files:
+        warm(file)
         with tempfile.TemporaryDirectory(prefix="vai-bench-reload-", dir="/dev/shm") as root:
             burned = burn(file, Path(root), threads=2)
         result[file.stem] = {"burn": burned.seconds, "bytes": burned.bytes}
         click.echo(f"{file.stem:28} burning the file again: {burned.seconds:.2f} s")
         if peer is None:
             continue
-        file.read_bytes()[:0]  # into the page cache
         runs = [start_peer(peer, file, stand.threads, flags) for flags in PEER_FLAGS]
         for run_ in runs:
             click.echo(
