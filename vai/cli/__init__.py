@@ -19,6 +19,7 @@ _COMMANDS = {
     "ps": ("ps", "List the running processes and what they work on."),
     "status": ("status", "Show memory, models, leases and processes in one table."),
     "show": ("show", "Show what a model is made of."),
+    "plan": ("plan", "Say what models will take of the memory, before loading them."),
     "verify": ("verify", "Check every byte of the images in memory."),
     "rm": ("rm", "Remove a model from memory."),
     "stop": ("stop", "End all processes of VAI; the weights stay in memory."),

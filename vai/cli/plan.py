@@ -1,0 +1,244 @@
+"""`vai plan`: what models will take of the memory, to the byte, before anything is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vai import config
+from vai.cli import report
+from vai.cli.output import json_option, print_json, size, table
+from vai.config import Config
+from vai.daemon import pool
+from vai.errors import BadRequest, ModelNotFound, NotEnoughRoom
+from vai.rom import segment
+from vai.rom.image import TensorTable, align
+from vai.rom.registry import Registry
+from vai.rom.room import Room, free_room
+
+KV_TYPE = "bf16"  # the engine's
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What one model takes, in bytes.
+
+    digest: of its image in memory; None where `file` would have to be burned · kv_bytes_per_token: in pages of 32
+    tokens · tokens_that_fit: what the whole scratchpad holds of it; None where it keeps nothing.
+    """
+
+    name: str
+    digest: str | None
+    file: str | None
+    image_bytes: int
+    workspace_bytes: int
+    context: int
+    kv_bytes_per_token: int
+    tokens_that_fit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What runs the models, now or when it is started. taken: bytes of the scratchpad that are in memory already."""
+
+    threads: int
+    scratchpad: int
+    taken: int
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--kv", help="Scratchpad for all models together, as in 4G; default what runs, or would be started.")
+@json_option
+def plan(models: tuple[str, ...], kv: str | None, as_json: bool) -> None:
+    """Say what MODELS (names, or GGUF files not loaded yet) will take of the memory, and whether they fit together.
+
+    Images and workspaces are exact and known before anything is loaded. The scratchpad is shared by all models; TOKENS
+    FIT is what it holds of one model alone. A file counts as a new image. Exit code 8 if the plan does not fit.
+
+    \b
+    Examples:
+      vai plan qwen2-1.5b-q4_0.gguf deepseek-6.7b-q4_0.gguf --kv 2G
+      vai plan qwen
+    """
+    settings = config.load()
+    segment.prepare(settings.root)
+    room = free_room(settings.root)
+    engine = _engine(settings, config.parse_size(kv) if kv else None, room)
+    planned = [_model(settings, text, engine) for text in dict.fromkeys(models)]
+    found = _sum(planned, engine, room)
+    found["reason"] = _refusal(settings, planned, engine, found)
+    found["accepted"] = found["reason"] is None
+    if as_json:
+        print_json(found)
+    else:
+        _show(planned, found)
+    if found["reason"] is not None:
+        raise NotEnoughRoom(found["reason"])
+
+
+def _engine(settings: Config, kv: int | None, room: Room) -> Engine:
+    """The engine that runs, unless another scratchpad is asked for; else the one `vai serve` would start now."""
+    running = report.engine(settings.root)
+    threads = running["threads"] if running else settings.threads
+    if running and kv in (None, running["pool_bytes"]):
+        return Engine(threads, running["pool_bytes"], _in_memory(running["pid"]))
+    return Engine(threads, align(kv or settings.kv_bytes or pool.default_bytes(room.free), pool.SLAB), 0)
+
+
+def _in_memory(pid: int) -> int:
+    """Bytes of an engine's scratchpad that have been touched so far, and so are no longer free."""
+    descriptor = pool.reopen(pid)
+    if descriptor is None:
+        return 0
+    try:
+        return os.fstat(descriptor).st_blocks * 512  # the unit of stat(2), whatever the page size
+    finally:
+        os.close(descriptor)
+
+
+def _model(settings: Config, text: str, engine: Engine) -> Planned:
+    """Raises ModelNotFound, BadRequest where a name's file is gone, and what reading a checkpoint raises."""
+    from vai.kernels import table as kernels
+    from vai.kernels.program import MAX_ROWS, MAX_SEQUENCES, PAGE_TOKENS
+    from vai.models.decoder import build
+    from vai.models.spec import Spec
+    from vai.scratchpad.budget import tokens_that_fit
+    from vai.scratchpad.pages import Owner
+
+    found = _find(settings, text)
+    if isinstance(found, Path):
+        from vai.burn.burn import preview
+
+        spec, tensors, image_bytes = preview(found)
+    else:
+        sections = segment.read_sections(settings.root, found, "tensors", "spec")
+        spec, tensors = Spec.from_bytes(sections["spec"]), TensorTable.from_bytes(sections["tensors"])
+        image_bytes = segment.read_header(settings.root, found).file_bytes
+    program = build(spec)
+    pages = [group.page_bytes(KV_TYPE) for group in program.groups]
+    return Planned(
+        name=text,
+        digest=None if isinstance(found, Path) else found,
+        file=str(found.resolve()) if isinstance(found, Path) else None,
+        image_bytes=image_bytes,
+        workspace_bytes=kernels.workspace_bytes(
+            program, tensors, max_rows=MAX_ROWS, max_sequences=MAX_SEQUENCES, threads=engine.threads
+        ),
+        context=program.context,
+        kv_bytes_per_token=sum(pages) // PAGE_TOKENS,
+        tokens_that_fit=tokens_that_fit(
+            engine.scratchpad, [Owner(text, group, count) for group, count in enumerate(pages)]
+        ),
+    )
+
+
+def _find(settings: Config, text: str) -> str | Path:
+    """What a name, a digest or a path means: the digest of an image in memory, or the file to burn."""
+    registry, file = Registry(settings.root, settings.names), Path(text)
+    try:
+        digest = registry.find(text)
+    except ModelNotFound:
+        with contextlib.suppress(ModelNotFound):
+            return _source(registry, text)  # named, but never burned
+        if file.is_file():
+            return file
+        raise
+    return digest if registry.is_resident(digest) else _source(registry, text)
+
+
+def _source(registry: Registry, name: str) -> Path:
+    file = Path(registry.get(name).source)
+    if not file.is_file():
+        raise BadRequest(f"The file of '{name}' is gone ({file}), so nothing can be said before it is loaded again.")
+    return file
+
+
+def _sum(planned: Sequence[Planned], engine: Engine, room: Room) -> dict[str, Any]:
+    """What the command prints as JSON. Two names of one image share it, and its workspace."""
+    distinct = list({model.digest or model.file: model for model in planned}.values())
+    new = sum(model.image_bytes for model in distinct if model.file)
+    workspaces = sum(model.workspace_bytes for model in distinct)
+    need = new + workspaces + engine.scratchpad - engine.taken
+    return {
+        "models": [asdict(model) for model in planned],
+        "threads": engine.threads,
+        "new_image_bytes": new,
+        "resident_image_bytes": sum(model.image_bytes for model in distinct if model.digest),
+        "workspace_bytes": workspaces,
+        "scratchpad_bytes": engine.scratchpad,
+        "scratchpad_taken": engine.taken,
+        "need": need,
+        "room": room._asdict(),
+        "left": room.free - need,
+    }
+
+
+def _refusal(settings: Config, planned: Sequence[Planned], engine: Engine, found: dict[str, Any]) -> str | None:
+    """Why the plan cannot be, and the way out; None where it can."""
+    for model in planned:
+        if model.tokens_that_fit == 0:
+            return (
+                f"A scratchpad of {size(engine.scratchpad)} holds no page of {model.name}, whose every token takes "
+                f"{size(model.kv_bytes_per_token)}. Give it more: --kv."
+            )
+    if found["left"] >= 0:
+        return None
+    parts = f"images {size(found['new_image_bytes'])}, workspaces {size(found['workspace_bytes'])}"
+    ways = [f"unload {what}" for what in _could_go(settings, planned)]
+    smaller = (engine.scratchpad + found["left"]) // pool.SLAB * pool.SLAB
+    if smaller > 0 and all(model.kv_bytes_per_token < smaller for model in planned):
+        ways.append(f"take a scratchpad of at most {size(smaller)} (--kv {smaller >> 20}M)")
+    return (
+        f"This needs {size(found['need'])} ({parts}, scratchpad {size(engine.scratchpad - engine.taken)}), but only "
+        f"{size(found['room']['free'])} are free: {found['room']['limit']}. "
+        + (f"You could {', or '.join(ways)}." if ways else "Plan fewer or smaller models.")
+    )
+
+
+def _could_go(settings: Config, planned: Sequence[Planned]) -> list[str]:
+    """Images in memory that the plan does not name, each with its size."""
+    registry, wanted = Registry(settings.root, settings.names), {model.digest for model in planned}
+    names = {name.digest: name.name for name in registry.names()}
+    others = [image for image in registry.resident() if image.digest not in wanted]
+    return [f"{names.get(image.digest, image.digest[:12])} ({size(image.bytes)})" for image in others]
+
+
+def _show(planned: Sequence[Planned], found: dict[str, Any]) -> None:
+    header = ("MODEL", "IN MEMORY", "IMAGE", "WORKSPACE", "KV PER TOKEN", "CONTEXT", "TOKENS FIT")
+    table(header, [_row(model) for model in planned])
+    click.echo()
+    room = found["room"]
+    lines = [
+        ("Images to burn", size(found["new_image_bytes"]), ""),
+        ("Workspaces", size(found["workspace_bytes"]), f"at most, with {found['threads']} threads"),
+        ("Scratchpad", size(found["scratchpad_bytes"]), _taken(found["scratchpad_taken"])),
+        ("Needed", size(found["need"]), ""),
+        ("Free", size(room["free"]), room["limit"]),
+        ("Left", size(max(found["left"], 0)), ""),
+    ]
+    table(("MEMORY", "", ""), lines)
+    if found["accepted"]:
+        click.echo("\nThis fits.")
+
+
+def _taken(count: int) -> str:
+    return f"of which {size(count)} are in memory already" if count else ""
+
+
+def _row(model: Planned) -> list[str]:
+    return [
+        model.name,
+        "yes" if model.digest else "no",
+        size(model.image_bytes),
+        size(model.workspace_bytes),
+        size(model.kv_bytes_per_token),
+        f"{model.context:,}",
+        "-" if model.tokens_that_fit is None else f"{model.tokens_that_fit:,}",
+    ]
