@@ -35,8 +35,16 @@ Type type_of(const std::string& name, bool vector) {
   if (name == "F32") return vector ? Type::kVectorF32 : Type::kF32;
   if (name == "F16") return vector ? Type::kVectorF16 : Type::kF16;
   if (name == "BF16") return vector ? Type::kVectorBF16 : Type::kF16;
-  if (name == "Q4_0" && !vector) return Type::kQ4_0;
-  if (name == "Q8_0" && !vector) return Type::kQ8_0;
+  if (!vector) {
+    if (name == "Q4_0") return Type::kQ4_0;
+    if (name == "Q4_1") return Type::kQ4_1;
+    if (name == "Q5_0") return Type::kQ5_0;
+    if (name == "Q5_1") return Type::kQ5_1;
+    if (name == "Q8_0") return Type::kQ8_0;
+    if (name == "Q4_K") return Type::kQ4_K;
+    if (name == "Q5_K") return Type::kQ5_K;
+    if (name == "Q6_K") return Type::kQ6_K;
+  }
   throw std::invalid_argument("no such source type: " + name);
 }
 
@@ -73,7 +81,7 @@ bool write_tiles(Type type, const Rows& rows, std::size_t first, std::size_t las
 // Bytes [low, high) of tile `tile`, of which the window holds only these.
 bool write_edge(Type type, const Rows& rows, std::size_t tile, std::size_t low, std::size_t high,
                 std::uint8_t* target) {
-  std::uint8_t whole[2048];
+  std::uint8_t whole[kLargestTile];
   pack_tiles(type, rows, tile, tile + 1, whole);
   std::memcpy(target, whole + low, high - low);
   return holds(type, rows, tile, tile + 1, whole) && std::memcmp(target, whole + low, high - low) == 0;
@@ -116,7 +124,7 @@ void check(const Part& part, std::size_t source_bytes) {
   require(part.rows > 0 && part.rows < kMaxExtent && part.columns > 0 && part.columns < kMaxExtent, "no such shape");
   require(part.first_block < kMaxExtent && part.block_step > 0 && part.block_step < 1024, "no such blocks");
   const Layout k = layout_of(part.type);
-  require(k.groups == 1 || part.columns % k.group_columns == 0, "columns are not whole groups");
+  require(!is_quantized(part.type) || part.columns % k.group_columns == 0, "columns are not whole groups");
   require(part.rows <= source_bytes / row_bytes(part.type, part.columns), "the source is shorter than its shape");
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace vai::burn {
 
@@ -15,16 +16,40 @@ constexpr std::size_t kLine = 64;
 
 // BF16 matrices are laid out as F16 ones: both are 2-byte values. A vector is a matrix of one column, widened to
 // binary32, so that its tile is 16 elements.
-enum class Type { kQ4_0, kQ8_0, kF16, kF32, kVectorF16, kVectorBF16, kVectorF32 };
+enum class Type {
+  kQ4_0,
+  kQ4_1,
+  kQ5_0,
+  kQ5_1,
+  kQ8_0,
+  kQ4_K,
+  kQ5_K,
+  kQ6_K,
+  kF16,
+  kF32,
+  kVectorF16,
+  kVectorBF16,
+  kVectorF32
+};
+
+constexpr bool is_quantized(Type type) { return type < Type::kF16; }
 
 struct Layout {
   std::size_t columns, tile_bytes, groups, group_columns, group_bytes;
 };
 
+constexpr std::size_t kLargestTile = 3392;
+
 constexpr Layout layout_of(Type type) {
   switch (type) {
     case Type::kQ4_0: return {64, 576, 2, 32, 18};
+    case Type::kQ4_1: return {64, 640, 2, 32, 20};
+    case Type::kQ5_0: return {64, 704, 2, 32, 22};
+    case Type::kQ5_1: return {64, 768, 2, 32, 24};
     case Type::kQ8_0: return {64, 1088, 2, 32, 34};
+    case Type::kQ4_K: return {256, 2304, 1, 256, 144};
+    case Type::kQ5_K: return {256, 2816, 1, 256, 176};
+    case Type::kQ6_K: return {256, kLargestTile, 1, 256, 210};
     case Type::kF16: return {32, 1024, 1, 32, 64};
     case Type::kF32: return {16, 1024, 1, 16, 64};
     case Type::kVectorF16:
@@ -37,8 +62,14 @@ constexpr Layout layout_of(Type type) {
 // Bytes of one source row of `columns` columns, which are whole groups for the quantized types.
 constexpr std::size_t row_bytes(Type type, std::size_t columns) {
   const Layout k = layout_of(type);
-  return type == Type::kQ4_0 || type == Type::kQ8_0 ? columns / k.group_columns * k.group_bytes
-                                                    : columns * (k.group_bytes / k.group_columns);
+  return is_quantized(type) ? columns / k.group_columns * k.group_bytes : columns * (k.group_bytes / k.group_columns);
+}
+
+// The source group of a lane or a tail that does not exist, which is stored as zeros: zeros too, but for Q8_0's codes.
+inline void absent_group(Type type, std::uint8_t* out) {
+  const std::size_t bytes = layout_of(type).group_bytes;
+  std::memset(out, 0, bytes);
+  if (type == Type::kQ8_0) std::memset(out + 2, 0x80, bytes - 2);
 }
 
 // Up to 16 rows of a source matrix: row n begins at data + n * bytes and has `bytes` bytes. Lanes from `count` on do

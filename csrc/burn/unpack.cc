@@ -13,68 +13,168 @@ std::uint32_t load32(const std::uint8_t* from) {
   return value;
 }
 
-std::uint64_t load64(const std::uint8_t* from) {
-  std::uint64_t value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-std::uint64_t load16(const std::uint8_t* from) {
+std::uint16_t load16(const std::uint8_t* from) {
   std::uint16_t value;
   std::memcpy(&value, from, sizeof value);
   return value;
 }
 
-void store64(std::uint8_t* to, std::uint64_t value) { std::memcpy(to, &value, sizeof value); }
+// Each format reads one group of one row out of a tile and says it in the source's own form: sink(at, word) is the word
+// at byte `at` of the group, sink.lost(bits) are bits that form has no place for, all zero in a right tile.
 
-// Each format reads one group of one row out of a tile in the source's own form, `codes` being 8 bytes of it at a time.
-// kAbsent is the byte its codes have where the tile's stored bytes are zero.
+// Writes the group.
+struct Take {
+  std::uint8_t* out;
 
-struct Q4_0 {
-  static constexpr Type kType = Type::kQ4_0;
-  static constexpr std::uint8_t kAbsent = 0;
-  static constexpr std::size_t kScale = 2;  // bytes of scale in front of the codes
+  template <class Word>
+  void operator()(std::size_t at, Word word) {
+    std::memcpy(out + at, &word, sizeof word);
+  }
+  void lost(std::uint32_t) {}
+};
 
-  static std::uint64_t eight(const std::uint8_t* line) {
-    const std::uint32_t pairs = load32(line);
-    return (pairs & 0x0f0f0f0f) | static_cast<std::uint64_t>((pairs >> 4) & 0x0f0f0f0f) << 32;
+// The bits in which the group differs from its source, all folded onto each other: 0 means equal.
+struct Compare {
+  const std::uint8_t* source;
+  std::uint64_t bits = 0;
+
+  template <class Word>
+  void operator()(std::size_t at, Word word) {
+    Word expected;
+    std::memcpy(&expected, source + at, sizeof expected);
+    bits |= static_cast<Word>(word ^ expected);
+  }
+  void lost(std::uint32_t extra) { bits |= extra; }
+};
+
+// 8 elements of a nibble line, a byte each.
+std::uint64_t eight(const std::uint8_t* line) {
+  const std::uint32_t pairs = load32(line);
+  return (pairs & 0x0f0f0f0f) | static_cast<std::uint64_t>((pairs >> 4) & 0x0f0f0f0f) << 32;
+}
+
+// 8 source bytes: elements of one line in the low nibbles, of another in the high ones.
+std::uint64_t nibbles(const std::uint8_t* low, const std::uint8_t* high) { return eight(low) | eight(high) << 4; }
+
+// Four bytes that lie 16 apart.
+std::uint32_t column(const std::uint8_t* from) {
+  return static_cast<std::uint32_t>(from[0]) | static_cast<std::uint32_t>(from[16]) << 8 |
+         static_cast<std::uint32_t>(from[32]) << 16 | static_cast<std::uint32_t>(from[48]) << 24;
+}
+
+template <Type type, bool minimum, bool fifth>
+struct Group32 {
+  static constexpr Type kType = type;
+
+  template <class Sink>
+  static void read(const std::uint8_t* tile, std::size_t group, std::size_t lane, Sink& sink) {
+    constexpr std::size_t kBits = minimum ? 4 : 2, kCodes = kBits + (fifth ? 4 : 0), kLines = minimum ? 2 : 1;
+    sink(0, load16(tile + 32 * group + 2 * lane));
+    if constexpr (minimum) sink(2, load16(tile + kLine + 32 * group + 2 * lane));
+    if constexpr (fifth) sink(kBits, gather(load32(tile + kLine * (kLines + 8 + group) + 4 * lane)));
+    const std::uint8_t* line = tile + kLine * (kLines + 4 * group) + 4 * lane;
+    for (std::size_t i = 0; i < 2; ++i) sink(kCodes + 8 * i, nibbles(line + kLine * i, line + kLine * (2 + i)));
   }
 
-  static std::uint64_t codes(const std::uint8_t* tile, std::size_t group, std::size_t lane, std::size_t index) {
-    const std::uint8_t* line = tile + kLine * (1 + 4 * group + index) + 4 * lane;
-    return eight(line) | eight(line + 2 * kLine) << 4;
+  // Bit u of byte c -> bit 4u + c. The product moves the lowest bits of four bytes side by side, to bits 24..27.
+  static std::uint32_t gather(std::uint32_t line) {
+    std::uint32_t bits = 0;
+    for (unsigned u = 0; u < 8; ++u) bits |= (((line >> u & 0x01010101) * 0x01020408) >> 24 & 15) << 4 * u;
+    return bits;
   }
 };
 
 struct Q8_0 {
   static constexpr Type kType = Type::kQ8_0;
-  static constexpr std::uint8_t kAbsent = 0x80;
-  static constexpr std::size_t kScale = 2;
 
-  static std::uint64_t codes(const std::uint8_t* tile, std::size_t group, std::size_t lane, std::size_t index) {
-    const std::uint8_t* line = tile + kLine * (1 + 8 * group + 2 * index) + 4 * lane;
-    return (load32(line) | static_cast<std::uint64_t>(load32(line + kLine)) << 32) ^ 0x8080808080808080;
+  template <class Sink>
+  static void read(const std::uint8_t* tile, std::size_t group, std::size_t lane, Sink& sink) {
+    sink(0, load16(tile + 32 * group + 2 * lane));
+    for (std::size_t i = 0; i < 4; ++i) {
+      const std::uint8_t* line = tile + kLine * (1 + 8 * group + 2 * i) + 4 * lane;
+      const std::uint64_t codes = load32(line) | static_cast<std::uint64_t>(load32(line + kLine)) << 32;
+      sink(2 + 8 * i, codes ^ 0x8080808080808080);
+    }
+  }
+};
+
+template <Type type, bool fifth>
+struct Scaled256 {
+  static constexpr Type kType = type;
+
+  template <class Sink>
+  static void read(const std::uint8_t* tile, std::size_t, std::size_t lane, Sink& sink) {
+    sink(0, load16(tile + 2 * lane));
+    sink(2, load16(tile + 32 + 2 * lane));
+    const std::uint8_t* scales = tile + kLine + lane;
+    const std::uint32_t low = column(scales), high = column(scales + 2 * kLine);
+    sink(4, (low & 0x0f0f0f0f) | (high & 0x03030303) << 4 | (high & 0x30303030) << 2);
+    sink(8, (low >> 4 & 0x0f0f0f0f) | (high & 0x0c0c0c0c) << 2 | (high & 0xc0c0c0c0));
+    sink(12, column(scales + kLine));
+    const std::uint8_t* line = tile + 256 + 4 * lane;
+    for (std::size_t i = 0; i < 16; ++i) {
+      const std::uint8_t* pair = line + kLine * (8 * (i / 4) + i % 4);
+      sink((fifth ? 48 : 16) + 8 * i, nibbles(pair, pair + 4 * kLine));
+    }
+    if constexpr (fifth) read_fifth(tile + 2304 + 4 * lane, sink);
+  }
+
+  // Bit u of byte c of line g -> bit g of byte 4u + c; two u at a time.
+  template <class Sink>
+  static void read_fifth(const std::uint8_t* line, Sink& sink) {
+    std::uint64_t bytes[4] = {};
+    for (unsigned g = 0; g < 8; ++g) {
+      const std::uint64_t bits = load32(line + kLine * g), both = bits | bits >> 1 << 32;
+      for (unsigned i = 0; i < 4; ++i) bytes[i] |= (both >> 2 * i & 0x0101010101010101) << g;
+    }
+    for (std::size_t i = 0; i < 4; ++i) sink(16 + 8 * i, bytes[i]);
+  }
+};
+
+struct Q6_K {
+  static constexpr Type kType = Type::kQ6_K;
+
+  template <class Sink>
+  static void read(const std::uint8_t* tile, std::size_t, std::size_t lane, Sink& sink) {
+    sink(208, load16(tile + 2 * lane));
+    sink.lost(load16(tile + 32 + 2 * lane));
+    for (std::size_t i = 0; i < 4; ++i) sink(192 + 4 * i, column(tile + kLine * (1 + i) + lane));
+    const std::uint8_t* line = tile + 320 + 4 * lane;
+    for (std::size_t i = 0; i < 16; ++i) {
+      const std::uint8_t* pair = line + kLine * (16 * (i / 8) + i % 8);
+      sink(8 * i, nibbles(pair, pair + 8 * kLine));
+    }
+    for (std::size_t part = 0; part < 4; ++part) {
+      read_high(tile + 2368 + kLine * (8 * (part / 2) + part % 2) + 4 * lane, 128 + 16 * part, sink);
+    }
+  }
+
+  // Bits 2v of byte c of the f-th of every second line -> bits 2f of byte 4v + c; two v at a time.
+  template <class Sink>
+  static void read_high(const std::uint8_t* line, std::size_t at, Sink& sink) {
+    std::uint64_t bytes[2] = {};
+    for (unsigned f = 0; f < 4; ++f) {
+      const std::uint64_t bits = load32(line + 2 * kLine * f), both = bits | bits >> 2 << 32;
+      for (unsigned i = 0; i < 2; ++i) bytes[i] |= (both >> 4 * i & 0x0303030303030303) << 2 * f;
+    }
+    for (std::size_t i = 0; i < 2; ++i) sink(at + 8 * i, bytes[i]);
   }
 };
 
 template <Type type>
 struct Plain {
   static constexpr Type kType = type;
-  static constexpr std::uint8_t kAbsent = 0;
-  static constexpr std::size_t kScale = 0;
 
-  static std::uint64_t codes(const std::uint8_t* tile, std::size_t, std::size_t lane, std::size_t index) {
-    const std::uint8_t* line = tile + kLine * 2 * index + 4 * lane;
-    return load32(line) | static_cast<std::uint64_t>(load32(line + kLine)) << 32;
+  template <class Sink>
+  static void read(const std::uint8_t* tile, std::size_t, std::size_t lane, Sink& sink) {
+    for (std::size_t i = 0; i < 16; ++i) sink(4 * i, load32(tile + kLine * i + 4 * lane));
   }
 };
 
-// An element of a vector, binary32 -> the source's form; bits that form has no place for go to `lost`.
+// An element of a vector, binary32 -> the source's form.
 template <Type type>
 struct Vector {
   static constexpr Type kType = type;
-  static constexpr std::uint8_t kAbsent = 0;
-  static constexpr std::size_t kScale = 0;
 
   static std::uint32_t narrow_f16(std::uint32_t bits, std::uint32_t& lost) {
     const std::uint32_t sign = bits >> 16 & 0x8000, exponent = bits >> 23 & 0xff, mantissa = bits & 0x7fffff;
@@ -90,59 +190,16 @@ struct Vector {
     return sign | whole >> shift;
   }
 
-  static std::uint32_t narrow(const std::uint8_t* tile, std::size_t lane, std::uint32_t& lost) {
+  template <class Sink>
+  static void read(const std::uint8_t* tile, std::size_t, std::size_t lane, Sink& sink) {
     const std::uint32_t bits = load32(tile + 4 * lane);
-    lost = 0;
-    if constexpr (type == Type::kVectorF16) return narrow_f16(bits, lost);
-    if constexpr (type == Type::kVectorBF16) return lost = bits & 0xffff, bits >> 16;
-    return bits;
+    std::uint32_t lost = 0;
+    if constexpr (type == Type::kVectorF16) sink(0, static_cast<std::uint16_t>(narrow_f16(bits, lost)));
+    if constexpr (type == Type::kVectorBF16) lost = bits & 0xffff, sink(0, static_cast<std::uint16_t>(bits >> 16));
+    if constexpr (type == Type::kVectorF32) sink(0, bits);
+    sink.lost(lost);
   }
 };
-
-template <class Format>
-constexpr bool kIsVector = layout_of(Format::kType).columns == 1;
-
-template <class Format>
-void take(const std::uint8_t* tile, std::size_t group, std::size_t lane, std::uint8_t* out) {
-  constexpr Layout k = layout_of(Format::kType);
-  if constexpr (kIsVector<Format>) {
-    std::uint32_t lost;
-    const std::uint32_t bits = Format::narrow(tile, lane, lost);
-    std::memcpy(out, &bits, k.group_bytes);
-  } else {
-    if constexpr (Format::kScale > 0) std::memcpy(out, tile + 32 * group + 2 * lane, Format::kScale);
-    for (std::size_t i = 0; i < (k.group_bytes - Format::kScale) / 8; ++i) {
-      store64(out + Format::kScale + 8 * i, Format::codes(tile, group, lane, i));
-    }
-  }
-}
-
-// The bits in which a stored group and a source group differ, all folded onto each other: 0 means equal.
-template <class Format>
-std::uint64_t difference(const std::uint8_t* tile, std::size_t group, std::size_t lane, const std::uint8_t* source) {
-  constexpr Layout k = layout_of(Format::kType);
-  if constexpr (kIsVector<Format>) {
-    std::uint32_t lost, expected = 0;
-    std::memcpy(&expected, source, k.group_bytes);
-    const std::uint32_t bits = Format::narrow(tile, lane, lost);
-    return (bits ^ expected) | lost;
-  } else {
-    std::uint64_t bits = 0;
-    if constexpr (Format::kScale > 0) bits = load16(tile + 32 * group + 2 * lane) ^ load16(source);
-    for (std::size_t i = 0; i < (k.group_bytes - Format::kScale) / 8; ++i) {
-      bits |= Format::codes(tile, group, lane, i) ^ load64(source + Format::kScale + 8 * i);
-    }
-    return bits;
-  }
-}
-
-// What a group outside the source looks like when taken: a zero scale (the quantized types) and absent codes.
-template <class Format>
-void absent(std::uint8_t* out) {
-  constexpr Layout k = layout_of(Format::kType);
-  std::memset(out, Format::kAbsent, k.group_bytes);
-  std::memset(out, 0, Format::kScale);
-}
 
 template <class Format>
 bool holds_whole(const Rows& rows, std::size_t tile, const std::uint8_t* packed) {
@@ -151,7 +208,9 @@ bool holds_whole(const Rows& rows, std::size_t tile, const std::uint8_t* packed)
   std::uint64_t bits = 0;
   for (std::size_t lane = 0; lane < kLanes; ++lane, source += rows.bytes) {
     for (std::size_t group = 0; group < k.groups; ++group) {
-      bits |= difference<Format>(packed, group, lane, source + group * k.group_bytes);
+      Compare compare{source + group * k.group_bytes};
+      Format::read(packed, group, lane, compare);
+      bits |= compare.bits;
     }
   }
   return bits == 0;
@@ -164,11 +223,13 @@ bool holds_partial(const Rows& rows, std::size_t tile, const std::uint8_t* packe
     for (std::size_t group = 0; group < k.groups; ++group) {
       const std::size_t start = (tile * k.groups + group) * k.group_bytes;
       std::uint8_t expected[k.group_bytes];
-      absent<Format>(expected);
+      absent_group(Format::kType, expected);
       if (lane < rows.count && start < rows.bytes) {
         std::memcpy(expected, rows.data + lane * rows.bytes + start, std::min(k.group_bytes, rows.bytes - start));
       }
-      if (difference<Format>(packed, group, lane, expected) != 0) return false;
+      Compare compare{expected};
+      Format::read(packed, group, lane, compare);
+      if (compare.bits != 0) return false;
     }
   }
   return true;
@@ -192,7 +253,8 @@ void unpack_all(const std::uint8_t* packed, std::size_t bytes, std::size_t count
     const std::size_t start = index * k.group_bytes;
     for (std::size_t lane = 0; lane < count; ++lane) {
       std::uint8_t taken[k.group_bytes];
-      take<Format>(packed + index / k.groups * k.tile_bytes, index % k.groups, lane, taken);
+      Take take{taken};
+      Format::read(packed + index / k.groups * k.tile_bytes, index % k.groups, lane, take);
       std::memcpy(out + lane * bytes + start, taken, std::min(k.group_bytes, bytes - start));
     }
   }
@@ -202,8 +264,14 @@ void unpack_all(const std::uint8_t* packed, std::size_t bytes, std::size_t count
 
 void unpack_rows(Type type, const std::uint8_t* packed, std::size_t bytes, std::size_t count, std::uint8_t* out) {
   switch (type) {
-    case Type::kQ4_0: return unpack_all<Q4_0>(packed, bytes, count, out);
+    case Type::kQ4_0: return unpack_all<Group32<Type::kQ4_0, false, false>>(packed, bytes, count, out);
+    case Type::kQ4_1: return unpack_all<Group32<Type::kQ4_1, true, false>>(packed, bytes, count, out);
+    case Type::kQ5_0: return unpack_all<Group32<Type::kQ5_0, false, true>>(packed, bytes, count, out);
+    case Type::kQ5_1: return unpack_all<Group32<Type::kQ5_1, true, true>>(packed, bytes, count, out);
     case Type::kQ8_0: return unpack_all<Q8_0>(packed, bytes, count, out);
+    case Type::kQ4_K: return unpack_all<Scaled256<Type::kQ4_K, false>>(packed, bytes, count, out);
+    case Type::kQ5_K: return unpack_all<Scaled256<Type::kQ5_K, true>>(packed, bytes, count, out);
+    case Type::kQ6_K: return unpack_all<Q6_K>(packed, bytes, count, out);
     case Type::kF16: return unpack_all<Plain<Type::kF16>>(packed, bytes, count, out);
     case Type::kF32: return unpack_all<Plain<Type::kF32>>(packed, bytes, count, out);
     case Type::kVectorF16: return unpack_all<Vector<Type::kVectorF16>>(packed, bytes, count, out);
@@ -214,8 +282,14 @@ void unpack_rows(Type type, const std::uint8_t* packed, std::size_t bytes, std::
 
 bool holds(Type type, const Rows& rows, std::size_t first, std::size_t last, const std::uint8_t* packed) {
   switch (type) {
-    case Type::kQ4_0: return holds_all<Q4_0>(rows, first, last, packed);
+    case Type::kQ4_0: return holds_all<Group32<Type::kQ4_0, false, false>>(rows, first, last, packed);
+    case Type::kQ4_1: return holds_all<Group32<Type::kQ4_1, true, false>>(rows, first, last, packed);
+    case Type::kQ5_0: return holds_all<Group32<Type::kQ5_0, false, true>>(rows, first, last, packed);
+    case Type::kQ5_1: return holds_all<Group32<Type::kQ5_1, true, true>>(rows, first, last, packed);
     case Type::kQ8_0: return holds_all<Q8_0>(rows, first, last, packed);
+    case Type::kQ4_K: return holds_all<Scaled256<Type::kQ4_K, false>>(rows, first, last, packed);
+    case Type::kQ5_K: return holds_all<Scaled256<Type::kQ5_K, true>>(rows, first, last, packed);
+    case Type::kQ6_K: return holds_all<Q6_K>(rows, first, last, packed);
     case Type::kF16: return holds_all<Plain<Type::kF16>>(rows, first, last, packed);
     case Type::kF32: return holds_all<Plain<Type::kF32>>(rows, first, last, packed);
     case Type::kVectorF16: return holds_all<Vector<Type::kVectorF16>>(rows, first, last, packed);

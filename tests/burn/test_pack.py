@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 import gguf as oracle
@@ -16,53 +16,139 @@ from vai.burn import _pack
 from vai.rom.image import BLOCK_TYPES, tensor_bytes
 
 Bytes = NDArray[np.uint8]
-MATRICES = ("Q4_0", "Q8_0", "F16", "BF16", "F32")
+GROUPS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+SUPERBLOCKS = ("Q4_K", "Q5_K", "Q6_K")  # of 256
+QUANTIZED = GROUPS_OF_32 + SUPERBLOCKS
 VALUE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
+MATRICES = (*QUANTIZED, *VALUE_BYTES)
+
+
+def block_columns(type: str) -> int:
+    """Columns of the format's own blocks."""
+    return 1 if type in VALUE_BYTES else 32 if type in GROUPS_OF_32 else 256
 
 
 def row_bytes(type: str, columns: int) -> int:
-    return columns * VALUE_BYTES[type] if type in VALUE_BYTES else columns // 32 * {"Q4_0": 18, "Q8_0": 34}[type]
+    block, size = oracle.GGML_QUANT_SIZES[oracle.GGMLQuantizationType[type]]
+    return columns // block * size
 
 
 def source(type: str, rows: int, columns: int, seed: int = 0) -> Bytes:
     return np.random.default_rng(seed).integers(0, 256, (rows, row_bytes(type, columns)), dtype=np.uint8)
 
 
-def places(type: str, row: int, k: int, columns: int) -> tuple[int, int, int, int]:
-    """Element (row, k) as docs/rom-format.md lays it out: its byte, shift, byte of its scale (or -1), and bits."""
+Bits = list[tuple[int, int, int]]  # (byte, shift, count): the bits of a number in pieces, lowest first
+
+
+def nibble(line: int, n: int, k: int) -> Bits:
+    """Element k of row n in nibble lines that begin at byte `line`."""
+    within = k % 8
+    position = 2 * within if within < 4 else 2 * (within - 4) + 1
+    return [(line + 64 * (k // 8) + 4 * n + position // 2, 4 * (position % 2), 4)]
+
+
+def fifth(line: int, n: int, k: int) -> Bits:
+    return [(line + 64 * (k // 32) + 4 * n + k % 4, k % 32 // 4, 1)]
+
+
+def half(byte: int) -> Bits:
+    return [(byte, 0, 8), (byte + 1, 0, 8)]
+
+
+def places(type: str, row: int, k: int, columns: int) -> dict[str, Bits]:
+    """Where docs/rom-format.md puts what element (row, k) is made of: its code or value, and the scales it needs."""
     block = BLOCK_TYPES[type]
     base = ((row // 16) * -(-columns // block.k) + k // block.k) * block.bytes
     n, k = row % 16, k % block.k
-    if type == "Q4_0":
-        line, within = divmod(k, 8)
-        nibble = 2 * within if within < 4 else 2 * (within - 4) + 1
-        return base + 64 + 64 * line + 4 * n + nibble // 2, 4 * (nibble % 2), base + 32 * (k // 32) + 2 * n, 4
+    d = half(base + 32 * (k // 32) + 2 * n)
+    low = [(base + 64 + 16 * (k // 32) + n, shift, 4) for shift in (0, 4)]
+    high = [(base + 192 + 16 * (k // 32 % 4) + n, shift + (4 if k >= 128 else 0), 2) for shift in (0, 2)]
+    scales = {"d": half(base + 2 * n), "dmin": half(base + 32 + 2 * n), "sc": [low[0], high[0]], "m": [low[1], high[1]]}
+    match type:
+        case "F32":
+            return {"value": [(base + 64 * k + 4 * n + i, 0, 8) for i in range(4)]}
+        case "F16" | "BF16":
+            return {"value": half(base + 64 * (k // 2) + 4 * n + 2 * (k % 2))}
+        case "Q8_0":
+            return {"code": [(base + 64 + 64 * (k // 4) + 4 * n + k % 4, 0, 8)], "d": d}
+        case "Q4_0":
+            return {"code": nibble(base + 64, n, k), "d": d}
+        case "Q4_1":
+            return {"code": nibble(base + 128, n, k), "d": d, "m": [(at + 64, *bits) for at, *bits in d]}
+        case "Q5_0":
+            return {"code": nibble(base + 64, n, k) + fifth(base + 576, n, k), "d": d}
+        case "Q5_1":
+            code = nibble(base + 128, n, k) + fifth(base + 640, n, k)
+            return {"code": code, "d": d, "m": [(at + 64, *bits) for at, *bits in d]}
+        case "Q4_K":
+            return {"code": nibble(base + 256, n, k), **scales}
+        case "Q5_K":
+            return {"code": nibble(base + 256, n, k) + fifth(base + 2304, n, k), **scales}
+        case "Q6_K":
+            pair = (base + 2368 + 64 * (k // 16) + 4 * n + k % 4, 2 * (k % 16 // 4), 2)
+            scale = [(base + 64 + 16 * (k // 16) + n, 0, 8)]
+            return {"code": [*nibble(base + 320, n, k), pair], "d": half(base + 2 * n), "sc": scale}
+    raise KeyError(type)
+
+
+def source_places(type: str, k: int) -> dict[str, Bits]:
+    """The same within a row of the checkpoint: ggml's block_q4_0, block_q6_K and so on (ggml-common.h)."""
+    if type in VALUE_BYTES:
+        return {"value": [(k * VALUE_BYTES[type] + i, 0, 8) for i in range(VALUE_BYTES[type])]}
+    block, size = oracle.GGML_QUANT_SIZES[oracle.GGMLQuantizationType[type]]
+    base, k = k // block * size, k % block
+    g = k // 32
     if type == "Q8_0":
-        return base + 64 + 64 * (k // 4) + 4 * n + k % 4, 0, base + 32 * (k // 32) + 2 * n, 8
-    if type == "F32":
-        return base + 64 * k + 4 * n, 0, -1, 32
-    return base + 64 * (k // 2) + 4 * n + 2 * (k % 2), 0, -1, 16
+        return {"d": half(base), "code": [(base + 2 + k, 0, 8)]}
+    if type in GROUPS_OF_32:
+        places, at = {"d": half(base)}, base + 2
+        if type.endswith("1"):
+            places["m"], at = half(at), at + 2
+        top = [(at + k // 8, k % 8, 1)] if type.startswith("Q5") else []
+        places["code"] = [(at + 4 * len(top) + k % 16, 4 * (k // 16), 4), *top]
+        return places
+    if type == "Q6_K":
+        h, within, f = k // 128, k % 32, k % 128 // 32
+        code = [(base + 64 * h + 32 * (f % 2) + within, 4 * (f // 2), 4), (base + 128 + 32 * h + within, 2 * f, 2)]
+        return {"code": code, "sc": [(base + 192 + k // 16, 0, 8)], "d": half(base + 208)}
+    if g < 4:
+        scales: dict[str, Bits] = {"sc": [(base + 4 + g, 0, 6)], "m": [(base + 8 + g, 0, 6)]}
+    else:
+        scales = {
+            "sc": [(base + 8 + g, 0, 4), (base + g, 6, 2)],
+            "m": [(base + 8 + g, 4, 4), (base + 4 + g, 6, 2)],
+        }
+    at = base + (16 if type == "Q4_K" else 48)
+    code = [(at + 32 * (g // 2) + k % 32, 4 * (g % 2), 4)]
+    top = [(base + 16 + k % 32, g, 1)] if type == "Q5_K" else []
+    return {"d": half(base), "dmin": half(base + 2), "code": code + top, **scales}
+
+
+def get(data: Bytes, bits: Bits) -> int:
+    value = have = 0
+    for at, shift, count in bits:
+        value |= (int(data[at]) >> shift & (1 << count) - 1) << have
+        have += count
+    return value
+
+
+def put(data: Bytes, bits: Bits, value: int) -> None:
+    for at, shift, count in bits:
+        mask = (1 << count) - 1
+        data[at] = int(data[at]) & ~(mask << shift) | (value & mask) << shift
+        value >>= count
 
 
 def by_definition(type: str, rows: Bytes, columns: int) -> Bytes:
-    """The stored bytes of a matrix, element by element."""
+    """The stored bytes of a matrix, number by number."""
     stored_rows = -(-len(rows) // 16) * 16
     out = np.zeros(tensor_bytes(type, stored_rows, columns), np.uint8)
+    sources = [source_places(type, k) for k in range(columns)]
     for row in range(len(rows)):
         for k in range(columns):
-            at, shift, scale, _ = places(type, row, k, columns)
-            if type == "Q4_0":
-                group = rows[row, k // 32 * 18 :]
-                code = group[2 + k % 16] >> 4 * (k % 32 // 16) & 15
-                out[at] |= code << shift
-                out[scale : scale + 2] = group[:2]
-            elif type == "Q8_0":
-                group = rows[row, k // 32 * 34 :]
-                out[at] = group[2 + k % 32] ^ 0x80
-                out[scale : scale + 2] = group[:2]
-            else:
-                size = VALUE_BYTES[type]
-                out[at : at + size] = rows[row, k * size : (k + 1) * size]
+            for what, bits in places(type, row, k, columns).items():
+                value = get(rows[row], sources[k][what])
+                put(out, bits, value ^ 0x80 if (type, what) == ("Q8_0", "code") else value)
     return out
 
 
@@ -73,10 +159,13 @@ def packed(type: str, rows: Bytes, columns: int) -> Bytes:
     return out
 
 
+COLUMNS = {1: (1, 15, 16, 17, 31, 32, 33, 64, 65), 32: (32, 64, 96, 160), 256: (256, 512)}
+
+
 def shapes() -> Iterator[tuple[str, int, int]]:
     for type in MATRICES:
         for rows in (1, 15, 16, 17, 48):
-            for columns in (32, 64, 96, 160) if type in ("Q4_0", "Q8_0") else (1, 15, 16, 17, 31, 32, 33, 64, 65):
+            for columns in COLUMNS[block_columns(type)] if rows < 48 else COLUMNS[block_columns(type)][-1:]:
                 yield type, rows, columns
 
 
@@ -97,23 +186,28 @@ def test_unpacking_gives_the_rows_back(type: str) -> None:
             assert again == raw.tobytes(), (rows, columns)
 
 
-def test_each_nibble_alone_lands_in_its_place() -> None:
-    """16 lanes x 64 columns, one nibble set at a time: exactly that nibble of the tile is set, and comes back."""
+@pytest.mark.parametrize("type", QUANTIZED)
+def test_each_code_alone_lands_in_its_place(type: str) -> None:
+    """16 lanes, every column of a tile, one code at a time: exactly its bits are set in the tile, and come back."""
+    columns = BLOCK_TYPES[type].k
     for row in range(16):
-        for k in range(64):
-            raw = np.zeros((16, 36), np.uint8)
-            raw[row, k // 32 * 18 + 2 + k % 16] = 9 << 4 * (k % 32 // 16)
-            tile = packed("Q4_0", raw, 64)
-            at, shift, _, _ = places("Q4_0", row, k, 64)
-            assert np.flatnonzero(tile).tolist() == [at]
-            assert tile[at] == 9 << shift
-            assert _pack.unpack("Q4_0", False, tile.data, 16, 64, 0, 1) == raw.tobytes()
+        for k in range(row % 3, columns, 1 if columns == 64 else 3):
+            raw = np.zeros((16, row_bytes(type, columns)), np.uint8)
+            put(raw[row], source_places(type, k)["code"], 0xFF)
+            if type == "Q8_0":
+                raw[:, 2:34] ^= 0x80
+                raw[:, 36:] ^= 0x80
+            tile = packed(type, raw, columns)
+            expected = np.zeros_like(tile)
+            put(expected, places(type, row, k, columns)["code"], 0xFF)
+            assert np.array_equal(tile, expected), (row, k)
+            assert _pack.unpack(type, False, tile.data, 16, columns, 0, 1) == raw.tobytes()
 
 
 @pytest.mark.parametrize("type", MATRICES)
 def test_the_proof_sees_every_single_bit(type: str) -> None:
     """Any bit of a tile flipped, in codes, scales, missing lanes or the tail of K, and the proof fails."""
-    columns = 32 if type in ("Q4_0", "Q8_0") else 5
+    columns = 5 if type in VALUE_BYTES else block_columns(type)
     raw = source(type, 15, columns)
     tile = packed(type, raw, columns)
     assert _pack.proved(type, False, raw.data, 15, columns, 0, 1, tile.data)
@@ -132,7 +226,7 @@ def test_the_proof_sees_every_single_bit(type: str) -> None:
     cuts=st.lists(st.floats(0, 1), max_size=6),
 )
 def test_any_cut_into_windows_gives_the_same_bytes(type: str, rows: int, groups: int, cuts: list[float]) -> None:
-    columns = 32 * groups
+    columns = max(block_columns(type), 32) * groups
     raw = source(type, rows, columns)
     whole = packed(type, raw, columns)
     edges = [0, *sorted(int(cut * len(whole)) for cut in cuts), len(whole)]
@@ -153,7 +247,7 @@ def test_any_cut_into_windows_gives_the_same_bytes(type: str, rows: int, groups:
 def test_parts_side_by_side_do_not_touch_one_another(
     type: str, rows: int, groups: int, interleaved: bool, cuts: list[float]
 ) -> None:
-    columns, blocks = 32 * groups, -(-rows // 16)
+    columns, blocks = max(block_columns(type), 32) * groups, -(-rows // 16)
     parts = [source(type, rows, columns, seed) for seed in (1, 2)]
     alone = [packed(type, part, columns).reshape(blocks, -1) for part in parts]
     order = [(0, 2), (1, 2)] if interleaved else [(0, 1), (blocks, 1)]
@@ -168,32 +262,57 @@ def test_parts_side_by_side_do_not_touch_one_another(
         assert _pack.unpack(type, False, out.data, rows, columns, first, step) == part.tobytes()
 
 
-DEQUANTIZE: dict[str, Callable[[Bytes, Bytes], NDArray[np.float32]]] = {
-    "Q4_0": lambda codes, scales: (codes.astype(np.float32) - 8) * scales.view(np.float16).astype(np.float32),
-    "Q8_0": lambda codes, scales: (codes.astype(np.float32) - 128) * scales.view(np.float16).astype(np.float32),
-    "F16": lambda values, _: values.view(np.float16).astype(np.float32),
-    "BF16": lambda values, _: (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32),
-    "F32": lambda values, _: values.view(np.float32),
-}
+F = np.float32
+
+
+def number(bits: int, kind: str) -> np.float32:
+    """The binary16, bfloat16 or binary32 with these bits."""
+    if kind == "F16":
+        return np.array(bits, np.uint16).view(np.float16).astype(F)[()]
+    value: np.float32 = np.array(bits << 16 if kind == "BF16" else bits, np.uint32).view(F)[()]
+    return value
+
+
+def dequantized(type: str, parts: dict[str, int]) -> np.float32:
+    """A weight from what `places` finds, each operation rounded."""
+    if "value" in parts:
+        return number(parts["value"], type)
+    zero = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128, "Q6_K": 32}.get(type, 0)
+    q, d = F(parts["code"] - zero), number(parts["d"], "F16")
+    match type:
+        case "Q4_1" | "Q5_1":
+            return q * d + number(parts["m"], "F16")
+        case "Q4_K" | "Q5_K":
+            return (d * F(parts["sc"])) * q - number(parts["dmin"], "F16") * F(parts["m"])
+        case "Q6_K":
+            return (d * F(np.uint8(parts["sc"]).view(np.int8))) * q
+    return q * d
+
+
+def finite(type: str, raw: Bytes, columns: int) -> Bytes:
+    """Random bytes with scales that are numbers."""
+    for k in range(0, columns, block_columns(type)):
+        for what in ("d", "m", "dmin") if type in GROUPS_OF_32 else ("d", "dmin"):
+            for bits in [bits for name, bits in source_places(type, k).items() if name == what]:
+                raw[:, bits[1][0]] &= 0xBB
+    return raw
 
 
 @pytest.mark.parametrize("type", MATRICES)
 def test_tiles_dequantize_to_the_bits_the_package_gives(type: str) -> None:
-    rows, columns = 19, 96
-    weights = np.random.default_rng(3).standard_normal((rows, columns)).astype(np.float32)
+    rows, columns = 19, max(96, 2 * block_columns(type)) if block_columns(type) > 32 else 96
     kind = oracle.GGMLQuantizationType[type]
-    raw = np.ascontiguousarray(oracle.quants.quantize(weights, kind)).view(np.uint8).reshape(rows, -1)
-    expected = oracle.quants.dequantize(oracle.quants.quantize(weights, kind), kind)
+    if type in VALUE_BYTES:
+        weights = np.random.default_rng(3).standard_normal((rows, columns)).astype(F)
+        raw = np.ascontiguousarray(oracle.quants.quantize(weights, kind)).view(np.uint8).reshape(rows, -1)
+    else:
+        raw = finite(type, source(type, rows, columns, 3), columns)
+    expected = oracle.quants.dequantize(raw if type in QUANTIZED else oracle.quants.quantize(weights, kind), kind)
     tiles = packed(type, raw, columns)
     for row in range(rows):
         for k in range(columns):
-            at, shift, scale, bits = places(type, row, k, columns)
-            if scale >= 0:
-                code = (tiles[at : at + 1] >> shift) & ((1 << bits) - 1)
-                value = DEQUANTIZE[type](code, tiles[scale : scale + 2])
-            else:
-                value = DEQUANTIZE[type](tiles[at : at + bits // 8], tiles[:0])
-            assert value.tobytes() == expected[row, k].astype(np.float32).tobytes(), (row, k)
+            parts = {what: get(tiles, bits) for what, bits in places(type, row, k, columns).items()}
+            assert dequantized(type, parts).tobytes() == expected[row, k].astype(F).tobytes(), (row, k)
 
 
 # --- vectors ----------------------------------------------------------------------------------------------------------
@@ -248,6 +367,8 @@ def test_the_proof_of_a_vector_sees_every_single_bit(type: str) -> None:
         ("Q4_0", 16, 1 << 40, 0, 1),
         ("Q4_0", 16, 64, 1 << 40, 1),
         ("Q4_K", 16, 64, 0, 1),
+        ("Q6_K", 16, 384, 0, 1),
+        ("Q3_K", 16, 256, 0, 1),
         ("F32", 16, 64, 0, 1),
     ],
 )

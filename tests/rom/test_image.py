@@ -112,7 +112,7 @@ LIES = {
     "a name with a terminal escape": (["tensors", 0, NAME], "\x1b[2J"),
     "a name of a kilobyte": (["tensors", 0, NAME], "a" * 1024),
     "a name twice": (["tensors", 0, NAME], "blk.0.attn_qkv.weight"),
-    "a type nobody knows": (["tensors", 0, TYPE], "Q5_K"),
+    "a type nobody knows": (["tensors", 0, TYPE], "Q3_K"),
     "rows that are no blocks": (["tensors", 0, ROWS], 1023),
     "no rows": (["tensors", 0, ROWS], 0),
     "negative rows": (["tensors", 0, ROWS], -16),

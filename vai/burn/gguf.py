@@ -83,23 +83,27 @@ class TensorType(NamedTuple):
     bytes: int
 
 
-# What can be burned. Q4_0: fp16 scale and 16 bytes (low nibbles are elements 0..15, high ones 16..31). Q8_0: fp16
-# scale and 32 int8.
+# What can be burned. The order of bytes and bits within the quantized blocks: csrc/burn/pack.cc.
 TENSOR_TYPES: dict[str, TensorType] = {
     "F32": TensorType(0, 1, 4),
     "F16": TensorType(1, 1, 2),
     "Q4_0": TensorType(2, 32, 18),
+    "Q4_1": TensorType(3, 32, 20),
+    "Q5_0": TensorType(6, 32, 22),
+    "Q5_1": TensorType(7, 32, 24),
     "Q8_0": TensorType(8, 32, 34),
+    "Q4_K": TensorType(12, 256, 144),
+    "Q5_K": TensorType(13, 256, 176),
+    "Q6_K": TensorType(14, 256, 210),
     "BF16": TensorType(30, 1, 2),
 }
 _USABLE = {kind.number: name for name, kind in TENSOR_TYPES.items()}
 # The rest of what the format has numbers for, so that a refusal says the name people know.
 _OTHER_TYPES: dict[int, str] = {
-    3: "Q4_1", 4: "Q4_2", 5: "Q4_3", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K",
-    14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
-    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 31: "Q4_0_4_4",
-    32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
-    39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
+    19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
+    28: "F64", 29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 
 Scalar = int | float | bool | str

@@ -49,7 +49,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 class BlockType:
     """How one block (16 rows x `k` columns) is stored in `bytes` bytes.
 
-    group: columns that share a scale, which is also the activation group of the exact kind; 0 = float activations.
+    group: columns whose activations share a scale in the exact kind; 0 = float activations.
     """
 
     name: str
@@ -62,7 +62,13 @@ BLOCK_TYPES: Mapping[str, BlockType] = {
     t.name: t
     for t in (
         BlockType("Q4_0", 64, 576, 32),
+        BlockType("Q4_1", 64, 640, 32),
+        BlockType("Q5_0", 64, 704, 32),
+        BlockType("Q5_1", 64, 768, 32),
         BlockType("Q8_0", 64, 1088, 32),
+        BlockType("Q4_K", 256, 2304, 256),
+        BlockType("Q5_K", 256, 2816, 256),
+        BlockType("Q6_K", 256, 3392, 256),
         BlockType("F16", 32, 1024, 0),
         BlockType("BF16", 32, 1024, 0),
         BlockType("F32", 16, 1024, 0),
