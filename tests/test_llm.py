@@ -336,6 +336,19 @@ def test_a_seed_repeats_an_answer_and_an_unseeded_one_says_its_seed(llm: LLM) ->
     assert len(others) > 1
 
 
+def test_choices_begin_with_the_answer_there_is_and_stay_the_same_however_many(llm: LLM) -> None:
+    sampling = llm.sampling(max_tokens=16, temperature=1.2, seed=4, repetition_penalty=1.1, logit_bias={40: 1.5})
+    four = llm.choices("Hello", 4, sampling)
+    assert four[0].token_ids == llm.generate("Hello", sampling).token_ids
+    assert [one.token_ids for one in llm.choices("Hello", 2, sampling)] == [one.token_ids for one in four[:2]]
+    assert len({one.text for one in four}) == 4
+    unseeded = llm.choices([{"role": "user", "content": "Hello"}], 3, llm.sampling(max_tokens=16, temperature=1.5))
+    assert len({one.seed for one in unseeded}) == 1 and len({one.text for one in unseeded}) > 1
+    for count in (0, 17):
+        with pytest.raises(BadRequest, match=f"1 to 16 answers at once, not {count}"):
+            llm.choices("Hello", count)
+
+
 def test_a_stop_string_cuts_the_text_and_frees_the_engine(llm: LLM) -> None:
     greedy = llm.sampling(temperature=0, max_tokens=200)
     whole = llm.generate("Hello", greedy)

@@ -35,7 +35,7 @@ from vai.errors import (
     VaiError,
     by_code,
 )
-from vai.request import Output, Request, SamplingParams, Timing, TokenLogprob
+from vai.request import MAX_CHOICES, Output, Request, SamplingParams, Timing, TokenLogprob
 from vai.rom import segment
 from vai.rom.registry import Name, Registry
 from vai.text.detokenizer import Detokenizer
@@ -213,12 +213,14 @@ class Words:
         except msgspec.ValidationError as error:
             raise BadRequest(f"These sampling parameters cannot be used: {error}.") from None
 
-    def request(self, ids: Sequence[int], sampling: SamplingParams) -> Request:
+    def request(self, ids: Sequence[int], sampling: SamplingParams, choice: int = 0) -> Request:
         """The engine's request for a prompt, checked. Raises BadRequest, ContextTooLong."""
         if not ids:
             raise BadRequest("The prompt is empty; it needs at least one token.", param="prompt")
         if not all(0 <= id < self.vocabulary for id in ids):
             raise BadRequest(f"Token ids of '{self.card.name}' go from 0 to {self.vocabulary - 1}.", param="prompt")
+        if any(id >= self.vocabulary for id in sampling.logit_bias):
+            raise BadRequest(f"Token ids of '{self.card.name}' go from 0 to {self.vocabulary - 1}.", param="logit_bias")
         left = self.card.context - len(ids)
         if left < 1:
             raise ContextTooLong(
@@ -227,7 +229,9 @@ class Words:
                 param="prompt",
             )
         sampling = msgspec.structs.replace(sampling, max_tokens=min(sampling.max_tokens, left))
-        return Request(id=secrets.token_hex(16), image=self.card.digest, tokens=list(ids), sampling=sampling)
+        return Request(
+            id=secrets.token_hex(16), image=self.card.digest, tokens=list(ids), sampling=sampling, choice=choice
+        )
 
     def close(self) -> None:
         """End the template's process."""
@@ -285,6 +289,15 @@ def _unused_marker(messages: list[dict[str, Any]]) -> str:
         if marker not in text:
             return marker
     raise BadRequest("The messages are full of characters that stand for nothing; send text.", param="messages")
+
+
+def _seeded(sampling: SamplingParams, count: int) -> SamplingParams:
+    """The parameters that `count` answers to one prompt share, so with one seed. Raises BadRequest."""
+    if not 1 <= count <= MAX_CHOICES:
+        raise BadRequest(f"A prompt has 1 to {MAX_CHOICES} answers at once, not {count}.", param="n")
+    if count == 1 or sampling.seed is not None:
+        return sampling
+    return msgspec.structs.replace(sampling, seed=secrets.randbits(63))
 
 
 class _Reply:
@@ -366,15 +379,31 @@ class Model:
         """Sampling parameters from the model's recommendations, what is given, and its own end-of-turn ids."""
         return self._words.sampling(**given)
 
+    def choices(
+        self, ids: Sequence[int], count: int, sampling: SamplingParams | None = None, stop: Sequence[str] = ()
+    ) -> list[AsyncGenerator[Delta, None]]:
+        """Several answers to one prompt, as `stream` gives one. They share a seed, and the first is that of `stream`.
+
+        Raises BadRequest.
+        """
+        params = _seeded(self.sampling() if sampling is None else sampling, count)
+        return [self.stream(ids, params, stop, choice=choice) for choice in range(count)]
+
     async def stream(
-        self, ids: Sequence[int], sampling: SamplingParams | None = None, stop: Sequence[str] = ()
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        *,
+        choice: int = 0,
     ) -> AsyncGenerator[Delta, None]:
         """The answer to a prompt as it comes. Closing the generator aborts the request.
 
+        `choice`: which of the answers that a seed gives to this prompt.
         It ends at one of `sampling.stop_ids` (which `sampling()` sets to the model's own), at a stop string, or where
         the context is full. Raises BadRequest, ContextTooLong, and what the engine refuses or fails with.
         """
-        request = self._words.request(ids, self.sampling() if sampling is None else sampling)
+        request = self._words.request(ids, self.sampling() if sampling is None else sampling, choice)
         reply = _Reply(self._words, request, stop)
         outputs = cast(AsyncGenerator[Output, None], self._port.generate(request))
         try:
@@ -620,6 +649,22 @@ class LLM:
         self._check_process()
         return self._complete([self._words.encode_chat(messages)], sampling, stop)[0]
 
+    def choices(
+        self,
+        prompt: Prompt | Sequence[Message],
+        count: int,
+        sampling: SamplingParams | None = None,
+        *,
+        stop: Sequence[str] = (),
+    ) -> list[Completion]:
+        """Several answers, 1 to 16, to a text, token ids, or a conversation: the first is what `generate` would give.
+
+        They share the seed. Each stays the same however many are asked for.
+        """
+        ids = self._ids(prompt)
+        params = _seeded(self.sampling() if sampling is None else sampling, count)
+        return self._complete([ids] * count, params, stop, range(count))
+
     def stream(
         self,
         prompt: Prompt | Sequence[Message],
@@ -628,12 +673,7 @@ class LLM:
         stop: Sequence[str] = (),
     ) -> Iterator[Delta]:
         """The answer as it comes, to a text, token ids, or a conversation. Closing the iterator ends the request."""
-        self._check_process()
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            ids: Prompt = self._words.encode_chat(cast(Sequence[Message], prompt))
-        else:
-            ids = cast(Prompt, prompt)
-        for _, delta in self._run([ids], sampling, stop):
+        for _, delta in self._run([self._ids(prompt)], sampling, stop):
             yield delta
 
     def close(self) -> None:
@@ -647,23 +687,42 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def _ids(self, prompt: Prompt | Sequence[Message]) -> Sequence[int]:
+        self._check_process()
+        if isinstance(prompt, str):
+            return self.encode(prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            return self._words.encode_chat(cast(Sequence[Message], prompt))
+        return cast(Sequence[int], prompt)
+
     def _complete(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams | None, stop: Sequence[str]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | None,
+        stop: Sequence[str],
+        choices: Sequence[int] | None = None,
     ) -> list[Completion]:
         answers: list[list[Delta]] = [[] for _ in prompts]
-        for index, delta in self._run(prompts, sampling, stop):
+        for index, delta in self._run(prompts, sampling, stop, choices):
             answers[index].append(delta)
         return [Completion.of(deltas) for deltas in answers]
 
     def _run(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams | None, stop: Sequence[str]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | None,
+        stop: Sequence[str],
+        choices: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Delta]]:
-        """(index of the prompt, delta) until every answer is complete. Whatever ends it early aborts the rest."""
+        """(index of the prompt, delta) until every answer is complete. Whatever ends it early aborts the rest.
+
+        `choices`: for each prompt, which of the answers that a seed gives to it; the first where None.
+        """
         self._check_process()
         params = self.sampling() if sampling is None else self._with_end_of_turn(sampling)
         requests = [
-            self._words.request(self.encode(prompt) if isinstance(prompt, str) else prompt, params)
-            for prompt in prompts
+            self._words.request(self.encode(prompt) if isinstance(prompt, str) else prompt, params, choice)
+            for prompt, choice in zip(prompts, choices or [0] * len(prompts), strict=True)
         ]
         replies = {request.id: (index, _Reply(self._words, request, stop)) for index, request in enumerate(requests)}
         if not self._turn.acquire(blocking=False):

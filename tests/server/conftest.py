@@ -84,6 +84,14 @@ class Model:
         chosen = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(**chosen | {"stop_ids": (*self.eog, *chosen["stop_ids"])})
 
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode()
+
+    def choices(
+        self, ids: list[int], count: int, sampling: SamplingParams, stop: list[str]
+    ) -> list[AsyncGenerator[Delta, None]]:
+        return [self.stream(ids, sampling, stop) for _ in range(count)]
+
     async def stream(self, ids: list[int], sampling: SamplingParams, stop: list[str]) -> AsyncGenerator[Delta, None]:
         script = self._script
         script.seen.append((ids, sampling, stop))

@@ -195,6 +195,65 @@ def test_a_batch_of_prompts_says_what_each_alone_says(system: System) -> None:
     assert batch.usage.prompt_tokens == sum(answer.usage.prompt_tokens for answer in alone)
 
 
+PENALIZED: dict[str, Any] = {
+    "temperature": 1,
+    "seed": 11,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.3,
+    "logit_bias": {"40": 2, "41": -100},
+    "extra_body": {"repetition_penalty": 1.2},
+}
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1, "seed": 7}, PENALIZED])
+def test_a_choice_is_the_same_however_many_there_are_and_after_a_restart(
+    system: System, sampling: dict[str, Any]
+) -> None:
+    four = complete(system, n=4, logprobs=2, **sampling)
+    assert [choice.index for choice in four.choices] == [0, 1, 2, 3]
+    assert len({choice.text for choice in four.choices}) == 4
+    assert complete(system, logprobs=2, **sampling).choices == four.choices[:1]
+    assert complete(system, n=2, logprobs=2, **sampling).choices == four.choices[:2]
+    system.engine.kill()
+    system.engine.wait()
+    system.engine = start_engine(system.root)
+    texts = [""] * 3
+    for piece in complete(system, n=3, **sampling, stream=True):
+        texts[piece.choices[0].index] += piece.choices[0].text
+    assert texts == [choice.text for choice in four.choices[:3]]
+    made = [len(choice.logprobs.tokens) for choice in four.choices]
+    assert four.usage.prompt_tokens == complete(system).usage.prompt_tokens
+    assert sum(made) <= four.usage.completion_tokens <= sum(made) + 4
+
+
+def test_choices_of_a_chat_without_a_seed_differ(system: System) -> None:
+    answer = chat(system, n=16, temperature=1)
+    assert len({choice.message.content for choice in answer.choices}) > 1
+    greedy = chat(system, n=3, temperature=0)
+    assert len({choice.message.content for choice in greedy.choices}) == 1
+
+
+def test_penalties_and_biases_change_the_answer(system: System) -> None:
+    def text(**more: Any) -> str:
+        body = {"ignore_eos": True} | more.pop("extra_body", {})
+        return str(complete(system, temperature=0, max_tokens=120, **more, extra_body=body).choices[0].text)
+
+    plain = text()
+    assert plain == text(presence_penalty=0, frequency_penalty=0, extra_body={"repetition_penalty": 1}, logit_bias={})
+    for more in ({"frequency_penalty": 2}, {"presence_penalty": 2}, {"extra_body": {"repetition_penalty": 2}}):
+        assert text(**more) != plain
+    forced = complete(system, temperature=0, logit_bias={"65": 100}, max_tokens=5, logprobs=0)
+    assert len(set(forced.choices[0].logprobs.tokens)) == 1
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(system, logit_bias={"16000000": 1})
+    assert caught.value.param == "logit_bias"
+
+
+def test_echo_repeats_the_prompt_as_it_was_sent(system: System) -> None:
+    plain = complete(system, temperature=0).choices[0].text
+    assert complete(system, temperature=0, echo=True).choices[0].text == PROMPT + plain
+
+
 def test_token_ids_are_a_prompt(system: System) -> None:
     ids = [5, 6, 7, 8]
     one = complete(system, ids, temperature=0)

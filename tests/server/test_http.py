@@ -122,13 +122,58 @@ def test_sampling_values_reach_the_engine_as_they_were_sent(served: Served) -> N
         "/v1/chat/completions",
         CHAT
         | {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": 3, "max_completion_tokens": 9}
-        | {"stop": "x", "stop_token_ids": [5], "min_tokens": 2},
+        | {"stop": "x", "stop_token_ids": [5], "min_tokens": 2}
+        | {"repetition_penalty": 1.5, "presence_penalty": -1, "frequency_penalty": 2, "logit_bias": {"7": -100}},
     ).raise_for_status()
     _, sampling, stop = served.script.seen[-1]
     assert stop == ["x"]
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.25, 7, 0.125)
     assert (sampling.seed, sampling.max_tokens, sampling.min_tokens, sampling.logprobs) == (3, 9, 2, None)
     assert 5 in sampling.stop_ids
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.5, -1, 2)
+    assert sampling.logit_bias == {7: -100}
+
+
+def test_choices_have_indices_by_prompt_and_a_prompt_is_counted_once(served: Served) -> None:
+    api = client(served)
+    asked: Any = {"model": "tiny", "prompt": ["hi", "you"], "n": 3, "max_tokens": 40, "logprobs": 0}
+    whole = api.completions.create(**asked)
+    assert [(choice.index, choice.text) for choice in whole.choices] == [(index, ANSWER) for index in range(6)]
+    assert whole.usage is not None
+    made = len(ANSWER.encode()) + 1
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (5, 6 * made)
+    assert whole.usage.prompt_tokens_details.cached_tokens == 4  # type: ignore[union-attr]
+    assert [ids for ids, _, _ in served.script.seen] == [list(b"hi")] * 3 + [list(b"you")] * 3
+    order = []
+    texts, tokens = [""] * 6, [list[str]() for _ in range(6)]
+    for piece in api.completions.create(**asked, stream=True):
+        choice = piece.choices[0]
+        order.append(choice.index)
+        texts[choice.index] += choice.text
+        tokens[choice.index] += choice.logprobs.tokens if choice.logprobs else []
+    assert texts == [ANSWER] * 6
+    assert tokens == [choice.logprobs.tokens for choice in whole.choices]
+    assert order != sorted(order)  # they come side by side
+
+
+def test_every_choice_of_a_chat_stream_has_a_role_and_an_end(served: Served) -> None:
+    pieces = events(served.post("/v1/chat/completions", CHAT | {"stream": True, "n": 2}).text)[:-1]
+    for index in range(2):
+        own = [piece["choices"][0] for piece in pieces if piece["choices"][0]["index"] == index]
+        assert own[0]["delta"]["role"] == "assistant"
+        assert "".join(choice["delta"].get("content", "") for choice in own) == ANSWER
+        assert [choice["finish_reason"] for choice in own if choice["finish_reason"]] == ["stop"]
+
+
+@pytest.mark.parametrize("prompt", ["Grüße", list("Grüße".encode())])
+def test_echo_begins_every_choice_with_its_prompt(served: Served, prompt: Any) -> None:
+    api = client(served)
+    whole = api.completions.create(model="tiny", prompt=prompt, max_tokens=40, echo=True, n=2)
+    assert [choice.text for choice in whole.choices] == ["Grüße" + ANSWER] * 2
+    texts = ["", ""]
+    for piece in api.completions.create(model="tiny", prompt=prompt, max_tokens=40, echo=True, n=2, stream=True):
+        texts[piece.choices[0].index] += piece.choices[0].text
+    assert texts == ["Grüße" + ANSWER] * 2
 
 
 def test_models_are_listed_and_found_by_ids_with_slashes_and_colons(served: Served) -> None:

@@ -27,11 +27,6 @@ def text(**fields: Any) -> schema.CompletionRequest:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("logit_bias", {"1": 5}),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),
@@ -57,7 +52,7 @@ def test_what_is_not_done_is_refused_by_name(field: str, value: Any) -> None:
     assert field in caught.value.message
 
 
-@pytest.mark.parametrize(("field", "value"), [("echo", True), ("suffix", "x"), ("best_of", 2)])
+@pytest.mark.parametrize(("field", "value"), [("suffix", "x"), ("best_of", 2)])
 def test_what_completions_do_not_do_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(NotSupported) as caught:
         text(**{field: value})
@@ -71,9 +66,6 @@ def test_what_is_harmless_or_asks_for_nothing_is_taken() -> None:
         store=False,
         service_tier="auto",
         n=1,
-        presence_penalty=0,
-        frequency_penalty=0,
-        logit_bias={},
         tools=[],
         tool_choice="auto",
         response_format={"type": "text"},
@@ -105,7 +97,17 @@ def test_what_is_harmless_or_asks_for_nothing_is_taken() -> None:
         ("max_tokens", 0),
         ("max_tokens", 1 << 70),
         ("n", 0),
+        ("n", 17),
         ("n", 1 << 31),
+        ("n", 1.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 101),
+        ("presence_penalty", -2.1),
+        ("logit_bias", {"1": 100.5}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"word": 1}),
+        ("logit_bias", {"1": None}),
+        ("logit_bias", {str(id): 1 for id in range(301)}),
         ("stop", [""]),
         ("stop", ["x"] * 17),
         ("stop", ["x" * 1_000_000]),
@@ -178,6 +180,31 @@ def test_fields_that_contradict_each_other_are_refused() -> None:
         with pytest.raises(BadRequest) as caught:
             chat(**fields)
         assert caught.value.param == param
+
+
+def test_penalties_biases_and_choices_are_read() -> None:
+    request = chat(
+        n=16, presence_penalty=-2, frequency_penalty=2, repetition_penalty=1.1, logit_bias={"7": -100, "151935": 1.5}
+    )
+    assert (request.n, request.presence_penalty, request.frequency_penalty) == (16, -2, 2)
+    assert (request.repetition_penalty, request.logit_bias) == (1.1, {7: -100.0, 151935: 1.5})
+
+
+def test_echo_does_not_go_with_logprobs() -> None:
+    assert text(echo=True).echo
+    with pytest.raises(NotSupported, match="'echo' is not supported together with 'logprobs'") as caught:
+        text(echo=True, logprobs=0)
+    assert caught.value.param == "echo"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"), [({"prompt": ["a"] * 65}, "prompt"), ({"prompt": ["a"] * 5, "n": 13}, "n")]
+)
+def test_more_answers_than_go_in_one_request_are_refused(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest, match="at most 64 go in one request") as caught:
+        schema.prompts(text(**fields))
+    assert caught.value.param == param
+    assert len(schema.prompts(text(prompt=["a"] * 4, n=16))) == 4
 
 
 def test_all_four_forms_of_prompt_are_read() -> None:

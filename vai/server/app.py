@@ -6,7 +6,7 @@ Nothing here touches weights. `/v1/models` reads the registry alone and answers 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from importlib import metadata
 from pathlib import Path
@@ -137,7 +137,8 @@ class Routes:
         model = await self._open(asked.model)
         prompts = [await model.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
         sampling = _sampling(asked, model, asked.max_tokens or COMPLETION_TOKENS, asked.logprobs)
-        return await _respond(request, asked, model, prompts, sampling, TextAnswer)
+        echo = [text if isinstance(text, str) else model.decode(text) for text in given] if asked.echo else ()
+        return await _respond(request, asked, model, prompts, sampling, TextAnswer, echo)
 
     async def _open(self, name: str) -> Model:
         """The model of this name, loaded by the daemon first where it is not resident.
@@ -225,6 +226,10 @@ def _sampling(
         top_p=asked.top_p,
         top_k=0 if asked.top_k == -1 else asked.top_k,
         min_p=asked.min_p,
+        repetition_penalty=asked.repetition_penalty,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        logit_bias=asked.logit_bias,
         seed=asked.seed,
         max_tokens=max_tokens,
         min_tokens=asked.min_tokens,
@@ -241,17 +246,22 @@ async def _respond(
     prompts: list[list[int]],
     sampling: SamplingParams,
     kind: type[Answer],
+    echo: Sequence[str] = (),
 ) -> Response | EventStream:
-    """Generate for every prompt, and carry the answer to the client as it asked for it."""
+    """Generate every choice for every prompt, and carry the answer to the client as it asked for it."""
     options = asked.stream_options
     answer = kind(
         model,
         [len(prompt) for prompt in prompts],
+        n=asked.n or 1,
         logprobs=sampling.logprobs is not None,
         usage_chunk=bool(options and options.include_usage),
+        echo=echo,
     )
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-    deltas = interleave([model.stream(prompt, sampling, stop) for prompt in prompts])
+    deltas = interleave(
+        [stream for prompt in prompts for stream in model.choices(prompt, asked.n or 1, sampling, stop)]
+    )
     notes = request.scope["vai.notes"]
     if asked.stream:
         return EventStream(_frames(answer, deltas, notes))

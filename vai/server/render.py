@@ -6,6 +6,7 @@ import codecs
 import secrets
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,37 +35,57 @@ def _finite(logprob: float) -> float:
 
 @dataclass(slots=True)
 class _Choice:
-    """What has come for one prompt so far."""
+    """What has come of one answer so far. `opening`: the text that it begins with, before the model's."""
 
+    opening: str = ""
     text: list[str] = field(default_factory=list)
     finish: str | None = None
     tokens: int = 0
     cached: int = 0
     started: bool = False
+    places: list[schema.ChatLogprob] = field(default_factory=list)
+    columns: schema.CompletionLogprobs = field(default_factory=schema.CompletionLogprobs)
+    offset: _Offset = field(default_factory=lambda: _Offset())
 
 
 class Answer(ABC):
-    """One HTTP answer with a choice per prompt. Feed it every delta once, by `add` or by `chunk`, in order."""
+    """One HTTP answer with `n` choices per prompt. Feed it every delta once, by `add` or by `chunk`, in order.
+
+    The choices of prompt p have the indices [p n, p n + n), as in OpenAI's.
+    """
 
     prefix: str
 
-    def __init__(self, model: Model, prompt_tokens: list[int], *, logprobs: bool, usage_chunk: bool) -> None:
-        """`prompt_tokens`: length of each prompt. `usage_chunk`: the stream ends with a chunk that has the usage."""
+    def __init__(
+        self,
+        model: Model,
+        prompt_tokens: list[int],
+        *,
+        n: int = 1,
+        logprobs: bool,
+        usage_chunk: bool,
+        echo: Sequence[str] = (),
+    ) -> None:
+        """`prompt_tokens`: length of each prompt. `usage_chunk`: the stream ends with a chunk that has the usage.
+
+        `echo`: the text of each prompt, which its choices are to begin with; empty for none.
+        """
         self.id = f"{self.prefix}{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.model = model
         self.name = model.card.name
         self.fingerprint = f"vai-{model.card.digest[:12]}"
         self.prompt_tokens = sum(prompt_tokens)
-        self.choices = [_Choice() for _ in prompt_tokens]
+        self.n = n
+        self.choices = [_Choice(opening) for opening in echo or [""] * len(prompt_tokens) for _ in range(n)]
         self.with_logprobs = logprobs
         self.usage_chunk = usage_chunk
 
     @property
     def usage(self) -> schema.Usage:
-        """Tokens over all choices, so far."""
+        """Tokens over all choices, so far; those of a prompt count once, as its first choice found them."""
         made = sum(choice.tokens for choice in self.choices)
-        return schema.usage(self.prompt_tokens, made, sum(choice.cached for choice in self.choices))
+        return schema.usage(self.prompt_tokens, made, sum(choice.cached for choice in self.choices[:: self.n]))
 
     @property
     def finished(self) -> bool:
@@ -119,21 +140,18 @@ class ChatAnswer(Answer):
 
     prefix = "chatcmpl-"
 
-    def __init__(self, model: Model, prompt_tokens: list[int], *, logprobs: bool, usage_chunk: bool) -> None:
-        super().__init__(model, prompt_tokens, logprobs=logprobs, usage_chunk=usage_chunk)
-        self._logprobs: list[list[schema.ChatLogprob]] = [[] for _ in prompt_tokens]
-
     def add(self, index: int, delta: Delta) -> None:
-        self._take(index, delta).text.append(delta.text)
+        choice = self._take(index, delta)
+        choice.text.append(delta.text)
         if self.with_logprobs:
-            self._logprobs[index].extend(self._places(delta))
+            choice.places.extend(self._places(delta))
 
     def whole(self) -> bytes:
         choices = [
             schema.ChatChoice(
                 index,
                 schema.AnswerMessage("".join(choice.text)),
-                schema.ChatLogprobs(self._logprobs[index]) if self.with_logprobs else None,
+                schema.ChatLogprobs(choice.places) if self.with_logprobs else None,
                 choice.finish or "stop",
             )
             for index, choice in enumerate(self.choices)
@@ -186,22 +204,18 @@ class TextAnswer(Answer):
 
     prefix = "cmpl-"
 
-    def __init__(self, model: Model, prompt_tokens: list[int], *, logprobs: bool, usage_chunk: bool) -> None:
-        super().__init__(model, prompt_tokens, logprobs=logprobs, usage_chunk=usage_chunk)
-        self._logprobs = [schema.CompletionLogprobs() for _ in prompt_tokens]
-        self._offsets = [_Offset() for _ in prompt_tokens]
-
     def add(self, index: int, delta: Delta) -> None:
-        self._take(index, delta).text.append(delta.text)
+        choice = self._take(index, delta)
+        choice.text.append(delta.text)
         if self.with_logprobs:
-            self._extend(self._logprobs[index], index, delta)
+            self._extend(choice.columns, index, delta)
 
     def whole(self) -> bytes:
         choices = [
             schema.TextChoice(
                 index,
-                "".join(choice.text),
-                self._logprobs[index] if self.with_logprobs else None,
+                choice.opening + "".join(choice.text),
+                choice.columns if self.with_logprobs else None,
                 choice.finish or "stop",
             )
             for index, choice in enumerate(self.choices)
@@ -209,13 +223,15 @@ class TextAnswer(Answer):
         return encode(schema.Completion(self.id, self.created, self.name, self.fingerprint, choices, self.usage))
 
     def chunk(self, index: int, delta: Delta) -> bytes:
-        self._take(index, delta)
+        taken = self._take(index, delta)
         places = schema.CompletionLogprobs()
         if self.with_logprobs:
             self._extend(places, index, delta)
-        if not delta.text and not delta.token_ids and delta.finish is None:
+        text = delta.text if taken.started else taken.opening + delta.text
+        if not text and not delta.token_ids and delta.finish is None:
             return b""
-        choice = schema.TextChoice(index, delta.text, places if places.tokens else None, delta.finish)
+        taken.started = True
+        choice = schema.TextChoice(index, text, places if places.tokens else None, delta.finish)
         chunk = schema.Completion(
             self.id, self.created, self.name, self.fingerprint, [choice], usage=self._unknown_usage
         )
@@ -235,7 +251,7 @@ class TextAnswer(Answer):
                     for other, value in zip(logprob.top_ids, logprob.top_logprobs, strict=True)
                 }
             )
-            places.text_offset.append(self._offsets[index].before(raw))
+            places.text_offset.append(self.choices[index].offset.before(raw))
 
 
 def _spelled(raw: bytes) -> str:

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from vai.errors import BadRequest, NotSupported, VaiError
-from vai.request import MAX_LOGPROBS, MAX_STOP_IDS, TokenId
+from vai.request import MAX_CHOICES, MAX_LOGPROBS, MAX_STOP_IDS, LogitBias, Penalty, RepetitionPenalty, TokenId
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
@@ -32,7 +32,6 @@ Stop = (
     Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
     | Annotated[list[StopString], Meta(max_length=MAX_STOPS)]
 )
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,17 +55,17 @@ class Common(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     stop: Stop | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS // 2)] | None = None
     ignore_eos: bool | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    logit_bias: LogitBias | None = None
     # Harmless whatever they say.
     user: Harmless = None
     metadata: dict[str, str] | None = None
     safety_identifier: Harmless = None
     prompt_cache_key: Harmless = None
     # Taken with the value that asks for nothing, else refused: REFUSED below.
-    n: Annotated[int, Meta(ge=1, le=16384)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
-    logit_bias: dict[str, float] | None = None
     service_tier: Harmless = None
     skip_special_tokens: bool | None = None
     priority: int | None = None
@@ -132,7 +131,7 @@ class ChatRequest(Common, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 
 class CompletionRequest(Common, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """POST /v1/completions. `prompt` is one text, one list of token ids, or a list of either."""
+    """POST /v1/completions. `prompt` is one text, one list of token ids, or a list of either; `echo` repeats it."""
 
     prompt: str | Annotated[list[TokenId | str | list[TokenId]], Meta(min_length=1, max_length=1 << 22)]
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -163,12 +162,7 @@ def _empty(value: Any) -> bool:
 
 # Field -> whether its value asks for nothing. Whatever else is set is refused with code not_supported; null passes.
 _REFUSED: dict[str, Callable[[Any], bool]] = {
-    "n": _equal(1),
     "best_of": _equal(1),
-    "presence_penalty": _equal(0),
-    "frequency_penalty": _equal(0),
-    "repetition_penalty": _equal(1),
-    "logit_bias": _empty,
     "service_tier": _one_of("auto", "default"),
     "skip_special_tokens": _equal(True),
     "priority": _equal(0),
@@ -189,7 +183,6 @@ _REFUSED: dict[str, Callable[[Any], bool]] = {
     "moderation": _null,
     "prompt_cache_options": _null,
     "prompt_cache_retention": _null,
-    "echo": _equal(False),
     "suffix": _empty,
 }
 _REFUSED_IN_MESSAGE: dict[str, Callable[[Any], bool]] = {
@@ -208,9 +201,9 @@ def _short(text: str) -> str:
 
 
 def _invalid(error: msgspec.ValidationError) -> BadRequest:
-    """msgspec's message ("Expected ... - at `$.a[0]`", "... unknown field `b`") as a sentence, its field as param."""
-    text, _, place = str(error).partition(" - at `$")
-    path = place.rstrip("`").lstrip(".")
+    """msgspec's message ("Expected ... - at `$.a[0]`" or "`key` in `$.a`") as a sentence, its field as param."""
+    text, _, place = str(error).partition(" - at `")
+    path = place.removeprefix("key` in `").removeprefix("$").rstrip("`").lstrip(".")
     _, marker, field = text.partition(" field `")
     if marker:
         name = _short(field.removesuffix("`"))
@@ -266,7 +259,10 @@ def decode_chat(body: bytes) -> ChatRequest:
 
 def decode_completion(body: bytes) -> CompletionRequest:
     """A completion request. Raises BadRequest or NotSupported."""
-    return _decode(_completion_decoder, body)
+    request = _decode(_completion_decoder, body)
+    if request.echo and request.logprobs is not None:
+        raise NotSupported("'echo' is not supported together with 'logprobs'; leave one of them out.", param="echo")
+    return request
 
 
 def plain_messages(messages: list[Message]) -> list[dict[str, str]]:
@@ -303,7 +299,18 @@ def _text(message: Message, prefix: str) -> str:
 
 def prompts(request: CompletionRequest) -> list[str | list[int]]:
     """The prompts of a completion request, each a text or token ids. Raises BadRequest."""
-    given = request.prompt
+    found = _prompts(request.prompt)
+    choices = len(found) * (request.n or 1)
+    if choices > MAX_PROMPTS:
+        raise BadRequest(
+            f"{len(found)} prompts with {request.n or 1} choices each are {choices} answers; at most {MAX_PROMPTS} go "
+            "in one request.",
+            param="prompt" if len(found) > MAX_PROMPTS else "n",
+        )
+    return found
+
+
+def _prompts(given: str | list[int | str | list[int]]) -> list[str | list[int]]:
     if isinstance(given, str):
         return [given]
     kinds = {type(item) for item in given}
@@ -311,8 +318,6 @@ def prompts(request: CompletionRequest) -> list[str | list[int]]:
         raise BadRequest("'prompt' mixes texts, token ids and lists; send one kind.", param="prompt")
     if int in kinds:
         return [[item for item in given if isinstance(item, int)]]
-    if len(given) > MAX_PROMPTS:
-        raise BadRequest(f"'prompt' has {len(given)} prompts; at most {MAX_PROMPTS} go in one request.", param="prompt")
     return [item for item in given if not isinstance(item, int)]
 
 
