@@ -54,10 +54,16 @@ float* Plan::place(Place p, int columns, bool outputs) const {
   return reinterpret_cast<float*>(area(p.offset, floats * sizeof(float)));
 }
 
+uint8_t* Plan::packed(size_t offset, int group, int columns, bool outputs) const {
+  require(columns % group == 0, "columns that are no whole groups");
+  return area(offset, size_t(capacity(outputs)) * packed_row_bytes(group, columns));
+}
+
 Matrix Plan::matrix(const Weight& w) const {
-  require(w.type >= 0 && w.type <= int(BlockType::kF32) && w.rows > 0 && w.columns > 0 && w.first >= 0 && w.step > 0, "a bad weight");
+  require(w.type >= 0 && w.type < kBlockTypes && w.rows > 0 && w.columns > 0 && w.first >= 0 && w.step > 0, "a bad weight");
   const Matrix m{data_ + w.offset, BlockType(w.type), w.columns, w.first, w.step};
-  require(!quantizes(m.type) || w.columns % kGroup == 0, "columns that are no whole groups");
+  const int group = layout(m.type).group;
+  require(group == 0 || w.columns % group == 0, "columns that are no whole groups");
   const size_t bytes = size_t((w.rows + 15) / 16) * m.row_bytes();
   require(w.offset <= data_bytes_ && bytes <= data_bytes_ - w.offset, "a weight outside the image");
   return m;
@@ -90,7 +96,7 @@ void Plan::embed(const Weight& table, Place out, Where where) {
 }
 
 void Plan::norm(Place x, int columns, std::optional<Vector> weight, float epsilon, std::optional<Place> out,
-                std::optional<size_t> packed, Where where) {
+                std::optional<size_t> packed32, std::optional<size_t> packed256, Where where) {
   NormArgs a{};
   a.x = place(x, columns, where.outputs);
   a.ldx = x.width;
@@ -99,21 +105,21 @@ void Plan::norm(Place x, int columns, std::optional<Vector> weight, float epsilo
   require(!weight || (weight->first == 0 && weight->step == 1), "a norm weight that is a part");
   a.epsilon = epsilon;
   if (out) a.out = place(*out, columns, where.outputs), a.ldo = out->width;
-  require(!packed || columns % kGroup == 0, "columns that are no whole groups");
-  if (packed) a.packed = area(*packed, size_t(capacity(where.outputs)) * size_t(columns / kGroup) * kRecordBytes);
+  if (packed32) a.packed32 = packed(*packed32, kGroup, columns, where.outputs);
+  if (packed256) a.packed256 = packed(*packed256, kWideGroup, columns, where.outputs);
   add(a, where);
 }
 
-void Plan::linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> packed,
+void Plan::linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records,
                   std::optional<Vector> bias, std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated,
                   Where where) {
   LinearArgs a{};
   a.weight = matrix(weight);
   require(blocks > 0 && weight.first + (blocks - 1) * weight.step + (gated ? 1 : 0) < (weight.rows + 15) / 16, "too many blocks");
-  const bool coded = quantizes(a.weight.type);
-  require(coded ? packed && !x : x && !packed, "the wrong kind of activations");
+  const int group = layout(a.weight.type).group;
+  require(group ? records && !x : x && !records, "the wrong kind of activations");
   if (x) a.x = place(*x, weight.columns, where.outputs), a.ldx = x->width;
-  if (packed) a.packed = area(*packed, size_t(capacity(where.outputs)) * size_t(weight.columns / kGroup) * kRecordBytes);
+  if (records) a.packed = packed(*records, group, weight.columns, where.outputs);
   if (bias) {
     a.bias = vector({bias->offset, bias->elements, bias->first + (gated ? 1 : 0), bias->step}, blocks);
     a.bias_first = bias->first;

@@ -80,9 +80,9 @@ class Plan {
   // fit is a mistake of the lowering: std::logic_error. `columns` count the values of a row that are read or written.
   void embed(const Weight& table, Place out, Where where);
   void norm(Place x, int columns, std::optional<Vector> weight, float epsilon, std::optional<Place> out,
-            std::optional<size_t> packed, Where where);
-  // Exactly one of `x` and `packed`, as the weight's type wants. `blocks`: output blocks of 16 columns.
-  void linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> packed, std::optional<Vector> bias,
+            std::optional<size_t> packed32, std::optional<size_t> packed256, Where where);
+  // Exactly one of `x` and `records`, as the weight's type wants. `blocks`: output blocks of 16 columns.
+  void linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records, std::optional<Vector> bias,
               std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated, Where where);
   void glu(Place gate, Place up, int columns, Place out, Where where);
   void angles(std::vector<double> frequencies, size_t out, Where where);
@@ -121,6 +121,7 @@ class Plan {
   int capacity(bool outputs) const { return outputs ? shape_.max_outputs : shape_.max_rows; }
   float* place(Place p, int columns, bool outputs) const;
   uint8_t* area(size_t offset, size_t bytes) const;
+  uint8_t* packed(size_t offset, int group, int columns, bool outputs) const;
   Matrix matrix(const Weight& weight) const;
   const float* vector(const Vector& v, int blocks) const;
   Pages pages(int group, int layer) const;

@@ -7,10 +7,13 @@ front of the operation under test. What is compared are bits; a NaN equals a NaN
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import itertools
 import platform
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -390,6 +393,227 @@ def test_a_caller_that_flushes_subnormals_does_not_pass_that_on(isa: str) -> Non
     thread.join()
     assert (np.abs(expected[4]) < 2.0**-126).all() and expected[4].any()
     same(got[0], expected)
+
+
+# ---------------------------------------------------------------- the other block types, with a twin of their own
+
+
+@dataclass
+class Coded:
+    """A quantized matrix in natural order: codes [N, K] and what scales them, as a checkpoint has it.
+
+    `d` and `m`: half-precision scales and minimums [N, groups]; `scales` and `minimums`: the integers of the K types,
+    [N, K / 32], in Q6_K [N, K / 16] and no minimums.
+    """
+
+    type: str
+    codes: NDArray[np.uint8]
+    d: NDArray[np.float16]
+    m: NDArray[np.float16]
+    scales: NDArray[np.int64]
+    minimums: NDArray[np.int64]
+
+    def tiles(self) -> bytes:
+        k = 256 if self.type.endswith("K") else 64
+        if self.type in ("Q4_1", "Q5_1"):
+            head = [pack_scales(self.d), pack_scales(self.m)]
+        elif self.type == "Q5_0":
+            head = [pack_scales(self.d)]
+        else:
+            head = [np.concatenate([bytes_of_rows(self.d, 1), bytes_of_rows(self.m, 1)], axis=2)]
+            if self.type == "Q6_K":
+                head.append(bytes_of_rows(self.scales.astype(np.int8), 16))
+            else:
+                low = (self.scales & 15) | (self.minimums & 15) << 4
+                pairs = ((self.scales >> 4) | (self.minimums >> 4) << 2).reshape(len(self.scales), -1, 2, 4)
+                above = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(self.scales), -1)
+                head += [bytes_of_rows(low.astype(np.uint8), 8), bytes_of_rows(above.astype(np.uint8), 4)]
+        codes = pad(self.codes, 16, k)
+        natural = codes.reshape(len(codes) // 16, 16, codes.shape[1] // k, k // 8, 2, 4) & 15
+        lines = [(natural[..., 0, :] | natural[..., 1, :] << 4).transpose(0, 2, 3, 1, 4)]
+        bits = {"5": 1, "6": 2}.get(self.type[1], 0)
+        if bits:
+            parts = 8 // bits  # of a byte: neighbours by four columns
+            high = codes.reshape(len(codes) // 16, 16, codes.shape[1] // k, k // parts // 4, parts, 4) >> 4
+            line = (high.astype(np.uint8) << (bits * np.arange(parts, dtype=np.uint8))[:, None]).sum(
+                axis=4, dtype=np.uint8
+            )
+            lines.append(line.transpose(0, 2, 3, 1, 4))
+        return np.concatenate([*head, *(each.reshape(*each.shape[:2], -1) for each in lines)], axis=2).tobytes()
+
+    def centre(self) -> int:
+        return {"Q5_0": 16, "Q6_K": 32}.get(self.type, 0)
+
+    def dequantized(self) -> Floats:
+        d, m = self.d.astype(np.float32), self.m.astype(np.float32)
+        codes = self.codes.astype(np.float32) - np.float32(self.centre())
+        if self.type.endswith("K"):
+            each = self.codes.shape[1] // self.scales.shape[1]
+            scale = np.repeat(d, 256 // each, axis=1) * self.scales.astype(np.float32)
+            y = np.repeat(scale, each, axis=1) * codes
+            if self.type == "Q6_K":
+                return y
+            return y - np.repeat(np.repeat(m, 8, axis=1) * self.minimums.astype(np.float32), 32, axis=1)
+        y = codes * np.repeat(d, 32, axis=1)
+        return y if self.type == "Q5_0" else y + np.repeat(m, 32, axis=1)
+
+    @np.errstate(all="ignore")
+    def times(self, x: Floats) -> Floats:
+        """x [M, K] times this transposed, in the exact kind, group by group."""
+        group = 256 if self.type.endswith("K") else 32
+        q, da = quantized_activations(x, group)
+        d, m = self.d.astype(np.float32), self.m.astype(np.float32)
+        acc = np.zeros((len(x), len(self.codes)), np.float32)
+        codes = self.codes.astype(np.int64) - self.centre()
+        for g in range(x.shape[1] // group):
+            at = slice(g * group, (g + 1) * group)
+            dda, mda = d[:, g] * da[:, g, None], m[:, g] * da[:, g, None]
+            if group == 32:
+                product = (q[:, at] @ codes[:, at].T).astype(np.float32) * dda
+                if self.type != "Q5_0":
+                    product = product + q[:, at].sum(axis=1).astype(np.float32)[:, None] * mda
+            else:
+                each = self.codes.shape[1] // self.scales.shape[1]
+                own = slice(g * 256 // each, (g + 1) * 256 // each)
+                scaled = codes[:, at] * np.repeat(self.scales[:, own], each, axis=1)
+                total = q[:, at] @ scaled.T
+                assert (np.abs(total) < 1 << 31).all()
+                product = total.astype(np.float32) * dda
+                if self.type != "Q6_K":
+                    offset = q[:, at].reshape(len(x), 8, 32).sum(axis=2) @ self.minimums[:, own].T
+                    product = product - offset.astype(np.float32) * mda
+            acc = acc + product
+        return acc
+
+
+def bytes_of_rows(values: NDArray[Any], each: int) -> NDArray[np.uint8]:
+    """[N, blocks * each] values as [N / 16, blocks, bytes]: `each` runs of 16 rows' values."""
+    values = pad(values, 16, each)
+    blocks = values.reshape(len(values) // 16, 16, values.shape[1] // each, each).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(blocks).view(np.uint8).reshape(*blocks.shape[:2], -1)
+
+
+@np.errstate(all="ignore")
+def quantized_activations(x: Floats, group: int) -> tuple[NDArray[np.int64], Floats]:
+    groups = x.reshape(len(x), -1, group)
+    am = np.abs(groups).max(axis=2)
+    usable = np.isfinite(am) & (am >= np.float32(2.0**-100))
+    q = np.rint(groups * (np.float32(127) / np.where(usable, am, np.float32(1)))[..., None])
+    q = np.where(usable[..., None], q, 0).astype(np.int64).reshape(x.shape)
+    nothing = np.where(np.isfinite(am), np.float32(0), np.float32(np.nan))
+    return q, np.where(usable, am / np.float32(127), nothing)
+
+
+def random_codes(rng: np.random.Generator, type: str, rows: int, columns: int, *, extreme: bool = False) -> Coded:
+    """Every code and scale; or the largest of all, which overflow wherever anything may."""
+    group = 256 if type.endswith("K") else 32
+    halves = (rng.standard_normal((2, rows, columns // group)) * 0.05).astype(np.float16)
+    halves[:, 0, 0] = 2.0**-24
+    halves[:, -1, -1] = 0
+    if type in ("Q5_0", "Q6_K"):
+        halves[1] = 0
+    codes = rng.integers(0, 1 << int(type[1]), (rows, columns)).astype(np.uint8)
+    lowest, highest, each = (-128, 127, 16) if type == "Q6_K" else (0, 63, 32)
+    scales, minimums = rng.integers(lowest, highest + 1, (2, rows, columns // each))
+    if extreme:
+        codes[::2], codes[1::2] = (1 << int(type[1])) - 1, 0
+        scales[:], minimums[:] = lowest or highest, highest
+    return Coded(type, codes, *halves, scales, minimums)
+
+
+CODED = ("Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1")
+
+
+@pytest.mark.parametrize("type", CODED)
+def test_other_blocks_give_their_twin_s_bits_in_any_company_on_any_threads(
+    isa: str, pools: list[table.Workers], type: str
+) -> None:
+    rng = np.random.default_rng(20)
+    x, w, residual = awkward(rng, ROWS, 512), random_codes(rng, type, 100, 512), rng.standard_normal((ROWS, 100))
+    rom = Rom(
+        activations("x.weight", x)
+        | one("w.weight", type, 100, 512, w.tiles())
+        | activations("r.weight", residual.astype(np.float32))
+    )
+    ops = [Embed("x", "x.weight"), Embed("r", "r.weight"), Linear("y", "x", "w.weight", residual="r")]
+    prog = program(rom, ops, "y")
+    expected = w.times(x) + residual.astype(np.float32)
+    assert np.isnan(expected[6:9]).any(axis=1).all()
+    for workers in pools:
+        plan = native(rom, prog, isa, workers)
+        for rows in range(1, ROWS + 1):
+            tokens = (np.arange(rows) * 7 + rows) % ROWS
+            same(plan.forward(step(tokens), EMPTY), expected[tokens])
+
+
+@pytest.mark.parametrize("type", CODED)
+@pytest.mark.parametrize(("rows", "columns"), [(20, 768), (33, 1536), (18, 8960), (5, 11008), (1, 256), (70, 96)])
+def test_other_blocks_at_real_depths_and_tails(
+    isa: str, pools: list[table.Workers], type: str, rows: int, columns: int
+) -> None:
+    if columns % 256 and type.endswith("K"):
+        columns = 4864
+    rng = np.random.default_rng(columns)
+    x, w = awkward(rng, 40, columns), random_codes(rng, type, rows, columns)
+    rom = Rom(activations("x.weight", x) | one("w.weight", type, rows, columns, w.tiles()))
+    prog = program(rom, [Embed("x", "x.weight"), Linear("y", "x", "w.weight")], "y")
+    same(native(rom, prog, isa, pools[1]).forward(step(range(40)), EMPTY), w.times(x))
+
+
+@pytest.mark.parametrize("type", CODED)
+def test_the_largest_sums_do_not_overflow(isa: str, pools: list[table.Workers], type: str) -> None:
+    rng = np.random.default_rng(21)
+    x = np.where(rng.integers(0, 2, (ROWS, 512)) > 0, np.float32(1), np.float32(-1))
+    x[0], x[1] = 1, -1
+    w = random_codes(rng, type, 32, 512, extreme=True)
+    rom = Rom(activations("x.weight", x) | one("w.weight", type, 32, 512, w.tiles()))
+    prog = program(rom, [Embed("x", "x.weight"), Linear("y", "x", "w.weight")], "y")
+    plan = native(rom, prog, isa, pools[1])
+    for rows in (1, ROWS):
+        same(plan.forward(step(range(rows)), EMPTY), w.times(x)[:rows])
+
+
+@pytest.mark.parametrize("type", CODED)
+def test_embedding_rows_of_other_blocks_are_dequantized(isa: str, pools: list[table.Workers], type: str) -> None:
+    rng = np.random.default_rng(22)
+    columns = 512 if type.endswith("K") else 160
+    w = random_codes(rng, type, 50, columns)
+    rom = Rom(one("e.weight", type, 50, columns, w.tiles()))
+    prog = program(rom, [Embed("x", "e.weight"), Rows("y", "x")], "y")
+    tokens = np.array([0, 49, 17, 15, 16, 3])
+    same(native(rom, prog, isa, pools[1]).forward(step(tokens), EMPTY), w.dequantized()[tokens])
+
+
+def test_a_norm_serves_readers_of_every_group_and_of_floats(isa: str, pools: list[table.Workers]) -> None:
+    rng = np.random.default_rng(23)
+    x, gain = awkward(rng, ROWS, 768), rng.standard_normal(768).astype(np.float32)
+    wide, narrow = random_codes(rng, "Q6_K", 64, 768), random_codes(rng, "Q4_1", 64, 768)
+    floats = (
+        activations("x.weight", x)
+        | vector("n.weight", gain)
+        | one("float.weight", "F32", 64, 768, random_matrix(rng, "F32", 64, 768))
+    )
+    plain = Rom(floats)
+    rom = Rom(
+        floats
+        | one("wide.weight", "Q6_K", 64, 768, wide.tiles())
+        | one("narrow.weight", "Q4_1", 64, 768, narrow.tiles())
+    )
+    norm = [Embed("x", "x.weight"), RmsNorm("n", "x", "n.weight", 1e-6)]
+    readers = {name: Linear(name, "n", f"{name}.weight") for name in ("wide", "narrow", "float")}
+    normal = reference_of(plain, program(plain, norm, "n"), step(range(ROWS)))
+    product = {
+        "wide": wide.times(normal),
+        "narrow": narrow.times(normal),
+        "float": reference_of(plain, program(plain, [*norm, readers["float"]], "float"), step(range(ROWS))),
+    }
+    for first, second in itertools.permutations(readers, 2):
+        last = dataclasses.replace(readers[second], residual=first)
+        prog = program(rom, [*norm, readers[first], last], second)
+        plan = native(rom, prog, isa, pools[1])
+        assert not any(line.startswith("quantize") for line in plan.lines())  # the norm makes every record
+        with np.errstate(all="ignore"):
+            same(plan.forward(step(range(ROWS)), EMPTY), product[second] + product[first])
 
 
 # ---------------------------------------------------------------- with pages

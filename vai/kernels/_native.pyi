@@ -42,7 +42,8 @@ class Plan:
         weight: Vector | None,
         epsilon: float,
         out: Place | None,
-        packed: int | None,
+        packed32: int | None,
+        packed256: int | None,
         where: Where,
     ) -> None: ...
     def linear(

@@ -21,9 +21,13 @@ from vai.rom.image import BLOCK_TYPES, VECTOR, Part, StoredTensor, TensorTable
 
 BLOCK_ROWS = 16
 LINE = 64  # every slot begins on a cache line
-GROUP = 32  # columns that share one activation scale
-RECORD_BYTES = 40  # a quantized group: its codes, scale and sum
-TYPE_CODES = {name: code for code, name in enumerate(("Q4_0", "Q8_0", "F16", "BF16", "F32"))}
+RECORD_BYTES = {32: 40, 256: 308}  # of a group of columns that share an activation scale: codes, scale and sums
+TYPE_CODES = {
+    name: code
+    for code, name in enumerate(
+        ("Q4_0", "Q8_0", "F16", "BF16", "F32", "Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1"),
+    )
+}
 
 
 class Weights(Protocol):
@@ -194,7 +198,7 @@ class _Fuser:
         self._table = table
         self._shape = shape
         self._views: dict[str, _View] = {}
-        self._packed: dict[str, _Slot] = {}
+        self._packed: dict[tuple[str, int], _Slot] = {}  # of a value, in groups of so many columns
         self._angles: dict[tuple[float, ...], _Slot] = {}
         self._scratch: _Slot | None = None
         self._done: set[int] = set()
@@ -261,14 +265,14 @@ class _Fuser:
     def _norm(self, index: int, op: RmsNorm) -> None:
         x = self._views[op.x]
         weight = self._vector(op.weight, x.columns)
-        coded = [reader for reader in self._readers.get(op.output, []) if self._quantizes(reader, op.output)]
+        groups = {self._group(reader, op.output) for reader in self._readers.get(op.output, [])}
         views = {"x": x}
-        if len(coded) < len(self._readers.get(op.output, [])):
+        if 0 in groups:
             views["out"] = self._new(op.output, x.columns, outputs=x.outputs)
         areas = {}
-        if coded:
-            areas["packed"] = self._packed[op.output] = self._packed_slot(x.columns, x.outputs)
-            self._views.setdefault(op.output, _View(areas["packed"], 0, 0, x.columns, x.outputs))
+        for group in sorted(groups - {0}):
+            slot = areas[f"packed{group}"] = self._packed_slot(op.output, group, x)
+            self._views.setdefault(op.output, _View(slot, 0, 0, x.columns, x.outputs))
         self._add(
             "norm",
             [index],
@@ -461,8 +465,9 @@ class _Fuser:
         self._done.update(lines)
         view = self._views[x]
         areas = {}
-        if BLOCK_TYPES[stored.type].group:
-            areas["packed"] = self._quantized(lines[0], x)
+        group = BLOCK_TYPES[stored.type].group
+        if group:
+            areas["packed"] = self._quantized(lines[0], x, group)
         else:
             views = {**views, "x": view}
         image_bytes = stored.bytes // (stored.rows // BLOCK_ROWS) * read_blocks + (64 * read_blocks if bias else 0)
@@ -479,13 +484,15 @@ class _Fuser:
             image_bytes=image_bytes,
         )
 
-    def _quantized(self, index: int, value: str) -> _Slot:
-        """The packed codes of a value; made here where its norm did not make them."""
-        if value not in self._packed:
+    def _quantized(self, index: int, value: str, group: int) -> _Slot:
+        """The packed codes of a value in groups of `group` columns; made here where its norm did not make them."""
+        packed = self._packed.get((value, group))
+        if packed is None:
             x = self._views[value]
-            packed = self._packed[value] = self._packed_slot(x.columns, x.outputs)
-            self._add("quantize", [index], x, views={"x": x}, areas={"packed": packed}, text=f"{x.columns}")
-        return self._packed[value]
+            packed = self._packed_slot(value, group, x)
+            areas = {f"packed{group}": packed}
+            self._add("quantize", [index], x, views={"x": x}, areas=areas, text=f"{x.columns} by {group}")
+        return packed
 
     def _siblings(self, index: int, op: Linear, parts: tuple[Part, ...]) -> list[tuple[int, Linear]] | None:
         """The Linear operations from `index` on that read what `op` reads and nothing else, one for each part in order.
@@ -541,12 +548,12 @@ class _Fuser:
             and residual.outputs == self._views[op.x].outputs
         )
 
-    def _quantizes(self, reader: int, value: str) -> bool:
-        """Whether operation `reader` reads `value` as quantized codes and in no other way."""
+    def _group(self, reader: int, value: str) -> int:
+        """The group in which operation `reader` reads `value` as quantized codes; 0 if it reads it in another way."""
         op = self._program.ops[reader] if reader < len(self._program.ops) else None
         if not isinstance(op, Linear) or op.x != value or value in (op.addend, op.residual):
-            return False
-        return bool(BLOCK_TYPES[self._matrix(op.weight)[0].type].group)
+            return 0
+        return BLOCK_TYPES[self._matrix(op.weight)[0].type].group
 
     def _matrix(self, name: str) -> tuple[StoredTensor, Part, _native.Weight]:
         stored, part = self._table.find(name)
@@ -575,8 +582,10 @@ class _Fuser:
     def _count(self, outputs: bool) -> int:
         return self._shape.outputs if outputs else self._shape.rows
 
-    def _packed_slot(self, columns: int, outputs: bool) -> _Slot:
-        return _Slot(self._count(outputs) * (columns // GROUP) * RECORD_BYTES)
+    def _packed_slot(self, value: str, group: int, x: _View) -> _Slot:
+        slot = _Slot(self._count(x.outputs) * (x.columns // group) * RECORD_BYTES[group])
+        self._packed[value, group] = slot
+        return slot
 
     def _new(self, value: str, columns: int, *, outputs: bool) -> _View:
         """A slot of its own for a value; rows are padded to whole blocks, which linear operations write."""
@@ -696,7 +705,8 @@ def _emit(native: _native.Plan, made: _Instruction) -> None:
                 weight=made.vector,
                 epsilon=epsilon,
                 out=place.get("out"),
-                packed=area.get("packed"),
+                packed32=area.get("packed32"),
+                packed256=area.get("packed256"),
                 where=where,
             )
         case "linear" | "gated" if made.weight:

@@ -9,22 +9,45 @@
 
 namespace vai {
 
-enum class BlockType : int { kQ4_0, kQ8_0, kF16, kBF16, kF32 };
+enum class BlockType : int { kQ4_0, kQ8_0, kF16, kBF16, kF32, kQ4_K, kQ5_K, kQ6_K, kQ4_1, kQ5_0, kQ5_1 };
+constexpr int kBlockTypes = 11;
 enum class KvType : int { kBf16, kF32 };
 
 constexpr int kPageTokens = 32;
 constexpr int kAttentionChunk = 1024;
-constexpr int kGroup = 32;        // columns that share one activation scale
-constexpr int kRecordBytes = 40;  // one row's group: 32 codes, the scale (binary32), the sum of the codes (int32)
 constexpr int kAttentionQueries = 4;  // queries that share one reading of K and V
 
-constexpr int block_columns(BlockType t) {
-  return t == BlockType::kF32 ? 16 : t == BlockType::kF16 || t == BlockType::kBF16 ? 32 : 64;
+// Activations are quantized in groups of 32 columns, or of 256 for the K types.
+constexpr int kGroup = 32, kWideGroup = 256;
+
+// One block of 16 rows; every part is lines of 64 bytes, 4 for each row.
+struct Layout {
+  int columns, bytes;
+  int group;        // columns that share one activation scale; 0: the activations are floats
+  int bits;         // of a code
+  int lines, high;  // where the lines of codes (of their low four bits) begin, and those of the bits above
+};
+
+constexpr Layout layout(BlockType t) {
+  switch (t) {
+    case BlockType::kQ4_0: return {64, 576, kGroup, 4, 64, 0};
+    case BlockType::kQ4_1: return {64, 640, kGroup, 4, 128, 0};
+    case BlockType::kQ5_0: return {64, 704, kGroup, 5, 64, 576};
+    case BlockType::kQ5_1: return {64, 768, kGroup, 5, 128, 640};
+    case BlockType::kQ8_0: return {64, 1088, kGroup, 8, 64, 0};
+    case BlockType::kQ4_K: return {256, 2304, kWideGroup, 4, 256, 0};
+    case BlockType::kQ5_K: return {256, 2816, kWideGroup, 5, 256, 2304};
+    case BlockType::kQ6_K: return {256, 3392, kWideGroup, 6, 320, 2368};
+    case BlockType::kF16:
+    case BlockType::kBF16: return {32, 1024, 0, 16, 0, 0};
+    case BlockType::kF32: return {16, 1024, 0, 32, 0, 0};
+  }
+  return {};
 }
-constexpr int block_bytes(BlockType t) {
-  return t == BlockType::kQ4_0 ? 576 : t == BlockType::kQ8_0 ? 1088 : 1024;
-}
-constexpr bool quantizes(BlockType t) { return t == BlockType::kQ4_0 || t == BlockType::kQ8_0; }
+
+// One row's group, as NormArgs says. 32: codes, scale, sum. 256: codes, scale, sums of 32 and of 16 columns.
+constexpr int record_bytes(int group) { return group == kWideGroup ? 256 + 4 + 8 * 2 + 16 * 2 : 32 + 4 + 4; }
+constexpr size_t packed_row_bytes(int group, int columns) { return size_t(columns / group) * size_t(record_bytes(group)); }
 
 // A matrix of 16-row blocks in the ROM; block i of the operation is stored block first + i * step.
 struct Matrix {
@@ -34,7 +57,8 @@ struct Matrix {
   int first, step;
 
   size_t row_bytes() const {  // of one row of blocks
-    return size_t((columns + block_columns(type) - 1) / block_columns(type)) * size_t(block_bytes(type));
+    const Layout k = layout(type);
+    return size_t((columns + k.columns - 1) / k.columns) * size_t(k.bytes);
   }
   const uint8_t* block(int i) const { return data + size_t(first + i * step) * row_bytes(); }
 };
@@ -47,8 +71,10 @@ struct EmbedArgs {
 };
 void embed(const EmbedArgs&, int begin, int end);
 
-// Quantized rows, packed for linear: rows in groups of `row_block`, R = the group's rows; per 32 columns R x 32 codes,
-// R scales, R sums. With a null `weight` the rows are quantized as they are.
+// Quantized rows, packed for linear: rows in blocks of `row_block`, R = the block's rows.
+// packed32: per 32 columns R x 32 codes, R scales (binary32), R sums of the codes (int32).
+// packed256: per 256 columns 8 x R x 32 codes, R scales, 4 x R pairs of sums of 32 columns, 8 x R pairs of sums of 16
+// columns (pairs of int16, neighbours in column order). With a null `weight` the rows are quantized as they are.
 struct NormArgs {
   const float* x;
   size_t ldx;
@@ -57,14 +83,14 @@ struct NormArgs {
   float epsilon;
   float* out;  // may be null
   size_t ldo;
-  uint8_t* packed;  // may be null
+  uint8_t *packed32, *packed256;  // may be null
   int row_block;
 };
 
 struct LinearArgs {
   Matrix weight;
   int rows;
-  const uint8_t* packed;  // for the types that quantize
+  const uint8_t* packed;  // for the types that quantize, in groups as wide as theirs
   const float* x;         // for the float types
   size_t ldx;
   const float* bias;  // may be null; output block i has bias block bias_first + i * bias_step

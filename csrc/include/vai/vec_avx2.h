@@ -9,6 +9,7 @@
 
 // Loops over the registers of a tile: unrolled, or the registers become memory.
 #define VAI_UNROLL _Pragma("GCC unroll 16")
+#define VAI_ROLLED _Pragma("GCC unroll 1")
 
 namespace vai {
 namespace {
@@ -45,6 +46,14 @@ struct Avx2Vec {
   static I iset1(int32_t x) { return _mm256_set1_epi32(x); }
   static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
   static I iand(I a, I b) { return _mm256_and_si256(a, b); }
+  static I ior(I a, I b) { return _mm256_or_si256(a, b); }
+  static I isub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I load_line(const void* p) { return _mm256_loadu_si256((const I*)p); }
+  static void store_line(void* p, I a) { _mm256_storeu_si256((I*)p, a); }
+  template <int n>
+  static I shifted(I a) {
+    return n >= 0 ? _mm256_slli_epi32(a, n) : _mm256_srli_epi32(a, -n);
+  }
   static I imax(I a, I b) { return _mm256_max_epi32(a, b); }
   static I to_exponent(I a) { return _mm256_slli_epi32(a, 23); }
   static I to_int(F a) { return _mm256_cvtps_epi32(a); }
@@ -82,6 +91,14 @@ struct Avx2Vec {
     const I mask = _mm256_set1_epi8(15), x = _mm256_loadu_si256((const I*)p);
     return {_mm256_and_si256(x, mask), _mm256_and_si256(_mm256_srli_epi16(x, 4), mask)};
   }
+  template <int kLow, int kHigh, int kMask>
+  static Nibbles join(const Nibbles& w, I above) {
+    const I mask = _mm256_set1_epi8(kMask);
+    return {_mm256_or_si256(w.low, _mm256_and_si256(shifted<kLow>(above), mask)),
+            _mm256_or_si256(w.high, _mm256_and_si256(shifted<kHigh>(above), mask))};
+  }
+  // What still fits: 31*127*8 = 31496 for a sum of 16 columns, 63*127*4 = 32004 for one of 8.
+  static constexpr int dot4_columns(int bits) { return bits == 4 ? 32 : bits == 5 ? 16 : 8; }
   static Dot4 dot4_begin(int32_t) { return _mm256_setzero_si256(); }
   static Dot4 dot4(Dot4 acc, const Nibbles& w, const int8_t* a) {
     acc = add_words(acc, _mm256_maddubs_epi16(w.low, _mm256_set1_epi32(load_as<int32_t>(a))));
@@ -96,6 +113,20 @@ struct Avx2Vec {
     return _mm256_add_epi32(_mm256_madd_epi16(acc, _mm256_set1_epi16(1)), _mm256_set1_epi32(correction));
   }
 
+  static I dot4_times(I total, Dot4 dot, I factor) { return add_dwords(total, _mm256_madd_epi16(dot, factor)); }
+  static I factor(const int8_t* p) { return pairs(p, p); }
+  static I pairs(const int8_t* even, const int8_t* odd) {
+    const __m128i e = _mm_loadl_epi64((const __m128i*)even), o = _mm_loadl_epi64((const __m128i*)odd);
+    return _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(e, o));
+  }
+  static I dot_pairs(I total, I pairs, int32_t sums) {
+    return add_dwords(total, _mm256_madd_epi16(pairs, _mm256_set1_epi32(sums)));
+  }
+  static I add_dwords(I acc, I x) {
+    asm("vpaddd %1, %0, %0" : "+x"(acc) : "x"(x));
+    return acc;
+  }
+
   // |w| x sign(a, w): 2*128*127 = 32512 fits 16 bits; sign(w, a) would be wrong for w = -128.
   using Dot8 = I;
   struct Bytes { I magnitude, value; };
@@ -107,8 +138,7 @@ struct Avx2Vec {
   static Dot8 dot8(Dot8 acc, const Bytes& w, const int8_t* a) {
     const I pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(_mm256_set1_epi32(load_as<int32_t>(a)), w.value));
     const I sums = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    asm("vpaddd %1, %0, %0" : "+x"(acc) : "x"(sums));  // in place, as above
-    return acc;
+    return add_dwords(acc, sums);
   }
   static I dot8_end(Dot8 acc) { return acc; }
 

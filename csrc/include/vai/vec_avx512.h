@@ -9,6 +9,7 @@
 
 // Loops over the registers of a tile: unrolled, or the registers become memory.
 #define VAI_UNROLL _Pragma("GCC unroll 16")
+#define VAI_ROLLED _Pragma("GCC unroll 1")
 
 namespace vai {
 namespace {
@@ -50,6 +51,15 @@ struct Avx512Vec {
   static I iset1(int32_t x) { return _mm512_set1_epi32(x); }
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static I iand(I a, I b) { return _mm512_and_si512(a, b); }
+  static I ior(I a, I b) { return _mm512_or_si512(a, b); }
+  static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I load_line(const void* p) { return _mm512_loadu_si512(p); }
+  static void store_line(void* p, I a) { _mm512_storeu_si512(p, a); }
+  template <int n>
+  static I shifted(I a) {
+    if constexpr (n >= 0) return _mm512_slli_epi32(a, n);
+    return _mm512_srli_epi32(a, n < 0 ? -n : 0);
+  }
   static I imax(I a, I b) { return _mm512_max_epi32(a, b); }
   static I to_exponent(I a) { return _mm512_slli_epi32(a, 23); }
   static I to_int(F a) { return _mm512_cvtps_epi32(a); }
@@ -81,12 +91,26 @@ struct Avx512Vec {
     const I mask = _mm512_set1_epi8(15), x = _mm512_loadu_si512(p);
     return {_mm512_and_si512(x, mask), _mm512_and_si512(_mm512_srli_epi16(x, 4), mask)};
   }
+  template <int kLow, int kHigh, int kMask>
+  static Nibbles join(const Nibbles& w, I above) {  // the ternary function is a | (b & c)
+    const I mask = _mm512_set1_epi8(kMask);
+    return {_mm512_ternarylogic_epi32(w.low, shifted<kLow>(above), mask, 0xf8),
+            _mm512_ternarylogic_epi32(w.high, shifted<kHigh>(above), mask, 0xf8)};
+  }
+  static constexpr int dot4_columns(int) { return 32; }
   static Dot4 dot4_begin(int32_t correction) { return _mm512_set1_epi32(correction); }
   static Dot4 dot4(Dot4 acc, const Nibbles& w, const int8_t* a) {
     acc = _mm512_dpbusd_epi32(acc, w.low, _mm512_set1_epi32(load_as<int32_t>(a)));
     return _mm512_dpbusd_epi32(acc, w.high, _mm512_set1_epi32(load_as<int32_t>(a + 4)));
   }
   static I dot4_end(Dot4 acc, int32_t) { return acc; }
+  static I dot4_times(I total, Dot4 dot, I factor) { return _mm512_add_epi32(total, _mm512_mullo_epi32(dot, factor)); }
+  static I factor(const int8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+  static I pairs(const int8_t* even, const int8_t* odd) {
+    const __m128i e = _mm_loadu_si128((const __m128i*)even), o = _mm_loadu_si128((const __m128i*)odd);
+    return _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(e, o), _mm_unpacklo_epi8(e, o)));
+  }
+  static I dot_pairs(I total, I pairs, int32_t sums) { return _mm512_dpwssd_epi32(total, pairs, _mm512_set1_epi32(sums)); }
 
   using Dot8 = I;
   using Bytes = I;

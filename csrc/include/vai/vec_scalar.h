@@ -12,6 +12,7 @@
 #include "vai/scalar_types.h"
 
 #define VAI_UNROLL  // its registers are memory anyway
+#define VAI_ROLLED
 
 namespace vai {
 namespace {
@@ -52,6 +53,13 @@ struct ScalarVec {
   static I iset1(int32_t x) { VAI_LANES(I, x); }
   static I iadd(I a, I b) { VAI_LANES(I, int32_t(uint32_t(a.v[i]) + uint32_t(b.v[i]))); }
   static I iand(I a, I b) { VAI_LANES(I, a.v[i] & b.v[i]); }
+  static I ior(I a, I b) { VAI_LANES(I, a.v[i] | b.v[i]); }
+  static I isub(I a, I b) { VAI_LANES(I, int32_t(uint32_t(a.v[i]) - uint32_t(b.v[i]))); }
+  static I load_line(const void* p) { return load_as<I>(p); }
+  static void store_line(void* p, I a) { std::memcpy(p, &a, sizeof a); }
+  // Every lane to the left, or with a negative n to the right, zeros following.
+  template <int n>
+  static I shifted(I a) { VAI_LANES(I, int32_t(n >= 0 ? uint32_t(a.v[i]) << (n & 31) : uint32_t(a.v[i]) >> (-n & 31))); }
   static I imax(I a, I b) { VAI_LANES(I, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
   static I to_exponent(I a) { VAI_LANES(I, int32_t(uint32_t(a.v[i]) << 23)); }
   static I to_int(F a) { VAI_LANES(I, int32_t(a.v[i])); }  // of integral values in range
@@ -80,11 +88,22 @@ struct ScalarVec {
   // Sums of weight code x activation over one group of 32 k. `correction` undoes the codes' offset.
   using Dot4 = I;
   struct Nibbles { uint8_t low[64], high[64]; };
+  struct Bytes { uint8_t v[64]; };
   static Nibbles nibbles(const uint8_t* p) {
     Nibbles n;
     for (int i = 0; i < 64; ++i) n.low[i] = p[i] & 15, n.high[i] = p[i] >> 4;
     return n;
   }
+  // With the bits above the fourth: those of `above` moved by kLow and kHigh, under kMask.
+  template <int kLow, int kHigh, int kMask>
+  static Nibbles join(const Nibbles& w, I above) {
+    const auto low = load_as<Bytes>(shifted<kLow>(above).v), high = load_as<Bytes>(shifted<kHigh>(above).v);
+    Nibbles n = w;
+    for (int i = 0; i < 64; ++i) n.low[i] |= low.v[i] & kMask, n.high[i] |= high.v[i] & kMask;
+    return n;
+  }
+  // Columns whose products with codes of so many bits a Dot4 can hold.
+  static constexpr int dot4_columns(int) { return 32; }
   static Dot4 dot4_begin(int32_t correction) { return iset1(correction); }
   static Dot4 dot4(Dot4 acc, const Nibbles& w, const int8_t* a) {
     for (int i = 0; i < 16; ++i)
@@ -92,9 +111,21 @@ struct ScalarVec {
     return acc;
   }
   static I dot4_end(Dot4 acc, int32_t) { return acc; }
+  // total + dot * factor, the factors being signed bytes, one for each row.
+  static I dot4_times(I total, Dot4 dot, I factor) { VAI_LANES(I, total.v[i] + dot.v[i] * factor.v[i]); }
+  static I factor(const int8_t* p) { VAI_LANES(I, p[i]); }
+  // Two signed bytes of each row, for sums of activations in pairs of int16: total + even * first sum + odd * second sum.
+  struct Pairs { int8_t even[16], odd[16]; };
+  static Pairs pairs(const int8_t* even, const int8_t* odd) {
+    Pairs p;
+    for (int i = 0; i < 16; ++i) p.even[i] = even[i], p.odd[i] = odd[i];
+    return p;
+  }
+  static I dot_pairs(I total, const Pairs& p, int32_t sums) {
+    VAI_LANES(I, total.v[i] + p.even[i] * int16_t(sums) + p.odd[i] * (sums >> 16));
+  }
 
   using Dot8 = I;
-  struct Bytes { uint8_t v[64]; };
   static Bytes bytes(const uint8_t* p) { return load_as<Bytes>(p); }
   static Dot8 dot8_begin(int32_t correction) { return iset1(correction); }
   static Dot8 dot8(Dot8 acc, const Bytes& w, const int8_t* a) {
