@@ -24,9 +24,13 @@ class Room(NamedTuple):
 
 def free_room(root: Path, *, reserve: int = RESERVE) -> Room:
     """The least room of the filesystem of `root`, the machine less `reserve`, and every ancestor cgroup (v1 and v2)."""
-    rooms = [_filesystem(root), _machine(reserve), *_cgroups()]
-    free, limit = min(rooms, key=lambda room: room.free)
+    free, limit = min(rooms(root, reserve=reserve), key=lambda room: room.free)
     return Room(max(free, 0), limit)
+
+
+def rooms(root: Path, *, reserve: int = RESERVE) -> list[Room]:
+    """Everything that limits an image under `root`, each with the room it leaves, which may be negative here."""
+    return [_filesystem(root), _machine(reserve), *_cgroups()]
 
 
 def _filesystem(root: Path) -> Room:
