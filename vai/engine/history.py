@@ -10,23 +10,17 @@ class History:
     """The distinct tokens of a prompt and its answer: `ids`, and how often the answer has each, in `made`."""
 
     def __init__(self, prompt: Iterable[int], answer: Iterable[int]) -> None:
-        self.ids = array("i")
-        self.made = array("i")
-        self._places: dict[int, int] = {}
-        for token in dict.fromkeys(prompt):
-            self._add(token, 0)
+        distinct = dict.fromkeys(prompt)
+        self.ids = array("i", distinct)
+        self.made = array("i", bytes(4 * len(distinct)))
+        self._places = {token: place for place, token in enumerate(distinct)}
         for token in answer:
             self.append(token)
 
     def append(self, token: int) -> None:
         """A token of the answer."""
-        place = self._places.get(token)
-        if place is None:
-            self._add(token, 1)
-        else:
-            self.made[place] += 1
-
-    def _add(self, token: int, made: int) -> None:
-        self._places[token] = len(self.ids)
-        self.ids.append(token)
-        self.made.append(made)
+        place = self._places.setdefault(token, len(self.ids))
+        if place == len(self.ids):
+            self.ids.append(token)
+            self.made.append(0)
+        self.made[place] += 1
