@@ -127,6 +127,41 @@ def test_quantized_linear_adds_groups_in_ascending_order() -> None:
             assert acc == found[m, n]
 
 
+@pytest.mark.parametrize("sub", [32, 16, 0])
+@pytest.mark.parametrize("minimum", [True, False])
+def test_factors_and_minimums_join_the_sum_of_their_group(sub: int, minimum: bool) -> None:
+    """Groups of 256 with integer factors (sub: columns that share one), or of 32 without (sub = 0)."""
+    group, chance = 256 if sub else 32, np.random.default_rng(1)
+    n, m, groups = 5, 3, 2
+    x = random(m, group * groups)
+    codes = chance.integers(-32, 64, (n, group * groups)).astype(np.int16)
+    scales, minimums = random(n, groups, seed=2), random(n, groups, seed=3)
+    factors, minimum_factors = (chance.integers(-128, 128, (n, group * groups // (sub or 1))) for _ in range(2))
+    weight = Matrix(
+        codes,
+        scales,
+        factors.astype(np.int16) if sub else None,
+        minimums if minimum else None,
+        minimum_factors.astype(np.int16) if sub and minimum else None,
+    )
+    q, da = reference.quantize(x, group)
+    found = reference.linear(x, weight)
+    for row in range(m):
+        for out in range(n):
+            acc = F(0)
+            for g in range(groups):
+                mine = range(group * g, group * g + group)
+                isum = sum(
+                    int(q[row, k]) * int(codes[out, k]) * int(factors[out, k // sub] if sub else 1) for k in mine
+                )
+                asum = sum(int(q[row, k]) * int(minimum_factors[out, k // sub] if sub else 1) for k in mine)
+                term = F(isum) * (scales[out, g] * da[row, g])
+                if minimum:
+                    term = term + F(asum) * (minimums[out, g] * da[row, g])
+                acc = acc + term
+            assert acc == found[row, out]
+
+
 def test_float_linear_adds_columns_in_ascending_order() -> None:
     x, weight = random(3, 50), random(7, 50, seed=1)
     found = reference.linear(x, Matrix(weight, None))

@@ -17,7 +17,7 @@ from vai.burn.synth import SHAPES
 from vai.errors import BadRequest, CorruptImage
 from vai.kernels import table
 from vai.kernels.program import PAGE_TOKENS, StepArgs
-from vai.kernels.reference import Matrix, ReferencePlan, unpack, unpack_vector
+from vai.kernels.reference import Matrix, ReferencePlan, embed, unpack, unpack_vector
 from vai.models.decoder import build
 from vai.rom.view import Image
 
@@ -178,11 +178,9 @@ def test_what_is_unpacked_from_the_image_is_what_the_checkpoint_holds(
     for tensor in gguf.GGUFReader(checkpoint(shape, type)).tensors:
         truth = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         stored, part, data = image.tensor(tensor.name)
-        found = unpack_vector(part, data) if truth.ndim == 1 else dequantized(unpack(stored, part, data))
+        found = unpack_vector(part, data) if truth.ndim == 1 else every_row(unpack(stored, part, data))
         np.testing.assert_array_equal(found, truth, err_msg=tensor.name)
 
 
-def dequantized(matrix: Matrix) -> NDArray[np.float32]:
-    if matrix.scales is None:
-        return matrix.values
-    return matrix.values.astype(np.float32) * np.repeat(matrix.scales, 32, axis=1)
+def every_row(matrix: Matrix) -> NDArray[np.float32]:
+    return embed(matrix, np.arange(len(matrix.values)))

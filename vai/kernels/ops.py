@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """output [M, width] = rows `tokens` of `weight` [vocabulary, width], dequantized: code * scale, one rounding."""
+    """output [M, width] = rows `tokens` of `weight` [vocabulary, width], dequantized; each operation is rounded.
+
+    code * d; where the format has minimums code * d + m; with factors of 6 or 8 bits (d * sc) * code - (dmin * m).
+    """
 
     output: str
     weight: str
@@ -36,8 +39,11 @@ class RmsNorm:
 class Linear:
     """output [M, N] = x [M, K] times `weight` [N, K] transposed, in the exact kind; then + addend, + bias, + residual.
 
-    Block types quantize x to int8 per row and group of 32; acc = +0, then for each group in ascending order
-    acc = acc + (float(isum) * (dw * da)). Float types: acc = acc + (x[k] * w[n, k]) for ascending k.
+    Block types quantize x to int8 per row and group (rom.image.BlockType.group); acc = +0, then for each group in
+    ascending order acc = acc + (float(isum) * (dw * da)), isum being the exact sum of the codes' products, times their
+    factors where there are (Q6_K). Q4_1, Q5_1: acc = acc + (float(isum) * (dw * da) + float(asum) * (m * da)), asum
+    being the sum of x's codes. Q4_K, Q5_K: acc = acc + (float(isum) * (dw * da) - float(asum) * (dmin * da)), asum
+    being that times the minimums' factors. Float types: acc = acc + (x[k] * w[n, k]) for ascending k.
     """
 
     output: str

@@ -28,7 +28,7 @@ from vai.kernels.program import (
     StepArgs,
 )
 from vai.request import MAX_LOGPROBS
-from vai.rom.image import VECTOR
+from vai.rom.image import BLOCK_TYPES, VECTOR
 
 if TYPE_CHECKING:
     from vai.rom.image import Part, StoredTensor
@@ -39,7 +39,6 @@ Doubles = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
 
 LANES = 16  # rows of a stored block, and partial sums of the R16 order
-GROUP = 32  # elements that share an activation scale
 ATTENTION_ROWS = 64  # at a time, so that their scores stay in the processor's cache; no bit depends on it
 _F = np.float32
 
@@ -136,96 +135,185 @@ def sum_r16(x: Floats) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A matrix [N, K] in natural order: float values, or int8-range codes with a scale for each group of 32."""
+    """A matrix [N, K] in natural order: float values, or integer codes with what they are scaled by.
+
+    G columns share a scale, and the activations one in exact arithmetic; F columns share a factor. A weight is
+    (scale * factor) * code + (minimum * minimum_factor), where what there is not is left out.
+    """
 
     values: NDArray[Any]  # float32 or int16 [N, K]
-    scales: Floats | None  # [N, K / 32], None for float values
+    scales: Floats | None = None  # [N, K / G], None for float values
+    factors: NDArray[np.int16] | None = None  # [N, K / F]
+    minimums: Floats | None = None  # [N, K / G]
+    minimum_factors: NDArray[np.int16] | None = None  # [N, K / F]
 
 
-def _float_tiles(raw: Bytes, k: int, interleave: int, dtype: str, columns: int) -> NDArray[Any]:
-    """Blocks of [k / interleave][16 rows][interleave] values as [stored rows, columns]."""
-    across = -(-columns // k)
-    tiles = raw.view(dtype).reshape(-1, across, k // interleave, LANES, interleave)
-    return tiles.transpose(0, 3, 1, 2, 4).reshape(-1, across * k)[:, :columns]
+def _float_tiles(blocks: Bytes, dtype: str, interleave: int) -> NDArray[Any]:
+    """Blocks of [k / interleave][16 rows][interleave] values as [rows, columns]."""
+    down, across, _ = blocks.shape
+    tiles = np.ascontiguousarray(blocks).view(dtype).reshape(down, across, -1, LANES, interleave)
+    return tiles.transpose(0, 3, 1, 2, 4).reshape(down * LANES, -1)
 
 
 def _widen_bf16(bits: NDArray[np.uint16]) -> Floats:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _f32(raw: Bytes, columns: int) -> Matrix:
-    return Matrix(_float_tiles(raw, 16, 1, "<f4", columns), None)
+def _f32(blocks: Bytes) -> Matrix:
+    return Matrix(_float_tiles(blocks, "<f4", 1))
 
 
-def _f16(raw: Bytes, columns: int) -> Matrix:
-    return Matrix(_float_tiles(raw, 32, 2, "<f2", columns).astype(np.float32), None)
+def _f16(blocks: Bytes) -> Matrix:
+    return Matrix(_float_tiles(blocks, "<f2", 2).astype(np.float32))
 
 
-def _bf16(raw: Bytes, columns: int) -> Matrix:
-    return Matrix(_widen_bf16(_float_tiles(raw, 32, 2, "<u2", columns)), None)
+def _bf16(blocks: Bytes) -> Matrix:
+    return Matrix(_widen_bf16(_float_tiles(blocks, "<u2", 2)))
 
 
-def _block_scales(blocks: Bytes) -> Floats:
-    """The 2 x 16 fp16 scales at the front of each block [rows of blocks, across, bytes] as [stored rows, groups]."""
-    scales = np.ascontiguousarray(blocks[:, :, :64]).view("<f2")
-    down, across = blocks.shape[:2]
-    return scales.reshape(down, across, 2, LANES).transpose(0, 3, 1, 2).reshape(-1, across * 2).astype(np.float32)
+def _by_row(fields: NDArray[Any]) -> NDArray[Any]:
+    """[down, across, n, 16 rows] as [rows, across * n]."""
+    down, across, n, _ = fields.shape
+    return fields.transpose(0, 3, 1, 2).reshape(down * LANES, across * n)
 
 
-def _q4_0(raw: Bytes, columns: int) -> Matrix:
-    across = -(-columns // 64)
-    blocks = raw.reshape(-1, across, 576)
-    lines = blocks[:, :, 64:].reshape(-1, across, 8, LANES, 4)
-    codes = np.stack([lines & 15, lines >> 4], axis=-2)  # [down, across, line, row, nibble, byte]
-    natural = codes.transpose(0, 3, 1, 2, 4, 5).reshape(-1, across * 64)[:, :columns]
-    return Matrix(natural.astype(np.int16) - 8, _block_scales(blocks)[:, : -(-columns // GROUP)])
+def _halves(blocks: Bytes, start: int, count: int) -> Floats:
+    """`count` binary16 numbers of each row of a block, from byte `start` on, as [rows, across * count]."""
+    down, across, _ = blocks.shape
+    halves = np.ascontiguousarray(blocks[:, :, start : start + 32 * count]).view("<f2")
+    return _by_row(halves.reshape(down, across, count, LANES)).astype(np.float32)
 
 
-def _q8_0(raw: Bytes, columns: int) -> Matrix:
-    across = -(-columns // 64)
-    blocks = raw.reshape(-1, across, 1088)
-    lines = blocks[:, :, 64:].reshape(-1, across, 16, LANES, 4)
-    natural = lines.transpose(0, 3, 1, 2, 4).reshape(-1, across * 64)[:, :columns]
-    return Matrix(natural.astype(np.int16) - 128, _block_scales(blocks)[:, : -(-columns // GROUP)])
+def _fields(blocks: Bytes, start: int, lines: int, bits: int) -> NDArray[np.int16]:
+    """Numbers of `bits` bits in lines of 64 bytes from byte `start` on, as [rows, columns].
+
+    A row has four bytes of each line; the lowest bits of each are the first four columns, the next the four after them.
+    """
+    down, across, _ = blocks.shape
+    bytes_ = blocks[:, :, start : start + 64 * lines].reshape(down, across, lines, LANES, 1, 4)
+    fields = (bytes_ >> np.arange(0, 8, bits, dtype=np.uint8)[:, None]) & ((1 << bits) - 1)
+    return fields.transpose(0, 3, 1, 2, 4, 5).reshape(down * LANES, -1).astype(np.int16)
 
 
-_UNPACK: dict[str, Callable[[Bytes, int], Matrix]] = {
+def _q4_0(blocks: Bytes) -> Matrix:
+    return Matrix(_fields(blocks, 64, 8, 4) - 8, _halves(blocks, 0, 2))
+
+
+def _q4_1(blocks: Bytes) -> Matrix:
+    return Matrix(_fields(blocks, 128, 8, 4), _halves(blocks, 0, 2), minimums=_halves(blocks, 64, 2))
+
+
+def _q5_0(blocks: Bytes) -> Matrix:
+    codes = _fields(blocks, 64, 8, 4) | _fields(blocks, 576, 2, 1) << 4
+    return Matrix(codes - 16, _halves(blocks, 0, 2))
+
+
+def _q5_1(blocks: Bytes) -> Matrix:
+    codes = _fields(blocks, 128, 8, 4) | _fields(blocks, 640, 2, 1) << 4
+    return Matrix(codes, _halves(blocks, 0, 2), minimums=_halves(blocks, 64, 2))
+
+
+def _q8_0(blocks: Bytes) -> Matrix:
+    return Matrix(_fields(blocks, 64, 16, 8) - 128, _halves(blocks, 0, 2))
+
+
+def _scaled256(blocks: Bytes, codes: NDArray[np.int16]) -> Matrix:
+    """Q4_K and Q5_K: 6-bit factors of 32 columns; what is subtracted, dmin * m, is added with its sign changed."""
+    down, across, _ = blocks.shape
+    low = blocks[:, :, 64:192].reshape(down, across, 8, LANES)
+    high = blocks[:, :, 192:256].reshape(down, across, 4, LANES)
+    high = np.concatenate([high & 15, high >> 4], axis=2)
+    factors, minimum_factors = (low & 15) | (high & 3) << 4, low >> 4 | high >> 2 << 4
+    return Matrix(
+        codes,
+        _halves(blocks, 0, 1),
+        _by_row(factors).astype(np.int16),
+        -_halves(blocks, 32, 1),
+        _by_row(minimum_factors).astype(np.int16),
+    )
+
+
+def _q4_k(blocks: Bytes) -> Matrix:
+    return _scaled256(blocks, _fields(blocks, 256, 32, 4))
+
+
+def _q5_k(blocks: Bytes) -> Matrix:
+    return _scaled256(blocks, _fields(blocks, 256, 32, 4) | _fields(blocks, 2304, 8, 1) << 4)
+
+
+def _q6_k(blocks: Bytes) -> Matrix:
+    codes = _fields(blocks, 320, 32, 4) | _fields(blocks, 2368, 16, 2) << 4
+    down, across, _ = blocks.shape
+    factors = np.ascontiguousarray(blocks[:, :, 64:320]).view(np.int8).reshape(down, across, 16, LANES)
+    return Matrix(codes - 32, _halves(blocks, 0, 1), _by_row(factors).astype(np.int16))
+
+
+_UNPACK: dict[str, Callable[[Bytes], Matrix]] = {
     "F32": _f32,
     "F16": _f16,
     "BF16": _bf16,
     "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
     "Q8_0": _q8_0,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
 }
 
 
-def _part_rows(part: Part) -> NDArray[np.int64]:
-    """Stored row of each row of a part."""
-    row = np.arange(part.rows)
-    return LANES * (part.first_block + row // LANES * part.block_step) + row % LANES
+def _part_blocks(part: Part) -> slice:
+    """The blocks of 16 stored rows that are this part's."""
+    return slice(part.first_block, part.first_block + (part.blocks - 1) * part.block_step + 1, part.block_step)
 
 
 def unpack(tensor: StoredTensor, part: Part, data: memoryview) -> Matrix:
     """One logical matrix out of the bytes of the stored tensor that holds it."""
-    stored = _UNPACK[tensor.type](np.frombuffer(data, np.uint8), tensor.columns)
-    rows = _part_rows(part)
-    return Matrix(stored.values[rows], None if stored.scales is None else stored.scales[rows])
+    kind = BLOCK_TYPES[tensor.type]
+    blocks = np.frombuffer(data, np.uint8).reshape(tensor.rows // LANES, -1, kind.bytes)[_part_blocks(part)]
+    whole = _UNPACK[tensor.type](blocks)
+    values = whole.values[: part.rows, : tensor.columns]
+    if whole.scales is None:
+        return Matrix(values)
+    groups, across = -(-tensor.columns // kind.group), whole.scales.shape[1]
+
+    def cut(x: NDArray[Any] | None) -> NDArray[Any] | None:
+        return None if x is None else x[: part.rows, : groups * (x.shape[1] // across)]
+
+    scales = whole.scales[: part.rows, :groups]
+    return Matrix(values, scales, cut(whole.factors), cut(whole.minimums), cut(whole.minimum_factors))
 
 
 def unpack_vector(part: Part, data: memoryview) -> Floats:
     """One logical norm or bias."""
-    vector: Floats = np.frombuffer(data, "<f4")[_part_rows(part)]
+    vector: Floats = np.frombuffer(data, "<f4").reshape(-1, LANES)[_part_blocks(part)].reshape(-1)[: part.rows]
     return vector
 
 
 # ---------------------------------------------------------------- operations
 
 
-def embed(weight: Matrix, tokens: NDArray[np.int32]) -> Floats:
-    """Rows of the table, dequantized: code * scale is one rounding."""
+def _spread(scales: Floats, factors: NDArray[np.int16] | None, columns: int) -> Floats:
+    """What each of `columns` columns is scaled by."""
+    if factors is not None:
+        scales = np.repeat(scales, factors.shape[1] // scales.shape[1], axis=1) * factors.astype(np.float32)
+    spread: Floats = np.repeat(scales, columns // scales.shape[1], axis=1)
+    return spread
+
+
+@np.errstate(all="ignore")
+def embed(weight: Matrix, tokens: NDArray[np.integer[Any]]) -> Floats:
+    """Rows of the table as binary32, dequantized as the checkpoint's format says, each operation rounded."""
     rows: Floats = weight.values[tokens].astype(np.float32)
     if weight.scales is None:
         return rows
-    return rows * np.repeat(weight.scales[tokens], GROUP, axis=1)
+    factors = None if weight.factors is None else weight.factors[tokens]
+    rows = _spread(weight.scales[tokens], factors, rows.shape[1]) * rows
+    if weight.minimums is None:
+        return rows
+    factors = None if weight.minimum_factors is None else weight.minimum_factors[tokens]
+    return rows + _spread(weight.minimums[tokens], factors, rows.shape[1])
 
 
 @np.errstate(all="ignore")
@@ -237,13 +325,13 @@ def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
 
 
 @np.errstate(all="ignore")
-def quantize(x: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Activation codes [M, K] and scales [M, K / 32]: da = max|x| / 127, q = rint(x * (127 / max|x|)), half to even.
+def quantize(x: Floats, group: int = 32) -> tuple[NDArray[np.int8], Floats]:
+    """Activation codes [M, K] and scales [M, K / group]: da = max|x| / 127, q = rint(x * (127 / max|x|)), half to even.
 
     A group below 2^-100 becomes zeros (127 / max would overflow); one with a non-finite value gets scale NaN and zeros,
     so that every output of its row is NaN.
     """
-    groups = x.reshape(len(x), x.shape[1] // GROUP, GROUP)
+    groups = x.reshape(len(x), x.shape[1] // group, group)
     largest = np.abs(groups).max(axis=2)  # NaN where there is one
     usable = np.isfinite(largest) & (largest >= _F(2.0**-100))
     inverse = np.where(usable, _F(127) / largest, _F(0))
@@ -252,10 +340,20 @@ def quantize(x: Floats) -> tuple[NDArray[np.int8], Floats]:
     return codes.reshape(x.shape), scales
 
 
-def _integer_sums(codes: NDArray[np.int8], weights: NDArray[np.int16]) -> Floats:
-    """Sums over one group: [M, 32] x [N, 32] -> [M, N], at most 32 * 127 * 128 = 520,192 < 2^24, so exact as floats."""
+def _integer_sums(codes: NDArray[np.integer[Any]], weights: NDArray[np.integer[Any]]) -> Floats:
+    """Sums over one group: [M, n] x [N, n] -> [M, N], exact in int32 (at most 133,169,152: Q6_K), then rounded once."""
     sums: NDArray[np.int32] = np.einsum("mk,nk->mn", codes.astype(np.int32), weights.astype(np.int32))
     return sums.astype(np.float32)
+
+
+def _of_group(x: NDArray[Any], group: int, groups: int) -> NDArray[Any]:
+    """The columns of `x` [N, n * groups] that belong to one group: [N, n]."""
+    n = x.shape[1] // groups
+    return x[:, group * n : (group + 1) * n]
+
+
+def _per_column(factors: NDArray[np.int16], columns: int) -> NDArray[np.int16]:
+    return np.repeat(factors, columns // factors.shape[1], axis=1)
 
 
 @np.errstate(all="ignore")
@@ -266,11 +364,21 @@ def linear(x: Floats, weight: Matrix) -> Floats:
         for k in range(x.shape[1]):
             acc += x[:, k, None] * weight.values[:, k]
         return acc
-    codes, scales = quantize(x)
-    for group in range(scales.shape[1]):
-        columns = slice(group * GROUP, (group + 1) * GROUP)
-        sums = _integer_sums(codes[:, columns], weight.values[:, columns])
-        acc += sums * (weight.scales[:, group] * scales[:, group, None])
+    groups = weight.scales.shape[1]
+    columns = x.shape[1] // groups
+    codes, scales = quantize(x, columns)
+    for group in range(groups):
+        mine, da = _of_group(codes, group, groups), scales[:, group, None]
+        weights = _of_group(weight.values, group, groups).astype(np.int32)
+        if weight.factors is not None:
+            weights = weights * _per_column(_of_group(weight.factors, group, groups), columns)
+        term = _integer_sums(mine, weights) * (weight.scales[:, group] * da)
+        if weight.minimums is not None:
+            factors = np.ones((1, columns), np.int16)
+            if weight.minimum_factors is not None:
+                factors = _per_column(_of_group(weight.minimum_factors, group, groups), columns)
+            term = term + _integer_sums(mine, factors) * (weight.minimums[:, group] * da)
+        acc += term
     return acc
 
 
