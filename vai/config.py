@@ -1,7 +1,8 @@
 """The only reader of the environment. Everything else gets its values as arguments.
 
 Variables: VAI_ROOT (where images live), VAI_HOST, VAI_PORT, VAI_API_KEY, VAI_THREADS, VAI_KV (bytes of scratchpad,
-or with a suffix K, M, G), VAI_ISA (force a lower instruction set), XDG_DATA_HOME (names), XDG_STATE_HOME (logs).
+or with a suffix K, M, G), VAI_ISA (force a lower instruction set), VAI_PATIENCE (seconds to wait for an engine that is
+away, 0 gives answers up), XDG_DATA_HOME (names), XDG_STATE_HOME (logs).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Config:
 
     root: images and run files (a directory of a shared-memory filesystem) · names: small files that outlive reboots ·
     logs: one file a role · threads: compute threads · kv_bytes: the scratchpad's size, None = a share of free memory ·
-    isa: forced instruction set or None.
+    isa: forced instruction set or None · patience: seconds that requests wait for an engine that died (0: they end).
     """
 
     root: Path
@@ -34,6 +35,7 @@ class Config:
     threads: int
     kv_bytes: int | None
     isa: str | None
+    patience: int
 
 
 def parse_size(text: str) -> int:
@@ -80,4 +82,5 @@ def load(env: Mapping[str, str] | None = None) -> Config:
         threads=_integer(env, "VAI_THREADS", len(os.sched_getaffinity(0)), 1, 1024),
         kv_bytes=parse_size(env["VAI_KV"]) if env.get("VAI_KV") else None,
         isa=isa,
+        patience=_integer(env, "VAI_PATIENCE", 10, 0, 3600),
     )

@@ -117,11 +117,15 @@ class Completion:
         )
 
 
-def connect(socket: Path) -> EnginePort:
-    """The engine behind a Unix socket. Nothing is loaded but the client; the connection is made at first use."""
+def connect(socket: Path, *, patience: float = 0.0) -> EnginePort:
+    """The engine behind a Unix socket. Nothing is loaded but the client; the connection is made at first use.
+
+    `patience`: seconds to wait for an engine that is away. An answer whose engine dies is then continued by the next
+    one, token by token what it would have been; with 0 it ends with Unavailable.
+    """
     from vai.engine.client import EngineClient
 
-    return EngineClient(socket)
+    return EngineClient(socket, patience=patience)
 
 
 # --- one model's words ------------------------------------------------------------------------------------------------

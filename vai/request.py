@@ -54,6 +54,8 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     A stop id ends the request with reason "stop" and is itself the last token reported. `max_tokens` is cut by the
     engine to what the context still holds; a prompt that fills the context is refused (ContextTooLong).
     `choice` keys the draws beside seed and position: with it one seed gives several answers to one prompt.
+    `emitted`: how many of the last `tokens` are the answer's own beginning, made by an engine that went away; they
+    count as made (max_tokens, min_tokens, penalties), and are not said again.
     """
 
     id: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -61,6 +63,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     tokens: Annotated[list[TokenId], Meta(min_length=1, max_length=1 << 24)]
     sampling: SamplingParams = SamplingParams()
     choice: Annotated[int, Meta(ge=0, lt=MAX_CHOICES)] = 0
+    emitted: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

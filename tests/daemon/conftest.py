@@ -57,11 +57,11 @@ class Stand:
         argv += ["--logs", str(self.logs), "--host", "127.0.0.1", "--port", str(self.port), "--threads", "1"]
         return [*argv, "--kv-bytes", str(32 << 20), *options]
 
-    def start(self) -> None:
+    def start(self, *options: str) -> None:
         """Start a daemon and wait until engine and server are ready."""
         self.logs.mkdir(exist_ok=True)
         with open(self.logs / "stderr", "ab") as output:
-            self.daemon = subprocess.Popen(self.argv(), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            self.daemon = subprocess.Popen(self.argv(*options), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         self.until(lambda: {role["state"] for role in self.roles().values()} == {"ready"})
 
     def until(self, condition: Callable[[], object]) -> None:

@@ -56,8 +56,8 @@ def test_a_killed_daemon_disturbs_no_stream_and_the_next_one_adopts(stand) -> No
     stand.verify()
 
 
-def test_a_killed_engine_is_replaced_and_ends_its_streams_with_an_error(stand) -> None:
-    stand.start()
+def test_a_killed_engine_is_replaced_and_without_patience_its_streams_end_with_an_error(stand) -> None:
+    stand.start("--patience", "0")
     expected = {model: stand.complete(model, 20) for model in stand.digests}
     pieces, pool = stand.stream(*LONG), pools(stand.pid("engine"))
     next(pieces)

@@ -134,7 +134,7 @@ def place(tiny_root: tuple[Path, Path, dict[str, str]], tmp_path_factory: pytest
 def processes(place: tuple[Path, Path]) -> Iterator[System]:
     root, names = place
     engine = start_engine(root)
-    with running_server(root, names) as (server, port), httpx2.Client(timeout=60) as http:
+    with running_server(root, names, "--patience", "0") as (server, port), httpx2.Client(timeout=60) as http:
         system = System(root, names, engine, server, port, http)
         yield system
         system.engine.kill()
@@ -392,7 +392,7 @@ def test_models_are_listed_while_the_engine_is_stopped_and_health_says_so(system
     assert system.http.get(system.url + "/health").status_code == 200
 
 
-def test_an_engine_killed_in_mid_stream_is_one_error_and_the_next_engine_is_found(system: System) -> None:
+def test_without_patience_an_engine_killed_in_mid_stream_is_one_error_and_the_next_is_found(system: System) -> None:
     stream = complete(system, stream=True, **LONG)
     next(iter(stream))
     system.engine.kill()
@@ -446,7 +446,9 @@ def test_an_address_beyond_this_machine_is_refused_without_a_key(place: tuple[Pa
     assert not root.exists()
 
 
-@pytest.mark.parametrize("more", [("--port", "70000"), ("--host", "no such host"), ("--api-key-fd", "99")])
+@pytest.mark.parametrize(
+    "more", [("--port", "70000"), ("--host", "no such host"), ("--api-key-fd", "99"), ("--patience", "nan")]
+)
 def test_an_argument_that_cannot_be_is_a_sentence(
     place: tuple[Path, Path], tmp_path: Path, more: tuple[str, str]
 ) -> None:

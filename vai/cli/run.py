@@ -103,7 +103,7 @@ def _open(settings: Config, name: str, runner: asyncio.Runner, undo: contextlib.
     """The model over the running engine. `undo` closes what was opened for it."""
     from vai.llm import Frontend, connect
 
-    port = connect(roles.socket_path(settings.root, "engine"))
+    port = connect(roles.socket_path(settings.root, "engine"), patience=settings.patience)
     undo.callback(lambda: runner.run(port.close()))
     frontend = Frontend(settings.root, settings.names, port)
     undo.callback(lambda: runner.run(frontend.close()))

@@ -66,6 +66,7 @@ def _daemon(settings: Config) -> tuple[list[str], int | None]:
     argv += ["--threads", str(settings.threads)]
     if settings.kv_bytes is not None:
         argv += ["--kv-bytes", str(settings.kv_bytes)]
+    argv += ["--patience", str(settings.patience)]
     if settings.isa is not None:
         argv += ["--isa", settings.isa]
     if settings.api_key is None:

@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from vai.daemon.service import Daemon, Settings
-from vai.daemon.supervise import open_log
+from vai.daemon.service import REQUEST_PATIENCE, Daemon, Settings
+from vai.daemon.supervise import WATCHDOG, open_log
 from vai.errors import VaiError
 
 
@@ -23,6 +23,8 @@ def _arguments() -> Settings:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--kv-bytes", type=int)
     parser.add_argument("--isa")
+    parser.add_argument("--patience", type=float, default=REQUEST_PATIENCE)
+    parser.add_argument("--watchdog", type=float, default=WATCHDOG)
     parser.add_argument("--api-key-fd", type=int)
     return Settings(**vars(parser.parse_args()))
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from vai.daemon import pool, protocol, roles
 from vai.daemon.loads import Load, Loader
-from vai.daemon.supervise import Job, Supervisor
+from vai.daemon.supervise import WATCHDOG, Job, Supervisor
 from vai.errors import BadRequest, NotEnoughRoom, NotSupported, Unavailable, VaiError
 from vai.rom import segment
 from vai.rom.room import free_room
@@ -30,12 +30,22 @@ log = logging.getLogger("vai.daemon")
 
 SERVER_PATIENCE = 10.0  # seconds for open streams to end after SIGTERM
 ENGINE_PATIENCE = 5.0
+REQUEST_PATIENCE = 10.0  # seconds that a request waits for an engine that died
+LONGEST_ANSWER = 1 << 20
+# What vai.engine.port frames, which this room must not import: Hello of protocol 1, then AskStatus. The engine's loop
+# answers Hello, the thread that computes answers AskStatus, between two steps.
+HELLO = b"\x1b\0\0\0" + b"\x83\xa4type\xa5hello\xa8protocol\x01\xa3pid\x00"
+ASK_STATUS = b"\x11\0\0\0" + b"\x81\xa4type\xaaask_status"
 LONGEST_SOCKET_PATH = 107  # sun_path of unix(7), less its final zero
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the daemon was told. `kv_bytes` None: a share of free memory. `api_key_fd`: where the key is read."""
+    """What the daemon was told. `kv_bytes` None: a share of free memory. `api_key_fd`: where the key is read.
+
+    Seconds: `patience` that the server's requests wait for an engine that died (0: they end), `watchdog` after which an
+    engine that does not answer is killed.
+    """
 
     root: Path
     names: Path
@@ -46,6 +56,8 @@ class Settings:
     kv_bytes: int | None = None
     isa: str | None = None
     api_key_fd: int | None = None
+    patience: float = REQUEST_PATIENCE
+    watchdog: float = WATCHDOG
 
 
 class Daemon:
@@ -104,15 +116,24 @@ class Daemon:
         async def ready(pid: int) -> bool:
             return roles.listener(path) == pid
 
-        output = settings.logs / "engine.log"
-        return Job("engine", settings.root, argv, output, ready, lambda pid: str(path), pass_fds=(self.pool,))
+        return Job(
+            "engine",
+            settings.root,
+            argv,
+            settings.logs / "engine.log",
+            ready,
+            lambda pid: str(path),
+            pass_fds=(self.pool,),
+            answers=lambda: _engine_answers(path),
+            watchdog=settings.watchdog,
+        )
 
     def _server(self) -> Job:
         settings, root = self.settings, self.settings.root
         argv = [sys.executable, "-m", "vai.server", "--root", str(root), "--names", str(settings.names)]
         argv += ["--host", settings.host, "--port", str(settings.port)]
         argv += ["--engine-socket", str(roles.socket_path(root, "engine"))]
-        argv += ["--daemon-socket", str(roles.socket_path(root, "daemon"))]
+        argv += ["--daemon-socket", str(roles.socket_path(root, "daemon")), "--patience", str(settings.patience)]
         pass_fds: tuple[int, ...] = ()
         if settings.api_key_fd is not None:
             argv += ["--api-key-fd", str(settings.api_key_fd)]
@@ -217,6 +238,26 @@ class Daemon:
             if load.error is not None:
                 raise load.error
         return load.report()
+
+
+async def _engine_answers(path: Path) -> None:
+    """Returns once the engine on the socket `path` has said hello and has got from one step to the next.
+
+    Raises OSError or EOFError where it does not serve the connection; waits as long as it takes.
+    """
+    reader, writer = await asyncio.open_unix_connection(path)
+    try:
+        writer.write(HELLO + ASK_STATUS)
+        await _message(reader)
+        with contextlib.suppress(EOFError):  # an engine of another version says so, and closes: that is an answer, too
+            await _message(reader)
+    finally:
+        writer.close()
+
+
+async def _message(reader: asyncio.StreamReader) -> None:
+    length = int.from_bytes(await reader.readexactly(4), "little")
+    await reader.readexactly(min(length, LONGEST_ANSWER))
 
 
 def _new_pool(settings: Settings) -> int:

@@ -28,6 +28,7 @@ GOOD_RUN = 2.0  # seconds a role must live, and have been ready, for its earlier
 FIRST_DELAY = 0.25
 LONGEST_DELAY = 30.0
 LOG_LIMIT = 8 << 20
+WATCHDOG = 25.0  # seconds without an answer; an honest step, also of a very large model's first rows, is shorter
 _PROBE_EVERY = (0.01, 0.25)  # seconds between questions whether a starting role is ready: at least, and at most
 _PROBE_SHARE = 0.02  # of its age: whoever starts fast is soon known to be ready, whoever hangs costs little
 
@@ -127,6 +128,8 @@ class Job:
     ready: Callable[[int], Awaitable[bool]]  # both are asked of a pid: an adopted process may have other arguments
     address: Callable[[int], str]
     pass_fds: Sequence[int] = ()
+    answers: Callable[[], Awaitable[None]] | None = None  # returns if it works; OSError, EOFError or no end if not
+    watchdog: float = WATCHDOG  # seconds after which one that was ready and does not answer is killed
 
 
 class Supervisor:
@@ -139,6 +142,7 @@ class Supervisor:
         self.restarts = 0
         self.last_exit: str | None = None
         self.next_start: float | None = None
+        self._hung = False
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -146,6 +150,7 @@ class Supervisor:
         backoff = Backoff()
         while not self._stopping.is_set():
             process = self.process = self._adopt() or self._start()
+            self._hung = False
             code = await self._watch(process)
             lived, ready = time.monotonic() - process.since, self.state == "ready"
             self.process = None
@@ -197,9 +202,27 @@ class Supervisor:
         self.state = "ready"
         address, seconds = self.job.address(process.pid), time.monotonic() - process.since
         log.info("%s: ready on %s after %.2f s", self.job.role, address, seconds)
+        while await self._answers():
+            await asyncio.sleep(self.job.watchdog / 6)
+        log.error("%s: process %d has not answered for %g s: killed", self.job.role, process.pid, self.job.watchdog)
+        self._hung = True
+        process.signal(signal.SIGKILL)
+
+    async def _answers(self) -> bool:
+        """Whether the process, which was ready once, answers before the watchdog loses patience."""
+        if self.job.answers is None:
+            return True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.job.watchdog):
+                while True:
+                    with contextlib.suppress(OSError, EOFError):
+                        await self.job.answers()
+                        return True
+                    await asyncio.sleep(self.job.watchdog / 60)
+        return False
 
     def _ended(self, pid: int, code: int | None, lived: float, *, ready: bool) -> None:
-        self.last_exit = _describe(code)
+        self.last_exit = f"{_describe(code)}, as it did not answer" if self._hung else _describe(code)
         if self._stopping.is_set():
             log.info("%s: ended (%s)", self.job.role, self.last_exit)
             return

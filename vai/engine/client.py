@@ -1,7 +1,7 @@
 """The engine's port over its Unix socket, for those who must not load it: the server, `vai run`.
 
-Connects when first needed and again after the engine came back. Requests in flight when it goes away end with
-Unavailable: they are not sent again behind the caller's back.
+Connects when first needed and again after the engine came back. Whoever gives it patience sees a pause where an engine
+dies, and then the tokens that would have come (resume.py); without, requests in flight end with Unavailable.
 """
 
 from __future__ import annotations
@@ -34,38 +34,49 @@ from vai.engine.port import (
     frame,
     read_message,
 )
+from vai.engine.resume import Answer
 from vai.errors import BadRequest, Unavailable, VaiError, WrongVersion, by_code
 from vai.request import Output, Request
 
+AGAIN = 0.02  # seconds between two looks for an engine that is away
+
 _decoder = msgspec.msgpack.Decoder(FromEngine)
-Answer = TypeVar("Answer", Status, Switches, Released)
+Told = TypeVar("Told", Status, Switches, Released)
 
 
 class EngineClient:
     """An EnginePort (see port.py) over the socket at `path`. One asyncio loop owns it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, patience: float = 0.0) -> None:
+        """`patience`: seconds that a request waits for an engine that is away, before its first token or between two;
+        0: not at all, and an answer whose engine goes away is lost.
+        """
         self._path = path
+        self._patience = patience
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
-        """See EnginePort.generate."""
-        connection = await self._connected()
-        outputs = connection.open_stream(request)
-        try:
-            while True:
-                output = await outputs.get()
-                if isinstance(output, VaiError):
-                    raise output
-                if output.error is not None:
-                    code, sentence = output.error
-                    raise by_code(code)(sentence)
-                yield output
-                if output.finish is not None:
-                    return
-        finally:
-            connection.close_stream(request.id)
+        """See EnginePort.generate. With patience, Unavailable is raised only after waiting and trying again."""
+        answer = Answer(request)
+        while not answer.over:
+            connection, part = await self._there(), answer.rest()
+            outputs = connection.open_stream(part)
+            try:
+                while not answer.over:
+                    output = await outputs.get()
+                    if isinstance(output, VaiError):
+                        raise output
+                    if output.error is not None:
+                        code, sentence = output.error
+                        raise by_code(code)(sentence)
+                    yield answer.take(output)
+            except Unavailable:
+                if not self._patience or not answer.lost():
+                    raise
+                await asyncio.sleep(AGAIN)  # an engine that was asked to stop closes the connection after it said so
+            finally:
+                connection.close_stream(part.id)
 
     async def status(self) -> EngineStatus:
         """The engine at this moment, or after the step it is in. Raises Unavailable."""
@@ -83,6 +94,22 @@ class EngineClient:
         """End the connection, and with it every request on it."""
         if self._connection is not None:
             await self._connection.close()
+
+    async def _there(self) -> _Connection:
+        """The connection, after a wait for an engine that is away. Raises Unavailable when patience is at its end."""
+        if not self._patience:
+            return await self._connected()
+        reason = Unavailable(f"The engine on {self._path} accepts connections but says nothing; see `vai status`.")
+        try:
+            async with asyncio.timeout(self._patience):
+                while True:
+                    try:
+                        return await self._connected()
+                    except Unavailable as error:
+                        reason = error
+                    await asyncio.sleep(AGAIN)
+        except TimeoutError:
+            raise reason from None
 
     async def _connected(self) -> _Connection:
         async with self._connecting:
@@ -107,7 +134,7 @@ async def _connect(path: Path) -> _Connection:
     except (OSError, asyncio.IncompleteReadError):
         writer.close()
         raise Unavailable(f"The engine on {path} closed the connection; `vai status` shows how it is.") from None
-    except VaiError:
+    except (VaiError, asyncio.CancelledError):
         writer.close()
         raise
     return _Connection(reader, writer)
@@ -137,7 +164,7 @@ class _Connection:
         if self._streams.pop(identity, None) is not None and self.ended is None:
             self._send(Abort(identity))
 
-    async def ask(self, question: ToEngine, kind: type[Answer]) -> Answer:
+    async def ask(self, question: ToEngine, kind: type[Told]) -> Told:
         """Send a question and wait for its answer. Raises Unavailable, or why the engine closed the connection."""
         self._send(question)
         self._questions.append(asyncio.get_running_loop().create_future())

@@ -136,6 +136,7 @@ class Engine:
     def _limit(self, request: Request, entry: Entry) -> int:
         """Tokens that prompt and answer may have together; raises where not even the first answer token fits."""
         program, prompt = entry.program, len(request.tokens)
+        answer = request.sampling.max_tokens - request.emitted
         for wrong in (min(request.tokens), max(request.tokens)):
             if not 0 <= wrong < program.vocabulary:
                 raise BadRequest(
@@ -162,7 +163,7 @@ class Engine:
                 "model, answer included. Send a shorter prompt, or start VAI with a larger scratchpad (VAI_KV)."
             )
         longest = program.context if room is None else min(program.context, room)
-        return min(prompt + request.sampling.max_tokens, longest)
+        return min(prompt + answer, longest)
 
     def _model_status(self, entry: Entry) -> ModelStatus:
         running, waiting, tokens = self._scheduler.counts(entry.digest)
@@ -185,3 +186,9 @@ def _check(request: Request) -> None:
         msgspec.convert(msgspec.to_builtins(request.sampling), SamplingParams)
     except msgspec.ValidationError as error:
         raise BadRequest(f"These sampling parameters cannot be used: {error}.") from None
+    if not 0 <= request.emitted < min(len(request.tokens), request.sampling.max_tokens):
+        raise BadRequest(
+            f"Of {len(request.tokens)} tokens, {request.emitted} cannot be an answer of at most "
+            f"{request.sampling.max_tokens} that is not complete.",
+            param="emitted",
+        )

@@ -42,8 +42,8 @@ class Sequence:
 
     @property
     def made(self) -> int:
-        """Tokens made so far."""
-        return len(self.tokens) - len(self.request.tokens)
+        """Tokens of the answer so far, those that the request brought along included."""
+        return len(self.tokens) - len(self.request.tokens) + self.request.emitted
 
     @property
     def uncomputed(self) -> int:

@@ -30,6 +30,7 @@ KEEP_ALIVE_SECONDS = 60
 GRACE_SECONDS = 8  # streams may end this long after SIGTERM; the daemon waits 10
 BACKLOG = 2048
 MAX_FILES = 65536
+MAX_PATIENCE = 3600
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -40,6 +41,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a key")
     parser.add_argument("--port", type=int, default=8642, help="port to listen on; 0 takes a free one")
     parser.add_argument("--engine-socket", type=Path, required=True, help="socket of the engine")
+    parser.add_argument(
+        "--patience", type=float, default=10, help="seconds to wait for an engine that is away; 0 gives answers up"
+    )
     parser.add_argument("--daemon-socket", type=Path, help="socket of the daemon, which loads models on demand")
     parser.add_argument("--api-key-fd", type=int, help="inherited descriptor that the API key is read from")
     return parser
@@ -114,11 +118,18 @@ async def warm(frontend: llm.Frontend) -> None:
 
 async def serve(args: argparse.Namespace, listener: socket.socket, api_key: str | None) -> None:
     """Answer requests until SIGTERM or SIGINT."""
-    port = llm.connect(args.engine_socket)
+    port = llm.connect(args.engine_socket, patience=args.patience)
     frontend = llm.Frontend(args.root, args.names, port)
     warming = asyncio.ensure_future(warm(frontend))
     try:
-        app = build(frontend, port, daemon_socket=args.daemon_socket, host=args.host, api_key=api_key)
+        app = build(
+            frontend,
+            port,
+            root=args.root,
+            daemon_socket=args.daemon_socket,
+            host=args.host,
+            api_key=api_key,
+        )
         config = uvicorn.Config(
             app,
             http=Protocol,
@@ -145,6 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         api_key = None if args.api_key_fd is None else read_key(args.api_key_fd)
+        if not 0 <= args.patience <= MAX_PATIENCE:
+            raise BadRequest(f"--patience {args.patience:g} must be from 0 to {MAX_PATIENCE} seconds.")
         if api_key is None and not is_loopback(args.host):
             raise BadRequest(
                 f"--host {args.host} can be reached from other machines, so the server needs a key: set VAI_API_KEY, "

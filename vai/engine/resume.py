@@ -1,0 +1,60 @@
+"""An answer that outlives its engine: what is left to ask the next one for, so that the whole is as if nothing was.
+
+Every row is computed to the same bits whoever computes it, and draws are keyed by (seed, position). So the prompt with
+the tokens that have come, and the seed of the first admission, give exactly the tokens that are missing.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from msgspec.structs import replace
+
+from vai.request import Output, Request
+
+RETRIES = 3  # engines that one request may lose, and still go on
+FRUITLESS = 2  # of them in a row without a token in between: a request that kills engines is not sent for ever
+
+
+class Answer:
+    """One request's answer over all the engines that worked on it. `over`: its last output has come."""
+
+    def __init__(self, request: Request) -> None:
+        self.over = False
+        self._request = request
+        self._tokens: list[int] = []
+        self._seed = request.sampling.seed
+        self._admitted = False  # an engine has said what it draws with, and what it had cached
+        self._lost = 0
+        self._fruitless = 0
+
+    def rest(self) -> Request:
+        """The request for the next engine: the whole one at first, then what is missing, under an id of its own."""
+        if not self._lost:
+            return self._request
+        return replace(
+            self._request,
+            id=secrets.token_hex(16),
+            tokens=[*self._request.tokens, *self._tokens],
+            emitted=self._request.emitted + len(self._tokens),
+            sampling=replace(self._request.sampling, seed=self._seed),
+        )
+
+    def take(self, output: Output) -> Output:
+        """Note an output, and give it back as if there had been one engine. Its timing is that of the last one."""
+        self.over = output.finish is not None
+        if output.tokens:
+            self._tokens += output.tokens
+            self._fruitless = 0
+        if self._lost:
+            told = {"seed": None, "cached_tokens": 0} if self._admitted else {}
+            output = replace(output, id=self._request.id, **told)
+        if output.seed is not None:
+            self._seed, self._admitted = output.seed, True
+        return output
+
+    def lost(self) -> bool:
+        """Note that the engine went away; whether to go on with the next."""
+        self._lost += 1
+        self._fruitless += 1
+        return self._lost <= RETRIES and self._fruitless <= FRUITLESS
