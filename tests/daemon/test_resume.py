@@ -130,7 +130,7 @@ def test_when_retries_are_exhausted_there_is_one_error_event(stand) -> None:
     with ThreadPoolExecutor(1) as pool:
         stream = pool.submit(_read_events, stand, body, events)
         for _ in range(RETRIES + 1):
-            stand.until(lambda: roles.listener(path) not in (None, killed))
+            stand.until(lambda killed=killed: roles.listener(path) not in (None, killed))
             seen = len(events)
             stand.until(lambda seen=seen: len(events) > seen)
             killed = stand.pid("engine")
