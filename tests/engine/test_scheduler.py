@@ -75,7 +75,7 @@ class Echo:
 def model(letter: str, page_bytes: int = PAGE) -> Entry:
     program = Program((), GROUPS, {}, {}, width=1, vocabulary=VOCABULARY, context=1 << 20)
     owners = tuple(Owner(letter * 64, group, page_bytes) for group in range(len(GROUPS)))
-    return Entry(letter * 64, program, Echo(), owners, 0.0)
+    return Entry(letter * 64, program, Echo(), owners, 0.0, weights=letter)
 
 
 @dataclass
@@ -88,6 +88,7 @@ class Bench:
     now: float = 0.0
     answers: dict[str, list[int]] = field(default_factory=dict)
     finished: dict[str, Output] = field(default_factory=dict)
+    cached: dict[str, int] = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -98,10 +99,21 @@ class Bench:
         self.runner = Runner(np.zeros(self.pool.size, np.uint8))
         self.ids: Iterator[int] = iter(range(1 << 30))
 
-    def submit(self, entry: Entry, prompt: list[int], count: int, limit: int = 1 << 20) -> str:
+    def submit(
+        self,
+        entry: Entry,
+        prompt: list[int],
+        count: int,
+        limit: int = 1 << 20,
+        *,
+        cache: bool = True,
+        cache_salt: str = "",
+    ) -> str:
         number = next(self.ids)
         sampling = SamplingParams(max_tokens=count)
-        request = Request(id=str(number), image=entry.digest, tokens=prompt, sampling=sampling)
+        request = Request(
+            id=str(number), image=entry.digest, tokens=prompt, sampling=sampling, cache=cache, cache_salt=cache_salt
+        )
         limit = min(limit, len(prompt) + count)
         self.scheduler.add(Sequence(request, entry, arrival=number, limit=limit, now=self.now))
         return request.id
@@ -115,6 +127,7 @@ class Bench:
             self.scheduler.commit(batch, [Draw(int(row.argmax()), None) for row in logits])
         for output in self.scheduler.take_outputs():
             self.answers.setdefault(output.id, []).extend(output.tokens)
+            self.cached[output.id] = self.cached.get(output.id, 0) + output.cached_tokens
             if output.finish is not None:
                 assert output.id not in self.finished
                 self.finished[output.id] = output
@@ -123,6 +136,12 @@ class Bench:
     def run(self) -> None:
         while self.scheduler.has_work():
             self.step()
+
+    def check_that_every_page_is_back(self, letters: str) -> None:
+        assert self.pool.used_bytes == 0
+        for letter in letters:
+            self.scheduler.forget(letter * 64)
+        assert (self.pool.cached_bytes, self.pool.free_slabs) == (0, self.slabs)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -140,7 +159,113 @@ def test_answers_do_not_depend_on_company_chunks_or_preemption(seed: int) -> Non
     bench.run()
     assert bench.answers == expected
     assert {output.finish for output in bench.finished.values()} == {"length"}
-    assert (bench.pool.used_bytes, bench.pool.free_slabs) == (0, bench.slabs)
+    bench.check_that_every_page_is_back("abc")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_answers_do_not_depend_on_what_is_cached_taken_up_or_evicted(seed: int) -> None:
+    """Prompts that begin alike, conversations that go on, two tenants, two models, pools far too small for all."""
+    draw = random.Random(seed)
+    bench = Bench(slabs=draw.choice([8, 10]), max_rows=draw.choice([5, 64]), max_sequences=draw.choice([2, 5]))
+    models = [model("a"), model("b", PAGE // 3)]
+    stems = [[draw.randrange(VOCABULARY) for _ in range(90)] for _ in range(3)]
+    expected: dict[str, list[int]] = {}
+    asked: dict[str, list[int]] = {}
+    for _ in range(25):
+        said = [asked[identity] + bench.answers[identity] for identity in bench.finished]
+        prompt = draw.choice(stems)[: draw.randrange(1, 90)]
+        if said and draw.random() < 0.4:
+            prompt = draw.choice(said)
+        prompt = [*prompt, *(draw.randrange(VOCABULARY) for _ in range(draw.randrange(1, 6)))][:95]
+        count = draw.randrange(1, 30)
+        cache = draw.random() < 0.9
+        identity = bench.submit(draw.choice(models), prompt, count, cache=cache, cache_salt=draw.choice(["", "x"]))
+        expected[identity], asked[identity] = answer(prompt, count), prompt
+        for _ in range(draw.randrange(12)):
+            bench.step()
+            assert bench.pool.used_bytes + bench.pool.cached_bytes + bench.pool.free_bytes == bench.pool.size
+    bench.run()
+    assert bench.answers == expected
+    assert {output.finish for output in bench.finished.values()} == {"length"}
+    assert sum(bench.cached.values()) > 0
+    assert all(bench.cached[each] < len(asked[each]) for each in asked)
+    bench.check_that_every_page_is_back("ab")
+
+
+def test_a_hit_ends_before_the_page_that_holds_the_last_prompt_token() -> None:
+    for length, hit in ((32, 0), (33, 32), (64, 32), (65, 64), (96, 64)):
+        bench = Bench()
+        prompt = list(range(length))
+        for _ in range(2):
+            last = bench.submit(model("a"), prompt, 2)
+            bench.run()
+        assert bench.cached[last] == hit
+
+
+def test_a_page_is_found_by_its_own_model_tenant_and_beginning_only() -> None:
+    bench, prompt = Bench(slabs=16), list(range(100))
+    bench.submit(model("a"), prompt, 1, cache_salt="mine")
+    bench.run()
+    strangers = [
+        bench.submit(model("b"), prompt, 1, cache_salt="mine"),
+        bench.submit(model("a"), prompt, 1, cache_salt="yours"),
+        bench.submit(model("a"), prompt, 1),
+        bench.submit(model("a"), [7, *prompt[1:]], 1, cache_salt="mine"),
+        bench.submit(model("a"), prompt, 1, cache_salt="mine", cache=False),
+    ]
+    owner = bench.submit(model("a"), prompt, 1, cache_salt="mine")
+    bench.run()
+    assert [bench.cached[each] for each in strangers] == [0] * 5
+    assert bench.cached[owner] == 96
+
+
+def test_nothing_of_a_request_without_the_cache_is_kept() -> None:
+    bench = Bench()
+    bench.submit(model("a"), [1] * 100, 10, cache=False)
+    bench.run()
+    assert (bench.pool.cached_bytes, bench.pool.free_slabs) == (0, bench.slabs)
+
+
+def test_requests_that_begin_alike_and_come_together_share_what_one_of_them_computed() -> None:
+    bench = Bench(max_rows=64)
+    ids = [bench.submit(model("a"), [*range(200), n], 2) for n in range(3)]
+    bench.run()
+    assert [bench.cached[each] for each in ids] == [0, 160, 192]
+    assert sum(batch.rows for batch in bench.batches) < 300
+    assert all(bench.answers[each] == answer([*range(200), n], 2) for n, each in enumerate(ids))
+
+
+def test_the_pages_unused_for_longest_go_first_and_the_last_of_a_chain_before_its_beginning() -> None:
+    bench = Bench(slabs=6)  # twelve pages for each of the two groups
+    old, new = [1] * 129, [2] * 129  # four full pages each, and one more
+    for prompt in (old, new):
+        bench.submit(model("a"), prompt, 1)
+        bench.run()
+    bench.submit(model("a"), [3] * 190, 1)  # six pages: there is room for four beside the others
+    bench.run()
+    assert bench.pool.cached_bytes == 2 * (2 + 4 + 5) * PAGE
+    hits = {}
+    for name, prompt in (("new", new), ("old", old)):
+        identity = bench.submit(model("a"), prompt, 1)
+        bench.run()
+        hits[name] = bench.cached[identity]
+    assert hits == {"new": 128, "old": 64}
+
+
+def test_a_preempted_request_takes_its_own_pages_up_again_and_does_not_call_them_a_hit() -> None:
+    bench = Bench(slabs=6)
+    old = bench.submit(model("a"), [1] * 64, 3)
+    young = bench.submit(model("a"), [2] * 200, 100)
+    bench.step()
+    preempted = bench.scheduler._by_id[young]
+    while preempted.computed < 200:
+        bench.step()
+    bench.scheduler._preempt(preempted)
+    before = len(bench.batches)
+    bench.run()
+    assert bench.batches[before].rows < 30
+    assert bench.cached[young] == 0
+    assert bench.answers == {old: answer([1] * 64, 3), young: answer([2] * 200, 100)}
 
 
 def test_a_preempted_request_continues_as_if_it_had_never_stopped() -> None:

@@ -102,7 +102,8 @@ def _rest(found: dict[str, Any]) -> list[str]:
     if (engine := found["engine"]) is not None:
         busy = sum(model["running"] + model["waiting"] for model in engine["models"])
         lines.append(
-            f"Scratchpad: {size(engine['pool_used'])} of {size(engine['pool_bytes'])} used, {busy} requests "
+            f"Scratchpad: {size(engine['pool_used'])} of {size(engine['pool_bytes'])} used, "
+            f"{size(engine['pool_cached'])} cached, {size(engine['pool_free'])} free, {busy} requests "
             f"({engine['isa']}, {engine['threads']} threads)"
         )
     return [*lines, f"Room for more: {size(found['room']['free'])} ({found['room']['limit']})"]

@@ -110,6 +110,8 @@ class Engine:
             steps=self._steps,
             pool_bytes=self._pages.size,
             pool_used=self._pages.used_bytes,
+            pool_cached=self._pages.cached_bytes,
+            pool_free=self._pages.free_bytes,
             models=[self._model_status(entry) for entry in self._bank.entries()],
         )
 

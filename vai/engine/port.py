@@ -37,7 +37,11 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine at one moment. Bytes and seconds; `pool_used` counts pages in use, `steps` those of all models."""
+    """The engine at one moment. Bytes and seconds; `steps` are those of all models.
+
+    The pool is pages in use (`pool_used`), pages that the prefix cache keeps until their room is needed
+    (`pool_cached`), and the rest (`pool_free`).
+    """
 
     pid: int
     device: str
@@ -48,6 +52,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     pool_bytes: int
     pool_used: int
     models: list[ModelStatus]
+    pool_cached: int = 0
+    pool_free: int = 0
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", kw_only=True):

@@ -5,9 +5,11 @@ under load the order is A A A B B and not A B A B. Nobody waits longer than MAX_
 Inside a model, every decoding sequence has a row in every step, and prompts fill the rest of the step in order of age,
 as many of their tokens as the model computes in STEP_WHILE_STREAMING (or STEP, where nobody waits for the next token).
 
-Pages come from one pool for all models. Requests are admitted in order of age across all models, each with room for
-its whole prompt; the oldest that does not fit makes the younger wait. A running sequence that needs a page where none
-is free takes the pages of the youngest, which is computed again later: the oldest always gets on, so everybody does.
+Pages come from one pool for all models. A full page goes into the prefix cache, where every request that begins the
+same finds it; when nobody reads it any more it stays until its room is needed. Requests are admitted in order of age
+across all models, each with room for its whole prompt; the oldest that does not fit makes the younger wait. A running
+sequence that needs a page where none is free takes the pages of the youngest, which is computed again later: the
+oldest always gets on, so everybody does.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from vai.engine.sampler import Draw
 from vai.engine.select import Entry
 from vai.engine.sequence import Sequence
 from vai.errors import BadRequest, NotEnoughRoom, Overloaded, VaiError
+from vai.kernels.program import PAGE_TOKENS
 from vai.request import Output
-from vai.scratchpad.budget import pages_for
+from vai.scratchpad.budget import pages_for, slabs_for
 from vai.scratchpad.pages import PagePool
+from vai.scratchpad.prefix import PrefixCache
 
 QUANTUM = 0.05  # seconds of one turn
 MAX_WAIT = 1.0  # seconds that a model with work may be passed over for those served less
@@ -55,6 +59,7 @@ class Scheduler:
     ) -> None:
         """`max_rows`: most rows of a step. `max_sequences`: sequences of one model that run at once."""
         self._pool = pool
+        self._cache = PrefixCache(pool)
         self._clock = clock
         self._max_rows = max_rows
         self._max_sequences = min(max_sequences, max_rows)  # so that a step has a row for each
@@ -84,12 +89,13 @@ class Scheduler:
             self._end(sequence, "abort")
 
     def forget(self, image: str) -> None:
-        """Abort every request of a model, and forget the model."""
+        """Abort every request of a model, free its cached pages, and forget the model."""
         queue = self._queues.get(image)
         if queue is None:
             return
         for sequence in [*queue.running, *queue.waiting]:
             self._end(sequence, "abort")
+        self._cache.forget(image)
         del self._queues[image]
         if self._turn is queue:
             self._turn = None
@@ -124,6 +130,7 @@ class Scheduler:
         queue = self._charge(batch, now)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.computed += count
+            self._seal(sequence)
         for sequence, draw in zip(batch.drawing, draws, strict=True):
             if isinstance(draw, VaiError):
                 self._end(sequence, "error", draw)
@@ -177,6 +184,7 @@ class Scheduler:
         room = self._prompt_rows(queue, batch.rows)
         for sequence in queue.running:
             if room and sequence.uncomputed > 1:
+                self._take_up(sequence)  # what somebody computed since it was admitted
                 count = min(room, sequence.uncomputed)
                 batch.add(sequence, count)
                 room -= count
@@ -199,7 +207,7 @@ class Scheduler:
                 return
             queue = min(queues, key=lambda queue: queue.waiting[0].arrival)
             sequence = queue.waiting[0]
-            if not self._reserve(sequence, len(sequence.tokens) + 1):
+            if not self._make_room(sequence):
                 return
             if not queue.running:  # it has work again, and idling saves nothing up
                 queue.served = max(queue.served, self._floor)
@@ -207,9 +215,59 @@ class Scheduler:
             queue.running.append(queue.waiting.popleft())
             sequence.admit(now)
 
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Cached pages for the beginning of a waiting sequence, own ones for the rest of it and one more token."""
+        self._take_up(sequence)
+        if self._reserve(sequence, len(sequence.tokens) + 1):
+            return True
+        self._free(sequence)
+        if any(queue.running for queue in self._queues.values()):
+            return False
+        self._empty_cache()  # nobody uses a page, so what is in the way is where the cached ones lie
+        return self._reserve(sequence, len(sequence.tokens) + 1)
+
+    def _take_up(self, sequence: Sequence) -> None:
+        """Go on behind the cached pages that hold what comes next, before the page that holds the last token."""
+        last = (len(sequence.tokens) - 1) // PAGE_TOKENS
+        while len(sequence.shared) < last and sequence.computed == len(sequence.shared) * PAGE_TOKENS:
+            key = sequence.next_key
+            page = None if key is None else self._cache.take(key)
+            if page is None:
+                return
+            index = len(sequence.shared)
+            for owner, table in zip(sequence.entry.owners, sequence.block_table, strict=True):
+                self._pool.free(owner, table[index : index + 1].tolist())
+            sequence.share(page)
+
+    def _seal(self, sequence: Sequence) -> None:
+        """Move the pages that became full, and so will not be written any more, into the cache."""
+        while (len(sequence.shared) + 1) * PAGE_TOKENS <= sequence.computed:
+            key = sequence.next_key
+            if key is None:
+                return
+            own = tuple(table[len(sequence.shared)] for table in sequence.block_table)
+            sequence.share(self._cache.put(key, sequence.entry.owners, own))
+
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Pages for the first `tokens` tokens of a sequence in every cache group; all or nothing."""
-        count = pages_for(tokens)
+        """Pages for the first `tokens` tokens of a sequence in every cache group; all or nothing.
+
+        Cached pages that nobody uses make room, as many as it takes, where they can be enough.
+        """
+        pages = pages_for(tokens)
+        groups = zip(sequence.entry.owners, sequence.block_table, strict=True)
+        if sum(owner.page_bytes * (pages - len(table)) for owner, table in groups) > self._pool.available_bytes:
+            return False
+        while not self._allocate(sequence, pages):
+            if not self._cache.evict():
+                return False
+        return True
+
+    def _empty_cache(self) -> None:
+        while self._cache.evict():
+            pass
+
+    def _allocate(self, sequence: Sequence, count: int) -> bool:
+        """Pages that are free until a sequence has `count` in every cache group; all or nothing."""
         taken: list[list[int]] = []
         for owner, table in zip(sequence.entry.owners, sequence.block_table, strict=True):
             pages = self._pool.allocate(owner, count - len(table)) if len(table) < count else []
@@ -233,6 +291,10 @@ class Scheduler:
             elif any(each.running for each in self._by_id.values() if each is not sequence):
                 self._preempt(sequence)
                 return False
+            elif self._fits_alone(sequence):  # but its pages lie scattered; computed again, they will not
+                self._preempt(sequence)
+                self._empty_cache()
+                return False
             else:
                 room = NotEnoughRoom(
                     f"The scratchpad of {self._pool.size} bytes cannot hold {len(sequence.tokens)} tokens of this "
@@ -242,17 +304,26 @@ class Scheduler:
                 return False
         return True
 
+    def _fits_alone(self, sequence: Sequence) -> bool:
+        """Whether an empty pool holds a sequence with its next token."""
+        pages = pages_for(sequence.computed + 1)
+        return sum(slabs_for(owner, pages) for owner in sequence.entry.owners) <= self._pool.slabs
+
     def _preempt(self, sequence: Sequence) -> None:
         queue = self._queues[sequence.entry.digest]
         queue.running.remove(sequence)
         queue.waiting.appendleft(sequence)  # everything that waits there is younger
         self._free(sequence)
-        sequence.running, sequence.computed = False, 0
+        sequence.running = False
 
     def _free(self, sequence: Sequence) -> None:
+        """Give every page back; what was computed stays in the cache, as far as it is there."""
         for owner, table in zip(sequence.entry.owners, sequence.block_table, strict=True):
-            self._pool.free(owner, table.tolist())
+            self._pool.free(owner, table[len(sequence.shared) :].tolist())
             del table[:]
+        self._cache.give(sequence.shared)
+        sequence.shared.clear()
+        sequence.computed = 0
 
     # Ends
 

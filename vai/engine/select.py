@@ -21,13 +21,17 @@ from vai.scratchpad.pages import Owner
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One attached model. `owners`: in whose name its cache groups hold pages, in the Program's order."""
+    """One attached model. `owners`: in whose name its cache groups hold pages, in the Program's order.
+
+    `weights`: the id that its pages' keys begin with.
+    """
 
     digest: str
     program: Program
     plan: Plan
     owners: tuple[Owner, ...]
     attach_seconds: float
+    weights: str
 
 
 class Bank:
@@ -91,6 +95,6 @@ class Bank:
         owners = tuple(
             Owner(digest, group, shape.page_bytes(self._kv_type)) for group, shape in enumerate(program.groups)
         )
-        entry = Entry(digest, program, plan, owners, time.perf_counter() - began)
+        entry = Entry(digest, program, plan, owners, time.perf_counter() - began, image.weights)
         self._entries[digest] = (entry, image)
         return entry

@@ -3,6 +3,9 @@
 The memory is cut into slabs of 16 MiB. A slab is lent to one owner (a cache group of a model), which cuts it into its
 pages; a page larger than a slab takes consecutive slabs. When the last page of a slab is free the slab goes back, so
 nothing is reserved per model. What is not there is not promised: `allocate` gives all or None.
+
+A page that the prefix cache keeps for nobody in particular is handed out, but not in use: it counts as free for whoever
+can have it evicted.
 """
 
 from __future__ import annotations
@@ -96,7 +99,8 @@ class PagePool:
         self.size = size
         self._lent = bytearray(size // SLAB)  # 1 for each slab that some owner has
         self._cuts: dict[Owner, dict[int, _Cut]] = {}  # owner -> first slab -> its pages
-        self._held: dict[Owner, int] = {}  # pages in use
+        self._held: dict[Owner, int] = {}  # pages handed out
+        self._resting: dict[Owner, int] = {}  # those among them that nobody uses
 
     def allocate(self, owner: Owner, count: int) -> list[int] | None:
         """Offsets of `count` pages, or None (and nothing changed) where that many are not free."""
@@ -124,14 +128,45 @@ class PagePool:
         self._held[owner] -= len(pages)
         self._give_back_unused(owner)
 
+    def rest(self, owner: Owner) -> None:
+        """One page handed out to `owner` is only kept from here on, and counts as free."""
+        self._resting[owner] = self._resting.get(owner, 0) + 1
+
+    def wake(self, owner: Owner) -> None:
+        """One page that was only kept is in use again."""
+        if self._resting.get(owner, 0) < 1:
+            raise AssertionError(f"no page of {owner} rests")
+        self._resting[owner] -= 1
+
     def held(self, image: str) -> int:
         """Pages in use by all cache groups of an image."""
-        return sum(count for owner, count in self._held.items() if owner.image == image)
+        used = sum(count for owner, count in self._held.items() if owner.image == image)
+        return used - sum(count for owner, count in self._resting.items() if owner.image == image)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of all pages in use."""
-        return sum(count * owner.page_bytes for owner, count in self._held.items())
+        return sum(count * owner.page_bytes for owner, count in self._held.items()) - self.cached_bytes
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of all pages that are kept, but not in use."""
+        return sum(count * owner.page_bytes for owner, count in self._resting.items())
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that no page has, what is left over in slabs included."""
+        return self.size - self.used_bytes - self.cached_bytes
+
+    @property
+    def available_bytes(self) -> int:
+        """Bytes that no page in use has; the cache can be asked for its part of them."""
+        return self.size - self.used_bytes
+
+    @property
+    def slabs(self) -> int:
+        """Slabs, whoever has them."""
+        return len(self._lent)
 
     @property
     def free_slabs(self) -> int:
@@ -156,3 +191,4 @@ class PagePool:
         if not cuts:
             del self._cuts[owner]
             self._held.pop(owner, None)
+            self._resting.pop(owner, None)
