@@ -15,6 +15,7 @@ MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
 MAX_BIASES = 300
 MAX_CHOICES = 16  # answers to one prompt
+MAX_SALT = 256  # characters
 
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=100)]
@@ -56,6 +57,8 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     `choice` keys the draws beside seed and position: with it one seed gives several answers to one prompt.
     `emitted`: how many of the last `tokens` are the answer's own beginning, made by an engine that went away; they
     count as made (max_tokens, min_tokens, penalties), and are not said again.
+    `cache`: its beginning may be read from the prefix cache, and its pages are kept there for others, in both cases
+    only for requests of the same `cache_salt`.
     """
 
     id: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -64,6 +67,8 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     sampling: SamplingParams = SamplingParams()
     choice: Annotated[int, Meta(ge=0, lt=MAX_CHOICES)] = 0
     emitted: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
+    cache: bool = True
+    cache_salt: Annotated[str, Meta(max_length=MAX_SALT)] = ""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -8,7 +8,9 @@ from collections.abc import Sequence as List
 
 from vai.engine.history import History
 from vai.engine.select import Entry
+from vai.kernels.program import PAGE_TOKENS
 from vai.request import Output, Request, SamplingParams, Timing, TokenLogprob
+from vai.scratchpad.prefix import CachedPage, page_key, root_key
 
 
 class Sequence:
@@ -16,6 +18,7 @@ class Sequence:
 
     `tokens` are the prompt and everything made since; the first `computed` of them are in the cache, so
     [computed, len(tokens)) is what the next steps compute. A step that computes the last one yields a new token.
+    The full pages at its beginning are `shared`: held in the prefix cache, read by anybody, written by nobody.
     After a preemption `computed` is 0 again and nothing else has changed: every row is computed to the same bits, and
     draws are keyed by (seed, choice, position), so the request continues as if it had never stopped.
     """
@@ -30,6 +33,10 @@ class Sequence:
         self.computed = 0
         self.running = False
         self.block_table = [array("q") for _ in entry.owners]  # for each cache group, the byte offset of every page
+        self.shared: list[CachedPage] = []  # its first pages
+        self.cached_tokens = 0  # in pages that it found instead of computing them
+        self._known_pages = 0  # that it has computed or found, before any preemption
+        self._keys = [root_key(entry.weights, entry.plan.kv_type, request.cache_salt)]
         seed = request.sampling.seed
         self.seed = seed if seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
         # A stop id that the model cannot draw changes nothing; only those it can are looked at.
@@ -55,6 +62,28 @@ class Sequence:
         """Whether the next token must not be a stop id."""
         return bool(self.stop_ids) and self.made < self.request.sampling.min_tokens
 
+    @property
+    def next_key(self) -> bytes | None:
+        """The key of the first page that is not shared; None where that page is not full, or may not be shared."""
+        begin = len(self.shared) * PAGE_TOKENS
+        if not self.request.cache or not self.block_table or begin + PAGE_TOKENS > len(self.tokens):
+            return None
+        if len(self._keys) == len(self.shared) + 1:
+            self._keys.append(page_key(self._keys[-1], self.tokens[begin : begin + PAGE_TOKENS]))
+        return self._keys[len(self.shared) + 1]
+
+    def share(self, page: CachedPage) -> None:
+        """Read `page`, which it is a holder of, as the first that was not shared yet."""
+        index = len(self.shared)
+        for table, offset in zip(self.block_table, page.pages, strict=True):
+            table[index : index + 1] = array("q", [offset])
+        self.shared.append(page)
+        end = len(self.shared) * PAGE_TOKENS
+        if index == self._known_pages:
+            self._known_pages += 1
+            self.cached_tokens += PAGE_TOKENS if self.computed < end else 0
+        self.computed = max(self.computed, end)
+
     def admit(self, now: float) -> None:
         """It has its pages and will be computed."""
         self.running = True
@@ -76,6 +105,7 @@ class Sequence:
             logprobs=[] if logprob is None else [logprob],
             finish=finish,
             seed=self.seed if first else None,
+            cached_tokens=self.cached_tokens if first else 0,
             timing=self.timing(now) if finish else None,
         )
 
