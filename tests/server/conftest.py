@@ -24,7 +24,7 @@ import uvicorn
 import uvloop
 
 from vai.errors import ModelNotFound, Unavailable
-from vai.request import SamplingParams, TokenLogprob
+from vai.request import SamplingParams, Timing, TokenLogprob
 from vai.server.app import build
 from vai.server.protocol import Protocol
 
@@ -41,6 +41,7 @@ class Delta:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str | None = None
     cached_tokens: int = 0
+    timing: Timing | None = None
 
 
 _pids = itertools.count(1)
@@ -114,7 +115,8 @@ class Model:
                 if sampling.logprobs is not None:
                     top = list(range(65, 65 + sampling.logprobs))
                     logprobs = [TokenLogprob(-0.5, top, [-1.0] * len(top)) for _ in step]
-                yield Delta(text, step, logprobs, finish, cached_tokens=2)
+                timing = Timing(0.25, 0.5, 1.0) if finish else None
+                yield Delta(text, step, logprobs, finish, cached_tokens=2, timing=timing)
                 if finish is not None:
                     return
                 await asyncio.sleep(0)
@@ -149,7 +151,11 @@ class Port:
     async def status(self) -> Any:
         if not self._script.engine_alive:
             await asyncio.Event().wait()
-        return SimpleNamespace(pid=self._script.engine_pid)
+        models = [SimpleNamespace(image=digit * 64, running=2, waiting=1) for digit in "ab"]
+        return SimpleNamespace(pid=self._script.engine_pid, pool_bytes=200, pool_used=50, models=models)
+
+    async def switches(self) -> Any:
+        return SimpleNamespace(switched=[0.003])
 
 
 @dataclass
@@ -158,6 +164,7 @@ class Served:
 
     port: int
     script: Script
+    root: Path
     http: httpx2.Client  # one, because making one reads all of the machine's certificates
 
     @property
@@ -201,9 +208,9 @@ class _QuickProtocol(Protocol):
 class _Running:
     """A server in a thread of this process."""
 
-    def __init__(self, *, api_key: str | None, host: str, quick: bool, daemon_socket: Path | None) -> None:
+    def __init__(self, root: Path, *, api_key: str | None, host: str, quick: bool, daemon_socket: Path | None) -> None:
         script = Script()
-        app = build(Frontend(script), Port(script), daemon_socket=daemon_socket, host=host, api_key=api_key)
+        app = build(Frontend(script), Port(script), root=root, daemon_socket=daemon_socket, host=host, api_key=api_key)
         listener = socket.create_server(("127.0.0.1", 0))
         config = uvicorn.Config(
             app,
@@ -218,7 +225,7 @@ class _Running:
         self._thread = threading.Thread(target=lambda: uvloop.run(self._server.serve(sockets=[listener])))
         self._thread.start()
         until(lambda: self._server.started)
-        self.served = Served(listener.getsockname()[1], script, httpx2.Client(timeout=20))
+        self.served = Served(listener.getsockname()[1], script, root, httpx2.Client(timeout=20))
 
     def ask_to_stop(self) -> None:
         self._server.should_exit = True
@@ -231,9 +238,9 @@ class _Running:
 
 
 @pytest.fixture
-def stoppable() -> Iterator[tuple[Served, Callable[[], None]]]:
+def stoppable(tmp_path: Path) -> Iterator[tuple[Served, Callable[[], None]]]:
     """(a server of its own, what asks it to stop)."""
-    running = _Running(api_key=None, host="127.0.0.1", quick=False, daemon_socket=None)
+    running = _Running(tmp_path, api_key=None, host="127.0.0.1", quick=False, daemon_socket=None)
     yield running.served, running.ask_to_stop
     running.stop()
 
@@ -248,7 +255,7 @@ def servers() -> Iterator[dict[object, _Running]]:
 
 
 @pytest.fixture
-def serve(servers: dict[object, _Running]) -> Callable[..., Served]:
+def serve(servers: dict[object, _Running], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Served]:
     """A server with an unused script: `serve(api_key=..., quick=True, daemon_socket=...)`."""
 
     def get(
@@ -260,7 +267,8 @@ def serve(servers: dict[object, _Running]) -> Callable[..., Served]:
     ) -> Served:
         key = (api_key, host, quick, daemon_socket)
         if key not in servers:
-            servers[key] = _Running(api_key=api_key, host=host, quick=quick, daemon_socket=daemon_socket)
+            root = tmp_path_factory.mktemp("root")
+            servers[key] = _Running(root, api_key=api_key, host=host, quick=quick, daemon_socket=daemon_socket)
         served = servers[key].served
         until(lambda: served.script.open_streams == 0)
         served.script.reset()

@@ -405,6 +405,22 @@ def test_without_patience_an_engine_killed_in_mid_stream_is_one_error_and_the_ne
     assert complete(system, temperature=0).choices[0].text
 
 
+def test_metrics_agree_with_the_engine_and_with_the_files(system: System) -> None:
+    complete(system, max_tokens=8, extra_body={"ignore_eos": True})
+    lines = dict(line.rsplit(" ", 1) for line in system.http.get(system.url + "/metrics").text.splitlines())
+    images = {
+        name: system.root / "images" / f"{Registry(system.root, system.names).get(name).digest}.rom"
+        for name in ("tiny", "tiny-qwen2")
+    }
+    for name, image in images.items():
+        assert float(lines[f'vai_rom_bytes{{model="{name}"}}']) == image.stat().st_size
+        assert float(lines[f'vai_rom_leases{{model="{name}"}}']) == 1
+        assert float(lines[f'vllm:num_requests_running{{model_name="{name}"}}']) == 0
+    assert float(lines["vai_engine_up"]) == 1
+    assert float(lines['vllm:generation_tokens_total{model_name="tiny"}']) >= 8
+    assert float(lines['vllm:request_decode_time_seconds_sum{model_name="tiny"}']) > 0
+
+
 def test_a_running_server_has_no_kernels_loaded_and_holds_no_lease(system: System) -> None:
     chat(system)
     maps = Path(f"/proc/{system.server.pid}/maps").read_text()

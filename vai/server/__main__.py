@@ -122,7 +122,14 @@ async def serve(args: argparse.Namespace, listener: socket.socket, api_key: str 
     frontend = llm.Frontend(args.root, args.names, port)
     warming = asyncio.ensure_future(warm(frontend))
     try:
-        app = build(frontend, port, daemon_socket=args.daemon_socket, host=args.host, api_key=api_key)
+        app = build(
+            frontend,
+            port,
+            root=args.root,
+            daemon_socket=args.daemon_socket,
+            host=args.host,
+            api_key=api_key,
+        )
         config = uvicorn.Config(
             app,
             http=Protocol,

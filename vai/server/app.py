@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -25,6 +25,7 @@ from vai.errors import BadRequest, ModelNotFound, Unavailable, VaiError
 from vai.request import SamplingParams
 from vai.server import schema
 from vai.server.guard import Guard, Hosts, error_response, read_body, status_phrase
+from vai.server.metrics import TEXT_FORMAT, Engine, Metrics
 from vai.server.render import Answer, ChatAnswer, TextAnswer
 from vai.server.stream import EventStream, interleave, until_gone
 
@@ -35,23 +36,13 @@ HEALTH_SECONDS = 4.0  # an engine that says nothing this long is not healthy
 COMPLETION_TOKENS = 16  # `max_tokens` of /v1/completions where the client names none, as in OpenAI's
 
 
-class _Status(Protocol):
-    @property
-    def pid(self) -> int: ...
-
-
-class Engine(Protocol):
-    """What health asks of the engine's port."""
-
-    async def status(self) -> _Status: ...
-
-
 class Routes:
     """All endpoints. One per process, on one event loop."""
 
-    def __init__(self, frontend: Frontend, engine: Engine, daemon_socket: Path | None) -> None:
+    def __init__(self, frontend: Frontend, engine: Engine, root: Path, daemon_socket: Path | None) -> None:
         self._frontend = frontend
         self._engine = engine
+        self._metrics = Metrics(root, frontend, engine)
         self._daemon_socket = daemon_socket
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._proofs: dict[int, asyncio.Task[None]] = {}  # by pid of the engine: that it has decoded a token
@@ -67,6 +58,7 @@ class Routes:
             Route("/readyz", self.health),
             Route("/livez", self.live),
             Route("/version", self.version),
+            Route("/metrics", self.metrics),
         ]
         # Without Starlette's outer application: its last layer answers a bug before the guard can.
         return ExceptionMiddleware(
@@ -93,6 +85,10 @@ class Routes:
 
     async def version(self, request: Request) -> Response:
         return _json({"version": metadata.version("vai")})
+
+    async def metrics(self, request: Request) -> Response:
+        """What Prometheus reads."""
+        return Response(await self._metrics.page(), media_type=TEXT_FORMAT)
 
     async def health(self, request: Request) -> Response:
         """200 when a model is resident and the engine answers and has been seen to decode, else 503 with the reason."""
@@ -129,7 +125,7 @@ class Routes:
         ids = await model.encode_chat(messages)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = _sampling(asked, model, asked.max_completion_tokens or asked.max_tokens, logprobs)
-        return await _respond(request, asked, model, [ids], sampling, ChatAnswer)
+        return await _respond(request, self._metrics, asked, model, [ids], sampling, ChatAnswer)
 
     async def completions(self, request: Request) -> Response | EventStream:
         asked = schema.decode_completion(await read_body(request.scope, request.receive))
@@ -138,7 +134,7 @@ class Routes:
         prompts = [await model.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
         sampling = _sampling(asked, model, asked.max_tokens or COMPLETION_TOKENS, asked.logprobs)
         echo = [text if isinstance(text, str) else model.decode(text) for text in given] if asked.echo else ()
-        return await _respond(request, asked, model, prompts, sampling, TextAnswer, echo)
+        return await _respond(request, self._metrics, asked, model, prompts, sampling, TextAnswer, echo)
 
     async def _open(self, name: str) -> Model:
         """The model of this name, loaded by the daemon first where it is not resident.
@@ -167,9 +163,11 @@ class Routes:
         await asyncio.shield(task)
 
 
-def build(frontend: Frontend, engine: Engine, *, daemon_socket: Path | None, host: str, api_key: str | None) -> ASGIApp:
+def build(
+    frontend: Frontend, engine: Engine, *, root: Path, daemon_socket: Path | None, host: str, api_key: str | None
+) -> ASGIApp:
     """The whole server as one ASGI application: the guard around the routes. `host`: the address it is bound to."""
-    return Guard(Routes(frontend, engine, daemon_socket).app(), hosts=Hosts(host), api_key=api_key)
+    return Guard(Routes(frontend, engine, root, daemon_socket).app(), hosts=Hosts(host), api_key=api_key)
 
 
 def _json(value: object) -> Response:
@@ -241,6 +239,7 @@ def _sampling(
 
 async def _respond(
     request: Request,
+    metrics: Metrics,
     asked: schema.ChatRequest | schema.CompletionRequest,
     model: Model,
     prompts: list[list[int]],
@@ -260,7 +259,18 @@ async def _respond(
     )
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     deltas = interleave(
-        [stream for prompt in prompts for stream in model.choices(prompt, asked.n or 1, sampling, stop)]
+        [
+            metrics.watch(answer.name, len(prompt), stream)
+            for prompt in prompts
+            for stream in model.choices(
+                prompt,
+                asked.n or 1,
+                sampling,
+                stop,
+                cache=asked.cache_prompt is not False,
+                cache_salt=asked.cache_salt or "",
+            )
+        ]
     )
     notes = request.scope["vai.notes"]
     if asked.stream:
