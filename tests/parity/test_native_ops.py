@@ -584,6 +584,17 @@ def test_embedding_rows_of_other_blocks_are_dequantized(isa: str, pools: list[ta
     same(native(rom, prog, isa, pools[1]).forward(step(tokens), EMPTY), w.dequantized()[tokens])
 
 
+@pytest.mark.parametrize("type", CODED)
+def test_the_reference_is_the_other_blocks_twin(type: str) -> None:
+    rng = np.random.default_rng(24)
+    x, w = awkward(rng, ROWS, 512), random_codes(rng, type, 50, 512)
+    rom = Rom(activations("x.weight", x) | one("w.weight", type, 50, 512, w.tiles()))
+    multiplied = program(rom, [Embed("x", "x.weight"), Linear("y", "x", "w.weight")], "y")
+    same(reference_of(rom, multiplied, step(range(ROWS))), w.times(x))
+    gathered = program(rom, [Embed("x", "w.weight"), Rows("y", "x")], "y")
+    same(reference_of(rom, gathered, step(range(50))), w.dequantized())
+
+
 def test_a_norm_serves_readers_of_every_group_and_of_floats(isa: str, pools: list[table.Workers]) -> None:
     rng = np.random.default_rng(23)
     x, gain = awkward(rng, ROWS, 768), rng.standard_normal(768).astype(np.float32)

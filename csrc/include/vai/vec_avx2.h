@@ -104,6 +104,10 @@ struct Avx2Vec {
     acc = add_words(acc, _mm256_maddubs_epi16(w.low, _mm256_set1_epi32(load_as<int32_t>(a))));
     return add_words(acc, _mm256_maddubs_epi16(w.high, _mm256_set1_epi32(load_as<int32_t>(a + 4))));
   }
+  static Dot4 dot4(const Nibbles& w, const int8_t* a) {
+    const I low = _mm256_maddubs_epi16(w.low, _mm256_set1_epi32(load_as<int32_t>(a)));
+    return add_words(low, _mm256_maddubs_epi16(w.high, _mm256_set1_epi32(load_as<int32_t>(a + 4))));
+  }
   // In place: gcc otherwise reorders the sum into a tree whose leaves do not fit the registers.
   static I add_words(I acc, I x) {
     asm("vpaddw %1, %0, %0" : "+x"(acc) : "x"(x));

@@ -103,6 +103,7 @@ struct Avx512Vec {
     acc = _mm512_dpbusd_epi32(acc, w.low, _mm512_set1_epi32(load_as<int32_t>(a)));
     return _mm512_dpbusd_epi32(acc, w.high, _mm512_set1_epi32(load_as<int32_t>(a + 4)));
   }
+  static Dot4 dot4(const Nibbles& w, const int8_t* a) { return dot4(dot4_begin(0), w, a); }
   static I dot4_end(Dot4 acc, int32_t) { return acc; }
   static I dot4_times(I total, Dot4 dot, I factor) { return _mm512_add_epi32(total, _mm512_mullo_epi32(dot, factor)); }
   static I factor(const int8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }

@@ -110,6 +110,7 @@ struct ScalarVec {
       for (int j = 0; j < 4; ++j) acc.v[i] += w.low[4 * i + j] * a[j] + w.high[4 * i + j] * a[4 + j];
     return acc;
   }
+  static Dot4 dot4(const Nibbles& w, const int8_t* a) { return dot4(dot4_begin(0), w, a); }
   static I dot4_end(Dot4 acc, int32_t) { return acc; }
   // total + dot * factor, the factors being signed bytes, one for each row.
   static I dot4_times(I total, Dot4 dot, I factor) { VAI_LANES(I, total.v[i] + dot.v[i] * factor.v[i]); }

@@ -88,9 +88,10 @@ __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
               if (l > 0 && l % kRun == 0) {
                 const I part = V::dot4_end(dot[r][j], 0);
                 whole[r][j] = l == kRun ? part : V::iadd(whole[r][j], part);
-                dot[r][j] = V::dot4_begin(0);
+                dot[r][j] = V::dot4(w[j], codes + r * 32 + 8 * l);
+              } else {
+                dot[r][j] = V::dot4(dot[r][j], w[j], codes + r * 32 + 8 * l);
               }
-              dot[r][j] = V::dot4(dot[r][j], w[j], codes + r * 32 + 8 * l);
             }
         } else {
           typename V::Bytes w[NB];
@@ -201,8 +202,8 @@ __attribute__((noinline)) void wide_tile(const TileArgs& t) {
           }
           VAI_UNROLL for (int r = 0; r < R; ++r)
             VAI_UNROLL for (int j = 0; j < NB; ++j) {
-              if (l % kRun == 0) dot[r][j] = V::dot4_begin(0);
-              dot[r][j] = V::dot4(dot[r][j], w[j], a + r * 32 + 8 * l);
+              const int8_t* mine = a + r * 32 + 8 * l;
+              dot[r][j] = l % kRun == 0 ? V::dot4(w[j], mine) : V::dot4(dot[r][j], w[j], mine);
             }
           if ((l + 1) % kRun == 0)
             VAI_UNROLL for (int j = 0; j < NB; ++j) {
