@@ -6,13 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
+from vai.engine.batch import Batch
 from vai.engine.engine import Engine
 from vai.engine.history import History
+from vai.engine.runner import Runner
 from vai.errors import BadRequest
 from vai.request import Output, Request, SamplingParams, TokenLogprob
 
@@ -32,8 +36,8 @@ PENALIZED = SamplingParams(
 )
 
 
-def run(engine: Engine, requests: Iterable[Request], *, running: list[int] | None = None) -> dict[str, Answer]:
-    """Tokens and logprobs of each request, computed together; `running` gets how many ran after each step."""
+def run(engine: Engine, requests: Iterable[Request], *, waiting: list[int] | None = None) -> dict[str, Answer]:
+    """Tokens and logprobs of each request, computed together; `waiting` gets how many wait after each step."""
     answers: dict[str, Answer] = {}
     for each in requests:
         engine.submit(each)
@@ -41,8 +45,8 @@ def run(engine: Engine, requests: Iterable[Request], *, running: list[int] | Non
     while engine.has_work():
         for output in engine.step():
             take(answers[output.id], output)
-        if running is not None:
-            running.append(sum(model.running for model in engine.status().models))
+        if waiting is not None:
+            waiting.append(sum(model.waiting for model in engine.status().models))
     return answers
 
 
@@ -145,12 +149,42 @@ def test_choices_differ_and_each_is_the_same_however_many_there_are(tiny_root: R
         }
 
 
+def test_the_prompt_of_several_choices_is_computed_once(
+    tiny_root: Root, make_engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 0
+    forward = Runner.forward
+
+    def counted(self: Runner, batch: Batch) -> NDArray[np.float32]:
+        nonlocal rows
+        rows += batch.rows
+        return forward(self, batch)
+
+    monkeypatch.setattr(Runner, "forward", counted)
+    requests = choices(tiny_root[2]["tiny"], range(200), replace(PENALIZED, max_tokens=20), 8)
+    alone = {each.id: run(make_engine(tiny_root[0]), [each])[each.id] for each in requests}
+    rows = 0
+    assert run(make_engine(tiny_root[0]), requests) == alone
+    made = sum(len(tokens) for tokens, _ in alone.values())
+    assert rows == 200 + 7 * (200 % 32) + made - 8  # each computes the beginning of its own last page
+
+
+@pytest.mark.parametrize("cut", [1, 31, 59])
+def test_a_penalized_answer_goes_on_in_another_engine_where_the_first_left_it(
+    tiny_root: Root, make_engine: Make, cut: int
+) -> None:
+    whole = choices(tiny_root[2]["tiny"], range(70), PENALIZED, 2)[1]
+    tokens, logprobs = run(make_engine(tiny_root[0]), [whole])["1"]
+    rest = replace(whole, tokens=whole.tokens + tokens[:cut], emitted=cut)
+    assert run(make_engine(tiny_root[0]), [rest])["1"] == (tokens[cut:], logprobs[cut:])
+
+
 def test_penalized_choices_continue_after_a_preemption_with_the_same_bits(
     wide_root: tuple[Path, str], make_engine: Make
 ) -> None:
     root, image = wide_root
     requests = choices(image, range(100), replace(PENALIZED, max_tokens=160), 3)
     alone = {each.id: run(make_engine(root), [each])[each.id] for each in requests}
-    running: list[int] = []
-    assert run(make_engine(root), requests, running=running) == alone
-    assert max(running) > 1 and running != sorted(running, reverse=True)  # somebody left and came back
+    waiting: list[int] = []
+    assert run(make_engine(root), requests, waiting=waiting) == alone
+    assert waiting[0] == 0 and max(waiting) > 0  # somebody left and came back

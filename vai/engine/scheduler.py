@@ -182,9 +182,15 @@ class Scheduler:
             if sequence.running and self._grow(sequence):  # growing may have preempted those after it
                 batch.add(sequence, 1)
         room = self._prompt_rows(queue, batch.rows)
+        coming: set[bytes] = set()  # keys of the pages that this step goes on with
         for sequence in queue.running:
             if room and sequence.uncomputed > 1:
                 self._take_up(sequence)  # what somebody computed since it was admitted
+                key = sequence.next_key
+                if key in coming and self._may_take_up(sequence):
+                    continue  # prompts that begin the same, as the choices of one request do, are computed once
+                if key is not None:
+                    coming.add(key)
                 count = min(room, sequence.uncomputed)
                 batch.add(sequence, count)
                 room -= count
@@ -228,8 +234,7 @@ class Scheduler:
 
     def _take_up(self, sequence: Sequence) -> None:
         """Go on behind the cached pages that hold what comes next, before the page that holds the last token."""
-        last = (len(sequence.tokens) - 1) // PAGE_TOKENS
-        while len(sequence.shared) < last and sequence.computed == len(sequence.shared) * PAGE_TOKENS:
+        while self._may_take_up(sequence):
             key = sequence.next_key
             page = None if key is None else self._cache.take(key)
             if page is None:
@@ -238,6 +243,12 @@ class Scheduler:
             for owner, table in zip(sequence.entry.owners, sequence.block_table, strict=True):
                 self._pool.free(owner, table[index : index + 1].tolist())
             sequence.share(page)
+
+    @staticmethod
+    def _may_take_up(sequence: Sequence) -> bool:
+        """Whether the next page may be found: nothing of it is computed yet, and it does not hold the last token."""
+        done = len(sequence.shared)
+        return done < (len(sequence.tokens) - 1) // PAGE_TOKENS and sequence.computed == done * PAGE_TOKENS
 
     def _seal(self, sequence: Sequence) -> None:
         """Move the pages that became full, and so will not be written any more, into the cache."""
