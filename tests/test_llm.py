@@ -349,6 +349,17 @@ def test_choices_begin_with_the_answer_there_is_and_stay_the_same_however_many(l
             llm.choices("Hello", count)
 
 
+def test_a_conversation_computes_its_new_turn_and_at_most_a_page_before_it(llm: LLM) -> None:
+    turns = ("Tell me about the sea. " * 4, "And then?", "Why is that so, and who said it first?")
+    said: list[int] = []
+    for turn in turns:
+        prompt = [*said, *llm.encode(turn)]
+        answer = llm.generate(prompt, llm.sampling(temperature=1, seed=3, max_tokens=45))
+        assert min(len(said), len(prompt) - 1) - answer.cached_tokens <= 32
+        said = [*prompt, *answer.token_ids]
+    assert answer.cached_tokens >= 64
+
+
 def test_a_stop_string_cuts_the_text_and_frees_the_engine(llm: LLM) -> None:
     greedy = llm.sampling(temperature=0, max_tokens=200)
     whole = llm.generate("Hello", greedy)

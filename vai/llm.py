@@ -217,7 +217,15 @@ class Words:
         except msgspec.ValidationError as error:
             raise BadRequest(f"These sampling parameters cannot be used: {error}.") from None
 
-    def request(self, ids: Sequence[int], sampling: SamplingParams, choice: int = 0) -> Request:
+    def request(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams,
+        choice: int = 0,
+        *,
+        cache: bool = True,
+        cache_salt: str = "",
+    ) -> Request:
         """The engine's request for a prompt, checked. Raises BadRequest, ContextTooLong."""
         if not ids:
             raise BadRequest("The prompt is empty; it needs at least one token.", param="prompt")
@@ -234,7 +242,13 @@ class Words:
             )
         sampling = msgspec.structs.replace(sampling, max_tokens=min(sampling.max_tokens, left))
         return Request(
-            id=secrets.token_hex(16), image=self.card.digest, tokens=list(ids), sampling=sampling, choice=choice
+            id=secrets.token_hex(16),
+            image=self.card.digest,
+            tokens=list(ids),
+            sampling=sampling,
+            choice=choice,
+            cache=cache,
+            cache_salt=cache_salt,
         )
 
     def close(self) -> None:
@@ -384,14 +398,23 @@ class Model:
         return self._words.sampling(**given)
 
     def choices(
-        self, ids: Sequence[int], count: int, sampling: SamplingParams | None = None, stop: Sequence[str] = ()
+        self,
+        ids: Sequence[int],
+        count: int,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        *,
+        cache: bool = True,
+        cache_salt: str = "",
     ) -> list[AsyncGenerator[Delta, None]]:
         """Several answers to one prompt, as `stream` gives one. They share a seed, and the first is that of `stream`.
 
         Raises BadRequest.
         """
         params = _seeded(self.sampling() if sampling is None else sampling, count)
-        return [self.stream(ids, params, stop, choice=choice) for choice in range(count)]
+        return [
+            self.stream(ids, params, stop, choice=choice, cache=cache, cache_salt=cache_salt) for choice in range(count)
+        ]
 
     async def stream(
         self,
@@ -400,14 +423,18 @@ class Model:
         stop: Sequence[str] = (),
         *,
         choice: int = 0,
+        cache: bool = True,
+        cache_salt: str = "",
     ) -> AsyncGenerator[Delta, None]:
         """The answer to a prompt as it comes. Closing the generator aborts the request.
 
-        `choice`: which of the answers that a seed gives to this prompt.
+        `choice`: which of the answers that a seed gives to this prompt. `cache`: the prefix cache may be read and added
+        to, among requests of the same `cache_salt`; the answer is the same without, and the first token later.
         It ends at one of `sampling.stop_ids` (which `sampling()` sets to the model's own), at a stop string, or where
         the context is full. Raises BadRequest, ContextTooLong, and what the engine refuses or fails with.
         """
-        request = self._words.request(ids, self.sampling() if sampling is None else sampling, choice)
+        params = self.sampling() if sampling is None else sampling
+        request = self._words.request(ids, params, choice, cache=cache, cache_salt=cache_salt)
         reply = _Reply(self._words, request, stop)
         outputs = cast(AsyncGenerator[Output, None], self._port.generate(request))
         try:

@@ -61,6 +61,7 @@ class Script:
         self.chunk = 1
         self.open_streams = 0
         self.seen: list[tuple[list[int], SamplingParams, list[str]]] = []
+        self.caches: list[tuple[bool, str]] = []
         self.engine_alive = True
         self.loaded = False
         self.empty = False
@@ -89,8 +90,9 @@ class Model:
         return bytes(ids).decode()
 
     def choices(
-        self, ids: list[int], count: int, sampling: SamplingParams, stop: list[str]
+        self, ids: list[int], count: int, sampling: SamplingParams, stop: list[str], *, cache: bool, cache_salt: str
     ) -> list[AsyncGenerator[Delta, None]]:
+        self._script.caches.append((cache, cache_salt))
         return [self.stream(ids, sampling, stop) for _ in range(count)]
 
     async def stream(self, ids: list[int], sampling: SamplingParams, stop: list[str]) -> AsyncGenerator[Delta, None]:

@@ -175,6 +175,25 @@ def test_a_stream_says_what_the_whole_answer_says(system: System, model: str, sa
         assert 0 <= counted.prompt_tokens_details.cached_tokens < counted.prompt_tokens
 
 
+def test_a_chat_that_goes_on_finds_what_was_computed_of_it_unless_told_not_to(system: System) -> None:
+    messages = [{"role": "user", "content": "A conversation that nobody else has. " * 8}]
+    asked = {"model": "tiny", "max_tokens": 24, "temperature": 0}
+
+    def ask(**more: Any) -> Any:
+        return system.api.chat.completions.create(messages=messages, **asked, extra_body=more)
+
+    first = ask()
+    said = first.usage.prompt_tokens
+    assert first.usage.prompt_tokens_details.cached_tokens < 32 < said
+    messages += [{"role": "assistant", "content": first.choices[0].message.content}, {"role": "user", "content": "Go"}]
+    second, uncached, stranger = ask(), ask(cache_prompt=False), ask(cache_salt="another")
+    assert second.usage.prompt_tokens_details.cached_tokens >= said - 32
+    for other in (uncached, stranger):
+        assert other.usage.prompt_tokens_details.cached_tokens == 0
+        assert other.choices[0].message.content == second.choices[0].message.content
+    assert ask(cache_salt="another").usage.prompt_tokens_details.cached_tokens > said
+
+
 def test_a_seed_gives_the_same_answer_again_and_another_seed_another(system: System) -> None:
     first, again, other = (complete(system, temperature=1, seed=seed).choices[0].text for seed in (5, 5, 6))
     assert first == again != other

@@ -404,3 +404,10 @@ def test_without_a_daemon_an_absent_model_is_503_saying_what_to_run(
     answer = served.post("/v1/chat/completions", CHAT | {"model": "cold"})
     assert answer.status_code == 503
     assert ("vai serve" if daemon else "vai load") in answer.json()["error"]["message"]
+
+
+def test_a_client_says_whose_prefix_cache_its_request_shares_or_that_it_shares_none(served: Served) -> None:
+    for more in ({}, {"cache_prompt": True, "cache_salt": "mine"}, {"cache_prompt": False, "cache_salt": None}):
+        assert served.post("/v1/chat/completions", CHAT | more).status_code == 200
+        assert served.post("/v1/completions", TEXT | more).status_code == 200
+    assert served.script.caches == [(True, "")] * 2 + [(True, "mine")] * 2 + [(False, "")] * 2

@@ -120,6 +120,11 @@ def test_what_is_harmless_or_asks_for_nothing_is_taken() -> None:
         ("model", ""),
         ("model", 3),
         ("frequency_penalty", 3),
+        ("cache_salt", ""),
+        ("cache_salt", "x" * 257),
+        ("cache_salt", 3),
+        ("cache_prompt", "no"),
+        ("cache_prompt", 0),
     ],
 )
 def test_a_value_out_of_bounds_is_refused_by_name(field: str, value: Any) -> None:

@@ -21,7 +21,7 @@ from vai.engine.sequence import Sequence
 from vai.errors import BadRequest, ContextTooLong, NotEnoughRoom, VaiError
 from vai.kernels import table
 from vai.kernels.program import MAX_ROWS, MAX_SEQUENCES
-from vai.request import Output, Request, SamplingParams
+from vai.request import MAX_SALT, Output, Request, SamplingParams
 from vai.scratchpad.budget import tokens_that_fit
 from vai.scratchpad.pages import PagePool
 
@@ -188,6 +188,8 @@ def _check(request: Request) -> None:
         msgspec.convert(msgspec.to_builtins(request.sampling), SamplingParams)
     except msgspec.ValidationError as error:
         raise BadRequest(f"These sampling parameters cannot be used: {error}.") from None
+    if len(request.cache_salt) > MAX_SALT:
+        raise BadRequest(f"A cache salt has at most {MAX_SALT} characters.", param="cache_salt")
     if not 0 <= request.emitted < min(len(request.tokens), request.sampling.max_tokens):
         raise BadRequest(
             f"Of {len(request.tokens)} tokens, {request.emitted} cannot be an answer of at most "

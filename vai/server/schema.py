@@ -14,7 +14,16 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from vai.errors import BadRequest, NotSupported, VaiError
-from vai.request import MAX_CHOICES, MAX_LOGPROBS, MAX_STOP_IDS, LogitBias, Penalty, RepetitionPenalty, TokenId
+from vai.request import (
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_SALT,
+    MAX_STOP_IDS,
+    LogitBias,
+    Penalty,
+    RepetitionPenalty,
+    TokenId,
+)
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
@@ -60,6 +69,8 @@ class Common(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     frequency_penalty: Penalty | None = None
     repetition_penalty: RepetitionPenalty | None = None
     logit_bias: LogitBias | None = None
+    cache_prompt: bool | None = None  # llama.cpp's word: false neither reads the prefix cache nor adds to it
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT)] | None = None  # vLLM's: whose prefix cache
     # Harmless whatever they say.
     user: Harmless = None
     metadata: dict[str, str] | None = None
@@ -70,7 +81,6 @@ class Common(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     skip_special_tokens: bool | None = None
     priority: int | None = None
     structured_outputs: Anything = UNSET
-    cache_salt: Anything = UNSET
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -167,7 +177,6 @@ _REFUSED: dict[str, Callable[[Any], bool]] = {
     "skip_special_tokens": _equal(True),
     "priority": _equal(0),
     "structured_outputs": _null,
-    "cache_salt": _null,
     "store": _equal(False),
     "tools": _empty,
     "tool_choice": _one_of("none", "auto"),

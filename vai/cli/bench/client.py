@@ -54,6 +54,7 @@ def stream(host: str, port: int, model: str, prompt: str, max_tokens: int) -> di
         "max_tokens": max_tokens,
         "temperature": 0,
         "ignore_eos": True,
+        "cache_prompt": False,
         "stream": True,
         "stream_options": {"include_usage": True},
     }

@@ -102,7 +102,7 @@ class Stand:
     def one_token(self, model: str, prompt: list[int]) -> float:
         """Seconds of a one-token completion, over a connection of its own, retried until the server can answer."""
         deadline = time.monotonic() + DEADLINE
-        body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "cache_prompt": False}
         last: Any = "no answer"
         while time.monotonic() < deadline:
             try:

@@ -154,7 +154,7 @@ def alternating_steps(stand: Stand, models: list[str], steps: int) -> dict[str, 
 
 
 def one_token(model: str, token: int) -> dict[str, Any]:
-    return {"model": model, "prompt": [token], "max_tokens": 1, "temperature": 0}
+    return {"model": model, "prompt": [token], "max_tokens": 1, "temperature": 0, "cache_prompt": False}
 
 
 def paired(stand: Stand, models: list[str], pairs: int) -> dict[str, Any]:
