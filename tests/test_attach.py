@@ -16,6 +16,7 @@ import vai
 from vai.burn.burn import burn
 from vai.burn.synth import SHAPES, synthesize
 from vai.errors import ModelNotFound, Unavailable
+from vai.models.spec import Spec
 from vai.rom.registry import Name, Registry
 from vai.rom.segment import holders, image_path
 
@@ -23,11 +24,18 @@ from vai.rom.segment import holders, image_path
 SHAPE = msgspec.structs.replace(SHAPES["tiny-qwen2"], layers=1, vocabulary=521, ffn=416)
 
 
-@pytest.mark.parametrize("type", ["Q4_0", "Q8_0", "F16", "BF16", "F32"])
+WIDE = msgspec.structs.replace(SHAPES["tiny-256"], layers=1, vocabulary=521)
+
+
+@pytest.mark.parametrize(
+    ("type", "shape"),
+    [(type, SHAPE) for type in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")]
+    + [(type, WIDE) for type in ("Q4_K", "Q5_K", "Q6_K", "Q4_K_M")],
+)
 def test_every_tensor_has_the_values_that_the_formats_oracle_reads_from_the_checkpoint(
-    type: str, tmp_path: Path
+    type: str, shape: Spec, tmp_path: Path
 ) -> None:
-    synthesize(tmp_path / "m.gguf", shape=SHAPE, type=type, seed=3)
+    synthesize(tmp_path / "m.gguf", shape=shape, type=type, seed=3)
     digest = burn(tmp_path / "m.gguf", tmp_path / "root").digest
     reader = GGUFReader(tmp_path / "m.gguf")
     with vai.attach(digest, root=tmp_path / "root", names=tmp_path / "names") as weights:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,7 @@ class Tensor:
 
     def numpy(self) -> Float32:
         """The values in natural order as binary32: a copy, except that a vector with its elements in a row is a
-        read-only view. Every other type is exact too: code times scale fits binary32.
+        read-only view. They are the checkpoint's own values: what GGUF's definition of the type gives in binary32.
         """
         if self.type == VECTOR:
             return _vector(self.packed)[: self._part.rows]
@@ -121,30 +122,75 @@ def _vector(blocks: Bytes) -> Float32:
     return blocks.view("<f4").reshape(-1)
 
 
-def _scales(blocks: Bytes) -> Float32:
-    """[..., >= 64] bytes of a quantized block -> [..., 16 rows, 2 groups]."""
-    halves = np.ascontiguousarray(blocks[..., :64]).view("<f2")
-    return halves.reshape(*blocks.shape[:-1], 2, BLOCK_ROWS).swapaxes(-1, -2).astype(np.float32)
+def _halves(blocks: Bytes, start: int, count: int) -> Float32:
+    """`count` binary16 numbers a row from byte `start` of each block on: [..., bytes] -> [..., 16 rows, count]."""
+    halves = np.ascontiguousarray(blocks[..., start : start + 32 * count]).view("<f2")
+    return halves.reshape(*blocks.shape[:-1], count, BLOCK_ROWS).swapaxes(-1, -2).astype(np.float32)
 
 
-def _scaled(codes: NDArray[np.int8], scales: Float32) -> Float32:
-    """codes [..., 16, 64] times the scale of their group of 32 columns."""
-    grouped = codes.reshape(*codes.shape[:-1], 2, 32).astype(np.float32) * scales[..., None]
+def _codes(blocks: Bytes, start: int, columns: int, bits: int) -> NDArray[Any]:
+    """Codes of `bits` bits in lines of 64 bytes from byte `start` on: [..., bytes] -> [..., 16 rows, columns].
+
+    The lowest bits of a row's four bytes in a line are four columns, the next bits the four after them, and so on.
+    """
+    size = 2 * columns * bits
+    lines = blocks[..., start : start + size].reshape(*blocks.shape[:-1], size // 64, BLOCK_ROWS, 1, 4)
+    fields = (lines >> np.arange(0, 8, bits, dtype=np.uint8)[:, None]) & ((1 << bits) - 1)
+    return fields.swapaxes(-3, -4).reshape(*blocks.shape[:-1], BLOCK_ROWS, columns)
+
+
+def _scaled(codes: NDArray[Any], zero: int, scales: Float32, minimums: Float32 | None = None) -> Float32:
+    """(codes [..., 16, k] - zero) * scales [..., 16, n] + minimums [..., 16, n], each for k / n columns."""
+    grouped = codes.reshape(*scales.shape, -1).astype(np.float32) - np.float32(zero)
+    grouped = grouped * scales[..., None]
+    if minimums is not None:
+        grouped = grouped + minimums[..., None]
     return grouped.reshape(codes.shape)
 
 
 def _q4_0(blocks: Bytes) -> Float32:
-    lines = np.ascontiguousarray(blocks[..., 64:]).view("<u4").reshape(*blocks.shape[:-1], 8, BLOCK_ROWS)
-    # Column j of a line's 8 is nibble 2j for j < 4, else 2(j - 4) + 1.
-    shifts = np.array([0, 8, 16, 24, 4, 12, 20, 28], np.uint32)
-    codes = ((lines[..., None] >> shifts) & 15).astype(np.int8) - np.int8(8)  # [..., line, row, column of the line]
-    return _scaled(codes.swapaxes(-2, -3).reshape(*blocks.shape[:-1], BLOCK_ROWS, 64), _scales(blocks))
+    return _scaled(_codes(blocks, 64, 64, 4), 8, _halves(blocks, 0, 2))
+
+
+def _q4_1(blocks: Bytes) -> Float32:
+    return _scaled(_codes(blocks, 128, 64, 4), 0, _halves(blocks, 0, 2), _halves(blocks, 64, 2))
+
+
+def _q5_0(blocks: Bytes) -> Float32:
+    return _scaled(_codes(blocks, 64, 64, 4) | _codes(blocks, 576, 64, 1) << 4, 16, _halves(blocks, 0, 2))
+
+
+def _q5_1(blocks: Bytes) -> Float32:
+    codes = _codes(blocks, 128, 64, 4) | _codes(blocks, 640, 64, 1) << 4
+    return _scaled(codes, 0, _halves(blocks, 0, 2), _halves(blocks, 64, 2))
 
 
 def _q8_0(blocks: Bytes) -> Float32:
-    lines = np.ascontiguousarray(blocks[..., 64:]).reshape(*blocks.shape[:-1], 16, BLOCK_ROWS, 4)
-    codes = (lines ^ np.uint8(0x80)).view(np.int8)
-    return _scaled(codes.swapaxes(-2, -3).reshape(*blocks.shape[:-1], BLOCK_ROWS, 64), _scales(blocks))
+    return _scaled(_codes(blocks, 64, 64, 8), 128, _halves(blocks, 0, 2))
+
+
+def _q4_k(blocks: Bytes) -> Float32:
+    return _six_bits(blocks, _codes(blocks, 256, 256, 4))
+
+
+def _q5_k(blocks: Bytes) -> Float32:
+    return _six_bits(blocks, _codes(blocks, 256, 256, 4) | _codes(blocks, 2304, 256, 1) << 4)
+
+
+def _six_bits(blocks: Bytes, codes: NDArray[Any]) -> Float32:
+    """Q4_K and Q5_K: 6-bit scales of scales and minimums of 32 columns each."""
+    low = blocks[..., 64:192].reshape(*blocks.shape[:-1], 8, BLOCK_ROWS).swapaxes(-1, -2)
+    high = blocks[..., 192:256].reshape(*blocks.shape[:-1], 4, BLOCK_ROWS).swapaxes(-1, -2)
+    high = np.concatenate([high & 15, high >> 4], axis=-1)
+    scales = _halves(blocks, 0, 1) * ((low & 15) | (high & 3) << 4)
+    return _scaled(codes, 0, scales, -_halves(blocks, 32, 1) * (low >> 4 | high >> 2 << 4))
+
+
+def _q6_k(blocks: Bytes) -> Float32:
+    codes = _codes(blocks, 320, 256, 4) | _codes(blocks, 2368, 256, 2) << 4
+    factors = np.ascontiguousarray(blocks[..., 64:320]).view(np.int8)
+    scales = factors.reshape(*blocks.shape[:-1], 16, BLOCK_ROWS).swapaxes(-1, -2)
+    return _scaled(codes, 32, _halves(blocks, 0, 1) * scales)
 
 
 def _f16(blocks: Bytes) -> Float32:
@@ -165,7 +211,19 @@ def _f32(blocks: Bytes) -> Float32:
     return np.ascontiguousarray(blocks).view("<f4").reshape(*blocks.shape[:-1], 16, BLOCK_ROWS).swapaxes(-1, -2)
 
 
-_UNPACK = {"Q4_0": _q4_0, "Q8_0": _q8_0, "F16": _f16, "BF16": _bf16, "F32": _f32}
+_UNPACK = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "F16": _f16,
+    "BF16": _bf16,
+    "F32": _f32,
+}
 
 
 class _CallableModule(ModuleType):

@@ -14,7 +14,7 @@ import pytest
 from vai.burn.burn import Progress, burn
 from vai.burn.gguf import GgufFile, GgufWriter, ValueType
 from vai.burn.pack import unpack
-from vai.burn.synth import synthesize
+from vai.burn.synth import SHAPES, synthesize
 from vai.errors import Interrupted, MalformedFile, ModelNotFound, NotSupported, UnsupportedModel
 from vai.rom import segment
 from vai.rom.image import VECTOR
@@ -105,6 +105,20 @@ def test_every_tensor_comes_back_bit_for_bit(type: str, tiny: Mapping[str, Path]
         assert image.path.stat().st_size == burned.bytes
         for name in gguf.tensors:
             assert rows_of(image, gguf, name) == bytes(gguf.data(name)), name
+
+
+@pytest.mark.parametrize("shape", ["tiny-256", "tiny-qwen2"])
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q5_K_M", "Q4_0+Q6_K"])
+def test_files_mixed_as_people_s_are_come_back_bit_for_bit(mix: str, shape: str, tmp_path: Path, root: Path) -> None:
+    synthesize(tmp_path / "m.gguf", shape=shape, type=mix)
+    with segment.attach(root, burn(tmp_path / "m.gguf", root).digest) as image, GgufFile(tmp_path / "m.gguf") as gguf:
+        segment.verify(image)
+        stored = {tensor.name for tensor in image.table.tensors}
+        for name in gguf.tensors:
+            assert rows_of(image, gguf, name) == bytes(gguf.data(name)), name
+        for layer in range(SHAPES[shape].layers):
+            kinds = {gguf.tensors[f"blk.{layer}.attn_{part}.weight"].type for part in "qkv"}
+            assert (f"blk.{layer}.attn_qkv.weight" in stored) == (len(kinds) == 1)
 
 
 def test_neighbours_of_one_type_are_stored_as_one(tiny: Mapping[str, Path], root: Path) -> None:

@@ -21,11 +21,16 @@ from vai.models.decoder import build
 from vai.models.spec import Spec, spec_from_gguf
 from vai.rom.segment import attach
 
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+WIDE_TYPES = ("Q4_K", "Q5_K", "Q6_K")  # blocks of 256 columns
+MIXES = ("Q4_K_M", "Q5_K_M", "Q4_0+Q6_K")
 # SHA-256 over the tensors' bytes: the golden logits hold for these weights and no others.
 TENSORS = {
     ("tiny", "Q4_0"): "fef71ef6e2e4a90c8407c5bb8a01b859f84d2d5e6e3da2ece8bbe23b1c35fcdb",
     ("tiny-qwen2", "Q8_0"): "0efc9746de9f8c454c7bfcca0d178e6cea0b10296fb38ba89cee425b2f06d6ab",
+    ("tiny-256", "Q4_K_M"): "b4531a8f433bbdaae2225374f154119919d95a1944700b1a75f7e58dab3b6af7",
+    ("tiny-256", "Q5_K"): "ab67dcb9cbd1fbe6814e3f1ab41052bb8a3f4a48de9006453cab598c2f0e1ef9",
+    ("tiny-qwen2", "Q5_1"): "024fe6c248e224f19e04215edfcfcc6f5b7c07560727ba84e3c5e27d0ee68899",
     ("tiny-qwen2", "F16"): "310691a1c82a6bd1b7d0b4652b439530c3753c6eab1b663929f5bfc2fbde49ec",
 }
 
@@ -40,8 +45,11 @@ def read(path: Path) -> tuple[Spec, dict[str, object], str]:
         return spec_from_gguf(file.metadata, shapes), dict(file.metadata), digest.hexdigest()
 
 
-@pytest.mark.parametrize("type", TYPES)
-@pytest.mark.parametrize("shape", ["tiny", "tiny-qwen2"])
+@pytest.mark.parametrize(
+    ("shape", "type"),
+    [(shape, type) for shape in ("tiny", "tiny-qwen2") for type in TYPES + MIXES]
+    + [("tiny-256", type) for type in WIDE_TYPES + MIXES],
+)
 def test_a_checkpoint_has_the_shape_and_the_size_that_was_asked_for(shape: str, type: str, tmp_path: Path) -> None:
     size = synthesize(tmp_path / "m.gguf", shape=shape, type=type)
     spec, metadata, _ = read(tmp_path / "m.gguf")
@@ -62,10 +70,11 @@ def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
     assert read(tmp_path / "a.gguf")[2] != read(tmp_path / "b.gguf")[2]
 
 
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("type", TYPES + WIDE_TYPES)
 def test_weights_are_normal_of_the_width_that_keeps_activations_alive(type: str, tmp_path: Path) -> None:
-    synthesize(tmp_path / "m.gguf", shape="tiny-qwen2", type=type)
-    spec = SHAPES["tiny-qwen2"]
+    shape = "tiny-256" if type in WIDE_TYPES else "tiny-qwen2"
+    synthesize(tmp_path / "m.gguf", shape=shape, type=type)
+    spec = SHAPES[shape]
     tensors = {
         tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
         for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors
@@ -106,6 +115,34 @@ def test_block_types_use_their_whole_range_of_codes_and_both_signs_of_scale(
     assert (scales > 0).any() and (scales < 0).any() and np.isfinite(scales).all()
 
 
+@pytest.mark.parametrize("type", WIDE_TYPES)
+def test_superblocks_use_every_code_and_every_bit_of_their_scales(type: str, tmp_path: Path) -> None:
+    synthesize(tmp_path / "m.gguf", shape="tiny-256", type=type)
+    with GgufFile(tmp_path / "m.gguf") as file, file.data("output.weight") as data:
+        blocks = np.frombuffer(data, np.uint8).reshape(-1, {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}[type]).copy()
+        ones, zeros = np.bitwise_or.reduce(blocks, axis=0), np.bitwise_and.reduce(blocks, axis=0)
+    d = slice(208, 210) if type == "Q6_K" else slice(0, 4)
+    halves = blocks[:, d].copy().view("<f2")
+    assert (halves > 0).any() and (halves < 0).any() and np.isfinite(halves).all()
+    for bits in (np.delete(ones, d), np.delete(~zeros, d)):
+        assert (bits == 0xFF).all()
+
+
+def test_mixes_have_the_types_that_people_s_files_have(tmp_path: Path) -> None:
+    def types(shape: str, mix: str) -> dict[str, str]:
+        synthesize(tmp_path / "m.gguf", shape=shape, type=mix)
+        with GgufFile(tmp_path / "m.gguf") as file:
+            return {name.removesuffix(".weight"): tensor.type for name, tensor in file.tensors.items()}
+
+    medium = types("tiny-256", "Q4_K_M")
+    six = {name for name, type in medium.items() if type == "Q6_K"}
+    assert six == {"output", "blk.2.attn_v", "blk.2.ffn_down", "blk.3.attn_v", "blk.3.ffn_down"}
+    assert set(medium.values()) == {"Q4_K", "Q6_K", "F32"}
+    assert {name for name, type in types("tiny-256", "Q4_0+Q6_K").items() if type == "Q6_K"} == {"output"}
+    narrow = types("tiny-qwen2", "Q4_K_M")  # no whole blocks of 256, and the table of tokens is the output
+    assert narrow["token_embd"] == narrow["blk.1.attn_v"] == "Q8_0" and narrow["blk.0.attn_v"] == "Q5_0"
+
+
 def test_any_shape_can_be_made(tmp_path: Path) -> None:
     spec = msgspec.structs.replace(SHAPES["tiny"], layers=1, vocabulary=300, qkv_bias=True, rope_dims=16)
     synthesize(tmp_path / "m.gguf", shape=spec, type="Q8_0")
@@ -125,7 +162,8 @@ def test_the_shapes_of_real_models_have_their_sizes() -> None:
 @pytest.mark.parametrize(
     ("shape", "type", "words"),
     [
-        ("tiny", "Q4_K", "Q4_K"),
+        ("tiny", "Q3_K", "Q3_K"),
+        ("tiny", "Q4_K", "192 columns.*Q4_K"),
         ("huge", "Q4_0", "'huge'.*tiny"),
         ("deepseek-coder-6.7b", "F16", "13.5 GB"),
         (msgspec.structs.replace(SHAPES["tiny"], ffn=40), "Q8_0", "ffn_down.*40 columns"),

@@ -58,6 +58,23 @@ SHAPES: Mapping[str, Spec] = {
         tied=True,
         qkv_bias=True,
     ),
+    # For block types of 256 columns, with an output matrix of its own and layers of both kinds in a mix.
+    "tiny-256": Spec(
+        architecture="qwen2",
+        pairing="neox",
+        layers=4,
+        width=256,
+        ffn=512,
+        heads=8,
+        kv_heads=2,
+        head_dim=32,
+        vocabulary=523,
+        context=4096,
+        norm_epsilon=0.0625,
+        rope_base=1_000_000.0,
+        rope_dims=32,
+        qkv_bias=True,
+    ),
     "qwen2-0.5b": Spec(
         architecture="qwen2",
         pairing="neox",
@@ -130,7 +147,25 @@ SHAPES: Mapping[str, Spec] = {
 
 MAX_BYTES = 8 << 30
 PIECE = 1 << 21  # weights made at a time
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.file_type
+FILE_TYPES = {  # general.file_type
+    "F32": 0,
+    "F16": 1,
+    "BF16": 32,
+    "Q8_0": 7,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q4_K": 14,
+    "Q5_K": 16,
+    "Q6_K": 18,
+    "Q4_0+Q6_K": 2,
+    "Q4_K_M": 15,
+    "Q5_K_M": 17,
+}
+# What people's files hold: the type of most matrices. The output is Q6_K, and in the last two some layers are as well.
+MIXES = {"Q4_0+Q6_K": "Q4_0", "Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
+_NARROW = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # in a mix, where columns are not whole blocks of 256
 
 _QWEN2_TEMPLATE = (
     "{% for message in messages %}"
@@ -151,8 +186,8 @@ _DEEPSEEK_TEMPLATE = (
 def synthesize(path: Path, *, shape: str | Spec, type: str, seed: int = 0) -> int:
     """Write a checkpoint of `shape` (a name of SHAPES, or a Spec) with matrices of `type`; return its bytes.
 
-    Vectors are F32 in every type. Raises BadRequest for an unknown shape or type, a width that is not whole blocks, or
-    a file over MAX_BYTES.
+    `type` is a key of FILE_TYPES: a block type, or a mix of them as llama.cpp makes it. Vectors are F32. Raises
+    BadRequest for an unknown shape or type, a width that is not whole blocks, or a file over MAX_BYTES.
     """
     name, spec = (shape, _shape(shape)) if isinstance(shape, str) else (f"{shape.architecture}-synthetic", shape)
     if type not in FILE_TYPES:
@@ -160,20 +195,21 @@ def synthesize(path: Path, *, shape: str | Spec, type: str, seed: int = 0) -> in
     if not 0 <= seed < 1 << 63:
         raise BadRequest("The seed must be a whole number from 0 to 2^63 - 1.")
     tensors = expected_tensors(spec)
-    _check_size(name, type, tensors)
+    types = {tensor: _matrix_type(type, tensor, columns, spec) for tensor, (_, columns) in tensors.items()}
+    _check_size(name, types, tensors)
     with GgufWriter(path) as writer:
         _write_metadata(writer, name, spec, type)
         for tensor, (rows, columns) in tensors.items():
             if columns == 1:
                 writer.declare(tensor, "F32", (rows,))
             else:
-                writer.declare(tensor, type, (rows, columns))
+                writer.declare(tensor, types[tensor], (rows, columns))
         for tensor, (rows, columns) in tensors.items():
             stream = _Stream(seed, tensor)
             if columns == 1:
                 writer.write(_vector(tensor, rows, stream).data)
                 continue
-            make = _MAKERS[type](_gain(tensor, spec) / math.sqrt(columns))
+            make = _MAKERS[types[tensor]](_gain(tensor, spec) / math.sqrt(columns))
             for start in range(0, rows * columns, PIECE):
                 writer.write(make(min(PIECE, rows * columns - start), stream).data)
     return path.stat().st_size
@@ -185,16 +221,30 @@ def _shape(name: str) -> Spec:
     return SHAPES[name]
 
 
-def _check_size(name: str, type: str, tensors: Mapping[str, tuple[int, int]]) -> None:
+def _matrix_type(type: str, tensor: str, columns: int, spec: Spec) -> str:
+    """The type of one matrix. In a mix it is that of llama.cpp's rule (llama_tensor_get_type)."""
+    if type not in MIXES:
+        return type
+    chosen = MIXES[type]
+    if tensor == ("token_embd.weight" if spec.tied else "output.weight"):
+        chosen = "Q6_K"
+    elif chosen != "Q4_0" and tensor.endswith(("attn_v.weight", "ffn_down.weight")):
+        layer, eighth = int(tensor.split(".")[1]), spec.layers // 8
+        if layer < eighth or layer >= 7 * spec.layers // 8 or (layer - eighth) % 3 == 2:
+            chosen = "Q6_K"
+    return _NARROW.get(chosen, chosen) if columns % 256 else chosen
+
+
+def _check_size(name: str, types: Mapping[str, str], tensors: Mapping[str, tuple[int, int]]) -> None:
     total = 0
     for tensor, (rows, columns) in tensors.items():
+        type = types[tensor]
         if columns % TENSOR_TYPES[type].block and columns > 1:
             raise BadRequest(f"{tensor} has {columns} columns, not whole blocks of {type}; choose F32 or F16.")
         total += tensor_bytes(type, (rows, columns)) if columns > 1 else 4 * rows
     if total > MAX_BYTES:
         raise BadRequest(
-            f"{name} in {type} would be {total / 1e9:.1f} GB; the limit is {MAX_BYTES / 1e9:.1f} GB. "
-            "Choose Q4_0 or Q8_0."
+            f"{name} would be {total / 1e9:.1f} GB; the limit is {MAX_BYTES / 1e9:.1f} GB. Choose Q4_0 or Q8_0."
         )
 
 
@@ -292,12 +342,96 @@ def _q8_0(deviation: float) -> Make:
     return make
 
 
+def _codes(deviation: float, bits: int) -> tuple[NDArray[np.uint8], float, float]:
+    """256 equally likely codes of `bits` bits, normal around the middle; their mean and their standard deviation."""
+    middle = 1 << (bits - 1)
+    codes = np.clip(np.rint(deviation * _quantiles(256)) + middle, 0, 2 * middle - 1)
+    return codes.astype(np.uint8), float(codes.mean()), float(codes.std())
+
+
+def _bytes(halves: NDArray[np.float16]) -> NDArray[np.uint8]:
+    return halves.view(np.uint8).reshape(-1, 2)
+
+
+def _group32(bits: int, minimum: bool) -> Callable[[float], Make]:
+    """Q4_1, Q5_0, Q5_1."""
+    table, mean, spread = _codes(2.75 if bits == 4 else 5.5, bits)
+
+    def maker(deviation: float) -> Make:
+        scales = _scales(deviation / spread)
+
+        def make(count: int, stream: _Stream) -> NDArray[np.uint8]:
+            codes = table[stream.words(count // 2).view(np.uint8)].reshape(-1, 32)
+            words = stream.words(len(codes))
+            d = scales[words & 0xFF]
+            parts: list[NDArray[Any]] = [_bytes(d)]
+            if minimum:  # off the middle by up to 7/16 of a step
+                parts.append(_bytes((-d.astype(np.float64) * (mean + ((words >> 8) & 7) / 8 - 0.4375)).astype("<f2")))
+            if bits == 5:
+                parts.append(np.packbits(codes >> 4, axis=1, bitorder="little"))
+            parts.append((codes[:, :16] & 15) | codes[:, 16:] << 4)
+            return np.concatenate(parts, axis=1)
+
+        return make
+
+    return maker
+
+
+def _scaled256(bits: int) -> Callable[[float], Make]:
+    """Q4_K, Q5_K: scales from 1 to 62, each with a minimum of about the same number."""
+    table, mean, spread = _codes(2.75 if bits == 4 else 5.5, bits)
+
+    def maker(deviation: float) -> Make:
+        scales = _scales(deviation / (spread * math.sqrt((np.arange(1, 63) ** 2).mean())))
+
+        def make(count: int, stream: _Stream) -> NDArray[np.uint8]:
+            codes = table[stream.words(count // 2).view(np.uint8)].reshape(-1, 8, 32)
+            d = scales[stream.words(len(codes)) & 0xFF]
+            words = stream.words(8 * len(codes)).reshape(-1, 8)
+            sc = (1 + words % 62).astype(np.uint8)
+            m = (sc + (words >> 8) % 3 - 1).astype(np.uint8)
+            parts: list[NDArray[Any]] = [_bytes(d), _bytes((d.astype(np.float64) * mean).astype("<f2"))]
+            parts += [each[:, :4] | each[:, 4:] >> 4 << 6 for each in (sc, m)]
+            parts.append((sc[:, 4:] & 15) | m[:, 4:] << 4)
+            if bits == 5:
+                parts.append(np.packbits(codes >> 4, axis=1, bitorder="little").reshape(-1, 32))
+            parts.append(((codes[:, 0::2] & 15) | codes[:, 1::2] << 4).reshape(-1, 128))
+            return np.concatenate(parts, axis=1)
+
+        return make
+
+    return maker
+
+
+def _q6_k(deviation: float) -> Make:
+    """Scales of every int8 value."""
+    table, _, spread = _codes(11.0, 6)
+    scales = _scales(deviation / (spread * math.sqrt((np.arange(-128, 128) ** 2).mean())))
+
+    def make(count: int, stream: _Stream) -> NDArray[np.uint8]:
+        codes = table[stream.words(count // 2).view(np.uint8)].reshape(-1, 2, 4, 32)
+        d = scales[stream.words(len(codes)) & 0xFF]
+        sc = stream.words(8 * len(codes)).view(np.uint8).reshape(-1, 16)
+        low = (codes[:, :, :2] & 15) | codes[:, :, 2:] << 4
+        high = codes >> 4 << np.array([[0], [2], [4], [6]], np.uint8)
+        high = high[:, :, 0] | high[:, :, 1] | high[:, :, 2] | high[:, :, 3]
+        return np.concatenate([low.reshape(-1, 128), high.reshape(-1, 64), sc, _bytes(d)], axis=1)
+
+    return make
+
+
 _MAKERS: Mapping[str, Callable[[float], Make]] = {
     "F32": _float32,
     "F16": _float16,
     "BF16": _bfloat16,
     "Q4_0": _q4_0,
+    "Q4_1": _group32(4, True),
+    "Q5_0": _group32(5, False),
+    "Q5_1": _group32(5, True),
     "Q8_0": _q8_0,
+    "Q4_K": _scaled256(4),
+    "Q5_K": _scaled256(5),
+    "Q6_K": _q6_k,
 }
 
 

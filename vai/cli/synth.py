@@ -18,8 +18,9 @@ from vai.cli.output import size
 def synth(shape: str, type: str, path: Path, seed: int) -> None:
     """Write a GGUF file of SHAPE with random weights of TYPE to PATH.
 
-    Such a model speaks nonsense, at the true cost of a real one. Shapes are tiny, tiny-qwen2, qwen2-1.5b and
-    deepseek-coder-6.7b; types are F32, F16, BF16, Q8_0 and Q4_0. One seed gives the same file everywhere.
+    Such a model speaks nonsense, at the true cost of a real one. Shapes are tiny, tiny-qwen2, tiny-256, qwen2-1.5b and
+    deepseek-coder-6.7b; types are F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K and, mixed as people's
+    files are, Q4_K_M, Q5_K_M and Q4_0+Q6_K. One seed gives the same file everywhere.
 
     \b
     Examples:
