@@ -46,7 +46,7 @@ INLINE_CHARACTERS = 2048  # longer texts are encoded off the event loop
 TOKENIZERS = 16  # kept, the least recently used go first; 50 MB each at 150,000 tokens
 MODELS = 32
 ROLES = frozenset({"system", "user", "assistant", "tool"})
-DEFAULTS = ("temperature", "top_k", "top_p", "min_p")  # what a checkpoint or a name may recommend
+DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # what a checkpoint or a name may recommend
 # One of these characters, which no text has any use for, breaks up control tokens in what users write.
 _MARKERS = [chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF0100))]
 

@@ -17,7 +17,7 @@ from msgspec import Meta
 from vai.errors import BadRequest
 from vai.request import Output, Request
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_MESSAGE = 64 << 20
 
 
