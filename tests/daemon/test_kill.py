@@ -101,7 +101,7 @@ def test_after_everything_was_killed_the_weights_are_there_and_stale_files_no_ob
 
 
 def test_an_engine_that_dies_while_no_daemon_lives_is_started_by_the_next_one(stand) -> None:
-    stand.start()
+    stand.start("--patience", "1")
     expected, server = stand.complete("tiny", 20), stand.pid("server")
     stand.kill("daemon")
     stand.kill("engine")

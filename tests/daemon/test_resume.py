@@ -75,8 +75,9 @@ def test_three_streams_of_two_models_do_not_see_their_engines_die(stand) -> None
     readings = {name: Reading() for name in STREAMS}
     with ThreadPoolExecutor(len(STREAMS)) as pool:
         streams = {name: pool.submit(readings[name].read, stand, **asked) for name, asked in STREAMS.items()}
-        for cut in (1, 50, 150):
-            stand.until(lambda cut=cut: all(len(reading.chunks) >= cut for reading in readings.values()))
+        for more in (1, 30, 60):
+            goal = {name: len(reading.chunks) + more for name, reading in readings.items()}
+            stand.until(lambda goal=goal: all(len(readings[name].chunks) >= goal[name] for name in goal))
             kill_engine(stand)
         for name, stream in streams.items():
             assert stream.result() == expected[name], name
