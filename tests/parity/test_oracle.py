@@ -85,13 +85,13 @@ def project(x: Doubles, weight: Doubles) -> Doubles:
 class Noise:
     """Rounding errors as chance: uniform over half a step to either side."""
 
-    def __init__(self, seed: int, *, activations: bool, kv: bool) -> None:
+    def __init__(self, seed: int, *, activations: bool, kv: bool, group: int = 32) -> None:
         self._chance = np.random.default_rng(seed)
-        self._activations, self._kv = activations, kv
+        self._activations, self._kv, self._group = activations, kv, group
 
     def activation(self, x: Doubles) -> Doubles:
-        """int8 with one scale, max / 127, for 32 neighbours."""
-        groups = x.reshape(len(x), -1, 32)
+        """int8 with one scale, max / 127, for a group of neighbours."""
+        groups = x.reshape(len(x), -1, self._group)
         steps = np.abs(groups).max(axis=2, keepdims=True) / 127
         noisy = groups + steps * self._chance.uniform(-0.5, 0.5, groups.shape)
         return noisy.reshape(x.shape) if self._activations else x
@@ -189,6 +189,26 @@ def test_quantized_arithmetic_errs_as_its_rounding_steps_allow(
         for noise in (Noise(seed, activations=type != "F32", kv=kv_type == "bf16") for seed in range(DRAWS))
     ])  # fmt: skip
     logits = Runner(build(spec), burned(shape, type), kv_type, 40)(oracle["tokens"])[oracle["rows"]]
+    assert abs(nmse(logits, truth) - draws.mean()) < 5 * draws.std() < 5e-4
+
+
+@pytest.mark.parametrize(
+    ("shape", "type", "group"),
+    [("tiny-qwen2", type, 32) for type in ("Q4_1", "Q5_0", "Q5_1")]
+    + [("tiny-256", type, 256) for type in ("Q4_K", "Q5_K", "Q6_K", "Q4_K_M")],
+)
+def test_other_types_err_as_the_rounding_steps_of_their_groups_allow(
+    shape: str, type: str, group: int, burned: Burned, checkpoint: Checkpoint
+) -> None:
+    """Against the ideal decoder itself, which the types above hold to transformers."""
+    spec = SHAPES[shape]
+    ideal = Ideal(checkpoint(shape, type), spec)
+    tokens = np.array([(61 * i * i + 17 * i + 7) % spec.vocabulary for i in range(40)], np.int32)
+    truth = ideal(tokens, Noise(0, activations=False, kv=False))
+    draws = np.array([
+        nmse(ideal(tokens, Noise(seed, activations=True, kv=True, group=group)), truth) for seed in range(DRAWS)
+    ])  # fmt: skip
+    logits = Runner(build(spec), burned(shape, type), "bf16", 40)(tokens)
     assert abs(nmse(logits, truth) - draws.mean()) < 5 * draws.std() < 5e-4
 
 
