@@ -49,6 +49,19 @@ def test_a_slab_goes_back_with_its_last_page_and_may_then_have_another_owner() -
     assert pool.allocate(WHOLE, 1) == [0]
 
 
+def test_a_page_that_is_only_kept_counts_as_free_until_it_is_used_again() -> None:
+    pool = PagePool(2 * SLAB)
+    pages = pool.allocate(SMALL, 3)
+    assert pages is not None
+    pool.rest(SMALL)
+    assert (pool.used_bytes, pool.cached_bytes, pool.held(SMALL.image)) == (2 * SMALL.page_bytes, SMALL.page_bytes, 2)
+    assert pool.available_bytes - pool.cached_bytes == pool.free_bytes == pool.size - 3 * SMALL.page_bytes
+    pool.wake(SMALL)
+    assert (pool.cached_bytes, pool.held(SMALL.image)) == (0, 3)
+    with pytest.raises(AssertionError, match="rests"):
+        pool.wake(SMALL)
+
+
 def test_freeing_a_page_twice_is_noticed() -> None:
     pool = PagePool(SLAB)
     pages = pool.allocate(SMALL, 2)

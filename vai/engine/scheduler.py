@@ -266,7 +266,10 @@ class Scheduler:
         """
         pages = pages_for(tokens)
         groups = zip(sequence.entry.owners, sequence.block_table, strict=True)
-        if sum(owner.page_bytes * (pages - len(table)) for owner, table in groups) > self._pool.available_bytes:
+        needed = sum(owner.page_bytes * (pages - len(table)) for owner, table in groups)
+        if needed <= 0:
+            return True
+        if needed > self._pool.available_bytes:
             return False
         while not self._allocate(sequence, pages):
             if not self._cache.evict():
