@@ -116,8 +116,8 @@ class Scheduler:
 
     def pick(self) -> Batch | None:
         """The next step, or None where nobody has anything to compute."""
+        self._admit(self._clock())  # the price of a new request, not of choosing a model
         picked_at = self._clock()
-        self._admit(picked_at)
         while (queue := self._choose(picked_at)) is not None:
             batch = self._fill(queue, picked_at)
             if batch.rows:

@@ -1,11 +1,11 @@
 """The proof: two models resident, ten short prompts alternating between them, and what switch, attach and crash cost.
 
-What is measured, in the order it is printed:
+What is measured; all but the first on images of 2 MiB pages, which is what a burner leaves behind:
+- the engine killed: from SIGKILL to one finished decode step of the new engine, with 4 KiB and, later, 2 MiB pages;
 - the table: each prompt sent by a fresh client process: first token, total, tokens per second;
 - Δswitch (a): the engine's own time from the scheduler's pick to the native call, switched and not;
 - Δswitch (b): paired first tokens, A after B minus A after A, adjacent, in random order, by a raw-socket client;
 - attach by new processes: time, private memory, and the shared memory of one and of eight of them;
-- the engine killed: from SIGKILL to one finished decode step of the new engine, with 4 KiB and with 2 MiB pages;
 - everything killed: from `vai serve` to the first answer, and the bytes read from disk;
 - beside them, what reloading costs: burning the file again, and a plain start of a peer.
 """
@@ -329,6 +329,10 @@ def measure(
     stand.start()
     for model in models:
         stand.one_token(model, [65])
+    title("The engine killed with SIGKILL, 4 KiB pages")
+    small = engine_killed(stand, models, times)
+    for digest in named.values():  # as every burner does when it has published
+        collapse(stand, digest)
     parts: dict[str, Callable[[], Any]] = {
         "table": lambda: table(stand, models),
         "rate": lambda: own_rate(stand, models),
@@ -336,10 +340,7 @@ def measure(
         "paired": lambda: paired(stand, models, pairs),
     }
     result: dict[str, Any] = {"models": named} | {name: part() for name, part in parts.items()}
-    title("The engine killed with SIGKILL, 4 KiB pages")
-    result["engine_killed_small_pages"] = engine_killed(stand, models, times)
-    for digest in named.values():
-        collapse(stand, digest)
+    result["engine_killed_small_pages"] = small
     title("The engine killed with SIGKILL, 2 MiB pages")
     huge = result["engine_killed_huge_pages"] = engine_killed(stand, models, times)
     ratio = huge[models[1]] / huge[models[0]]
