@@ -471,7 +471,7 @@ async def test_an_engine_process_gives_the_same_answers_as_one_in_this_process(l
     port = connect(socket)
     try:
         await until_answered(port.status)
-        async with opened(tiny_root, port) as model:  # type: ignore[arg-type]  # any port will do
+        async with opened(tiny_root, port) as model:  # any port will do
             for text in ("Hello", "The quick brown fox"):
                 expected = llm.generate(text, llm.sampling(temperature=0.8, seed=5, max_tokens=20))
                 sampling = model.sampling(temperature=0.8, seed=5, max_tokens=20)

@@ -48,7 +48,7 @@ class Checkpoint:
     def write(self, path: Path) -> Path:
         with GgufWriter(path) as writer:
             for key, (value, type) in self.metadata.items():
-                writer.add(key, value, type)  # type: ignore[arg-type] # whatever the reader gave
+                writer.add(key, value, type)  # whatever the reader gave
             for name, (kind, shape, _) in self.tensors.items():
                 writer.declare(name, kind, shape)
             for _, _, data in self.tensors.values():

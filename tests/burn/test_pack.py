@@ -388,4 +388,4 @@ def test_stored_bytes_that_are_too_short_are_refused() -> None:
     with pytest.raises(ValueError):
         _pack.unpack("Q4_0", False, bytes(576), 16, 64, 1, 1)
     with pytest.raises(BufferError):
-        _pack.fill("Q4_0", False, source("Q4_0", 16, 64).data, 16, 64, 0, 1, 0, bytes(576))  # type: ignore[arg-type] # read-only
+        _pack.fill("Q4_0", False, source("Q4_0", 16, 64).data, 16, 64, 0, 1, 0, bytes(576))  # read-only

@@ -54,7 +54,7 @@ def test_a_checkpoint_has_the_shape_and_the_size_that_was_asked_for(shape: str, 
     size = synthesize(tmp_path / "m.gguf", shape=shape, type=type)
     spec, metadata, _ = read(tmp_path / "m.gguf")
     assert spec == SHAPES[shape]
-    assert len(metadata["tokenizer.ggml.tokens"]) == spec.vocabulary  # type: ignore[arg-type]  # a list, as read
+    assert len(metadata["tokenizer.ggml.tokens"]) == spec.vocabulary  # a list, as read
     assert size == (tmp_path / "m.gguf").stat().st_size < 5_000_000
 
 

@@ -266,7 +266,7 @@ def test_which_key_head_a_query_head_reads_moves_the_logits(
 ) -> None:
     oracle, attend = golden(shape, "F32"), reference.attend
 
-    def interleaved(q, positions, k, v, scale):  # type: ignore[no-untyped-def]  # head h reads h mod kv_heads
+    def interleaved(q, positions, k, v, scale):  # head h reads h mod kv_heads
         repeats = (q.shape[1] // len(k), 1, 1)
         return attend(q, positions, np.tile(k, repeats), np.tile(v, repeats), scale)
 

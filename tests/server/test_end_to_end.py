@@ -320,7 +320,7 @@ def test_logprobs_are_probabilities_and_the_best_comes_first(system: System) -> 
 
 
 def test_a_prompt_past_the_context_is_refused_with_both_numbers(system: System) -> None:
-    context = next(iter(system.api.models.list())).max_model_len  # type: ignore[attr-defined]
+    context = next(iter(system.api.models.list())).max_model_len
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as caught:
             complete(system, [1] * (context + 5), stream=stream)
@@ -332,7 +332,7 @@ def test_a_prompt_past_the_context_is_refused_with_both_numbers(system: System) 
 
 
 def test_an_answer_that_fills_the_context_ends_with_length(system: System) -> None:
-    context = next(iter(system.api.models.list())).max_model_len  # type: ignore[attr-defined]
+    context = next(iter(system.api.models.list())).max_model_len
     answer = complete(system, [1] * (context - 3), max_tokens=100, extra_body={"ignore_eos": True})
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens <= 4

@@ -32,7 +32,7 @@ def events(body: str) -> list[Any]:
 
 
 def test_a_chat_answer_has_the_shape_the_openai_client_reads(served: Served) -> None:
-    answer = client(served).chat.completions.create(**CHAT)  # type: ignore[call-overload]
+    answer = client(served).chat.completions.create(**CHAT)
     assert answer.object == "chat.completion"
     assert answer.id.startswith("chatcmpl-")
     assert answer.model == "tiny"
@@ -49,8 +49,8 @@ def test_a_chat_answer_has_the_shape_the_openai_client_reads(served: Served) -> 
 def test_a_stream_says_what_the_whole_answer_says(served: Served, chunk: int) -> None:
     served.script.chunk = chunk
     api = client(served)
-    pieces = list(api.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True}))  # type: ignore[call-overload]
-    whole = api.chat.completions.create(**CHAT)  # type: ignore[call-overload]
+    pieces = list(api.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True}))
+    whole = api.chat.completions.create(**CHAT)
     *first, last = pieces
     assert "".join(p.choices[0].delta.content or "" for p in first) == whole.choices[0].message.content == ANSWER
     assert first[0].choices[0].delta.role == "assistant"
@@ -88,17 +88,17 @@ def test_completions_take_every_form_of_prompt_streaming_and_not(served: Served,
 
 def test_completions_stop_at_sixteen_tokens_unless_told_otherwise(served: Served) -> None:
     answer = client(served).completions.create(model="tiny", prompt="hi")
-    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (16, "length")  # type: ignore[union-attr]
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (16, "length")
 
 
 def test_chat_logprobs_have_the_bytes_of_every_token(served: Served) -> None:
-    answer = client(served).chat.completions.create(**CHAT, logprobs=True, top_logprobs=2)  # type: ignore[call-overload]
+    answer = client(served).chat.completions.create(**CHAT, logprobs=True, top_logprobs=2)
     places = answer.choices[0].logprobs.content
     made = bytes(byte for place in places for byte in place.bytes)
     assert made == ANSWER.encode()
     assert [(top.token, top.logprob) for top in places[0].top_logprobs] == [("A", -1.0), ("B", -1.0)]
     assert places[0].logprob == -0.5
-    streamed = client(served).chat.completions.create(**CHAT, logprobs=True, top_logprobs=2, stream=True)  # type: ignore[call-overload]
+    streamed = client(served).chat.completions.create(**CHAT, logprobs=True, top_logprobs=2, stream=True)
     parts = [place for piece in streamed if piece.choices[0].logprobs for place in piece.choices[0].logprobs.content]
     assert parts == places
 
@@ -107,10 +107,10 @@ def test_completion_logprobs_are_parallel_lists_with_offsets_into_the_text(serve
     answer = client(served).completions.create(model="tiny", prompt="x", max_tokens=40, logprobs=1)
     places = answer.choices[0].logprobs
     assert places is not None
-    assert len(places.tokens) == len(places.token_logprobs) == len(places.top_logprobs) == len(places.text_offset)  # type: ignore[arg-type]
-    assert places.tokens[:4] == ["G", "r", "bytes:\\xc3", "bytes:\\xbc"]  # type: ignore[index]
-    assert places.text_offset[:5] == [0, 1, 2, 2, 3]  # type: ignore[index]
-    assert places.top_logprobs[0] == {"A": -1.0}  # type: ignore[index]
+    assert len(places.tokens) == len(places.token_logprobs) == len(places.top_logprobs) == len(places.text_offset)
+    assert places.tokens[:4] == ["G", "r", "bytes:\\xc3", "bytes:\\xbc"]
+    assert places.text_offset[:5] == [0, 1, 2, 2, 3]
+    assert places.top_logprobs[0] == {"A": -1.0}
 
 
 def test_a_minus_infinite_logprob_is_written_as_a_number() -> None:
@@ -142,7 +142,7 @@ def test_choices_have_indices_by_prompt_and_a_prompt_is_counted_once(served: Ser
     assert whole.usage is not None
     made = len(ANSWER.encode()) + 1
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (5, 6 * made)
-    assert whole.usage.prompt_tokens_details.cached_tokens == 4  # type: ignore[union-attr]
+    assert whole.usage.prompt_tokens_details.cached_tokens == 4
     assert [ids for ids, _, _ in served.script.seen] == [list(b"hi")] * 3 + [list(b"you")] * 3
     order = []
     texts, tokens = [""] * 6, [list[str]() for _ in range(6)]
@@ -244,7 +244,7 @@ def test_an_error_in_the_middle_of_a_stream_is_one_error_event(served: Served, e
     assert "error" in got[-1]
     assert sum("error" in event for event in got) == 1
     with pytest.raises(openai.APIError):
-        list(client(served).chat.completions.create(**CHAT, stream=True))  # type: ignore[call-overload]
+        list(client(served).chat.completions.create(**CHAT, stream=True))
 
 
 def test_a_request_the_engine_aborted_is_an_error_and_not_a_short_answer(

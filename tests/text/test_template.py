@@ -57,7 +57,7 @@ def render() -> Iterator[object]:
 
     def run(source: str | None, messages: object = TURNS, deadline: float = 5, **variables: object) -> str:
         template = made.setdefault(str(source), Template(source, deadline=deadline))
-        return template.render(messages, **variables)  # type: ignore[arg-type]  # hostile shapes too
+        return template.render(messages, **variables)  # hostile shapes too
 
     yield run
     for template in made.values():
