@@ -85,6 +85,10 @@ class Stand:
         assert pid is not None, f"no {role} is running"
         return pid
 
+    def until_replaced(self, role: str, killed: int) -> None:
+        """Wait for the role's next process to be ready: right after a kill the daemon still tells of the last one."""
+        self.until(lambda: (told := self.roles()[role])["state"] == "ready" and told["pid"] != killed)
+
     def kill(self, role: str) -> None:
         """SIGKILL, and wait for the end."""
         pid = self.pid(role)

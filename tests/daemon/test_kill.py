@@ -67,7 +67,7 @@ def test_a_killed_engine_is_replaced_and_without_patience_its_streams_end_with_a
         with pytest.raises(RuntimeError, match="engine"):
             "".join(pieces)
         os.kill(stand.pid("daemon"), 0)
-    stand.until(lambda: stand.roles()["engine"]["state"] == "ready")
+    stand.until_replaced("engine", killed)
     assert {model: stand.complete(model, 20) for model in stand.digests} == expected
     assert stand.pid("engine") != killed
     assert stand.pid("server") == server
@@ -79,9 +79,9 @@ def test_a_killed_engine_is_replaced_and_without_patience_its_streams_end_with_a
 
 def test_a_killed_server_is_replaced(stand) -> None:
     stand.start()
-    expected, engine = stand.complete("tiny", 20), stand.pid("engine")
+    expected, engine, killed = stand.complete("tiny", 20), stand.pid("engine"), stand.pid("server")
     stand.kill("server")
-    stand.until(lambda: stand.roles()["server"]["state"] == "ready")
+    stand.until_replaced("server", killed)
     assert stand.complete("tiny", 20) == expected
     assert stand.pid("engine") == engine
 
