@@ -313,7 +313,7 @@ def run(files: list[Path], *, demo: bool, pairs: int, peer: Path | None, cache: 
         sources = make_files(files, demo=demo, cache=cache or own_cache or Path())
         with Stand(threads=threads, kv_bytes=1 << 30) as stand:
             result |= measure(
-                stand, sources, pairs=pairs, times=3 if demo else 5, steps=1200 if not demo else 200, peer=peer
+                stand, sources, pairs=pairs, times=3 if demo else 5, steps=2400 if not demo else 200, peer=peer
             )
     finally:
         if own_cache:
