@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from vai.engine.fingerprint import fingerprint
 from vai.kernels import table
 from vai.kernels.program import Plan, Program
 from vai.models.decoder import build
@@ -23,7 +24,7 @@ from vai.scratchpad.pages import Owner
 class Entry:
     """One attached model. `owners`: in whose name its cache groups hold pages, in the Program's order.
 
-    `weights`: the id that its pages' keys begin with.
+    `weights`: the id that its pages' keys begin with. `fingerprint`: what its answers' bits depend on.
     """
 
     digest: str
@@ -32,6 +33,7 @@ class Entry:
     owners: tuple[Owner, ...]
     attach_seconds: float
     weights: str
+    fingerprint: str = ""
 
 
 class Bank:
@@ -95,6 +97,7 @@ class Bank:
         owners = tuple(
             Owner(digest, group, shape.page_bytes(self._kv_type)) for group, shape in enumerate(program.groups)
         )
-        entry = Entry(digest, program, plan, owners, time.perf_counter() - began, image.weights)
+        name = fingerprint(image.weights, program, self._kv_type)
+        entry = Entry(digest, program, plan, owners, time.perf_counter() - began, image.weights, name)
         self._entries[digest] = (entry, image)
         return entry

@@ -1,0 +1,29 @@
+"""What an answer's bits depend on, as one short text: OpenAI's `system_fingerprint`."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import msgspec
+
+from vai.kernels.program import KERNEL_ABI, Program
+
+
+def fingerprint(weights: str, program: Program, kv_type: str) -> str:
+    """Weights, program, kernel ABI and KV type, as in "vai-0123456789ab-0123456789ab-1-bf16".
+
+    The same wherever and whenever an engine runs the same model to the same bits; `weights` is the image's weights id.
+    """
+    return f"vai-{weights[:12]}-{program_id(program)[:12]}-{KERNEL_ABI}-{kv_type}"
+
+
+def program_id(program: Program) -> str:
+    """SHA-256 over everything that a Program says, in a canonical form."""
+    said = (
+        [(type(op).__name__, op) for op in program.ops],
+        program.groups,
+        sorted(program.outputs.items()),
+        sorted(program.constants.items()),
+        (program.width, program.vocabulary, program.context),
+    )
+    return sha256(msgspec.json.encode(said)).hexdigest()
