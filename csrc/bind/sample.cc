@@ -15,6 +15,7 @@ namespace {
 
 template <class T>
 using Column = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Masks = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Logits = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
 template <class T>
 using Out = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -57,11 +58,12 @@ void sample(const std::string& isa, const Logits& logits, const Column<float>& t
             const Column<uint32_t>& position, const Column<int32_t>& logprobs, const Column<float>& repetition,
             const Column<float>& presence, const Column<float>& frequency, const Column<int64_t>& bias_start,
             const Column<int32_t>& bias_ids, const Column<float>& biases, const Column<int64_t>& seen_start,
-            const Column<int32_t>& seen_ids, const Column<int32_t>& made, const Out<int32_t>& tokens, const Out<float>& logprob,
+            const Column<int32_t>& seen_ids, const Column<int32_t>& made, const Masks& masks, const Column<int32_t>& mask_of,
+            const Out<int32_t>& tokens, const Out<float>& logprob,
             const OutRows<int32_t>& top_ids, const OutRows<float>& top_logprobs) {
   const size_t rows = logits.shape(0), count = logits.shape(1), width = top_ids.shape(1);
   for (size_t n : {temperature.size(), top_k.size(), top_p.size(), min_p.size(), seed.size(), choice.size(), position.size(),
-                   logprobs.size(), repetition.size(), presence.size(), frequency.size(), tokens.size(), logprob.size(),
+                   logprobs.size(), repetition.size(), presence.size(), frequency.size(), mask_of.size(), tokens.size(), logprob.size(),
                    top_ids.shape(0), top_logprobs.shape(0)})
     if (n != rows) throw std::invalid_argument("sampling needs one value for each row of logits");
   if (count == 0 || count > (size_t(1) << 30) || logits.stride(1) != 1 || top_logprobs.shape(1) != width)
@@ -69,6 +71,10 @@ void sample(const std::string& isa, const Logits& logits, const Column<float>& t
   for (size_t r = 0; r < rows; ++r)
     if (logprobs.data()[r] > int32_t(width) || !(temperature.data()[r] >= 0.0f))
       throw std::invalid_argument("a row asks for too many alternatives or a negative temperature");
+  const size_t mask_bytes = masks.shape(1);
+  for (size_t r = 0; r < rows; ++r)
+    if (mask_of.data()[r] < -1 || mask_of.data()[r] >= int64_t(masks.shape(0)) || mask_bytes < (count + 7) / 8)
+      throw std::invalid_argument("a mask needs a bit for each token, and a row one of them or -1");
   const Ragged bias(bias_start, bias_ids, biases, rows, count);
   const Ragged seen(seen_start, seen_ids, made, rows, count);
   const vai::Isa& table = isa_by_name(isa.c_str());
@@ -86,7 +92,8 @@ void sample(const std::string& isa, const Logits& logits, const Column<float>& t
                                        seen.count(r),
                                        repetition.data()[r],
                                        presence.data()[r],
-                                       frequency.data()[r]};
+                                       frequency.data()[r],
+                                       mask_of.data()[r] < 0 ? nullptr : masks.data() + size_t(mask_of.data()[r]) * mask_bytes};
     vai::SampleResult result{0, 0.0f, top_ids.data() + r * width, top_logprobs.data() + r * width};
     vai::sample_row(table, logits.data() + int64_t(r) * logits.stride(0), int(count), row, adjustments, scratch, result);
     tokens.data()[r] = result.token;
@@ -103,6 +110,7 @@ void bind_sample(nb::module_& m) {
         nb::arg("repetition").noconvert(), nb::arg("presence").noconvert(), nb::arg("frequency").noconvert(),
         nb::arg("bias_start").noconvert(), nb::arg("bias_ids").noconvert(), nb::arg("biases").noconvert(),
         nb::arg("seen_start").noconvert(), nb::arg("seen_ids").noconvert(), nb::arg("made").noconvert(),
+        nb::arg("masks").noconvert(), nb::arg("mask_of").noconvert(),
         nb::arg("tokens").noconvert(), nb::arg("logprob").noconvert(), nb::arg("top_ids").noconvert(),
         nb::arg("top_logprobs").noconvert());
 }

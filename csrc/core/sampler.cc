@@ -146,12 +146,19 @@ int draw(const float* p, int count, const SampleRow& row, double total, SampleSc
     sum += double(probability(ranking[i]));
     if (sum > target) return identity(ranking[i]);
   }
+  while (end > 1 && !(probability(ranking[end - 1]) > 0.0f)) --end;  // rounding left nothing over: the last that is possible
   return identity(ranking[end - 1]);
+}
+
+// -inf for every id whose bit is not set. What is no number stays so, and is found.
+void apply_mask(const uint8_t* mask, float* logits, int count) {
+  for (int i = 0; i < count; ++i)
+    if (!(mask[i >> 3] >> (i & 7) & 1) && !std::isnan(logits[i])) logits[i] = -std::numeric_limits<float>::infinity();
 }
 
 // The logits to draw from: those of the model where nothing changes them, else a copy with each change rounded.
 const float* adjusted(const float* logits, int count, const Adjustments& a, std::vector<float>& copy) {
-  if (a.bias_count == 0 && a.seen_count == 0) return logits;
+  if (a.bias_count == 0 && a.seen_count == 0 && a.mask == nullptr) return logits;
   copy.assign(logits, logits + count);
   for (int64_t i = 0; i < a.bias_count; ++i) copy[size_t(a.bias_ids[i])] += a.biases[i];
   for (int64_t i = 0; i < a.seen_count; ++i) {
@@ -161,6 +168,7 @@ const float* adjusted(const float* logits, int count, const Adjustments& a, std:
     z = z - a.frequency * float(a.made[i]);
     z = z - a.presence;
   }
+  if (a.mask != nullptr) apply_mask(a.mask, copy.data(), count);
   return copy.data();
 }
 

@@ -7,7 +7,8 @@
 
 namespace vai {
 
-// What changes a row's logits before temperature, id by id: biases, then penalties on the tokens that were there before.
+// What changes a row's logits before temperature, id by id: biases, then penalties on the tokens that were there before,
+// then the mask.
 struct Adjustments {
   const int32_t* bias_ids;
   const float* biases;
@@ -16,6 +17,7 @@ struct Adjustments {
   const int32_t* made;      // how often each of them was made, 0 for one of the prompt's alone
   int64_t seen_count;
   float repetition, presence, frequency;
+  const uint8_t* mask;  // a bit for each id, set for those that may be drawn; null: all of them
 };
 
 // Memory that rows share, one after the other.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vai.errors import NotSupported
 from vai.kernels import reference, table
-from vai.kernels.program import Adjustments, SampleArgs, Sampled
+from vai.kernels.program import Adjustments, Masks, SampleArgs, Sampled
 
 Floats = NDArray[np.float32]
 
@@ -230,3 +230,68 @@ def test_adjustments_outside_the_vocabulary_or_their_own_arrays_are_not_computed
     broken = replace(sound, **{field: np.array(value, getattr(sound, field).dtype)})
     with pytest.raises(ValueError, match="adjustments need ids"):
         table.sample(np.zeros((1, 9), np.float32), replace(arguments(1), adjustments=broken))
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocabulary", [1, 9, 523, 3000])
+def test_what_is_drawn_under_a_mask_is_what_the_reference_draws_and_is_allowed(isa: str, vocabulary: int) -> None:
+    rng = np.random.default_rng(vocabulary)
+    rows = len(GRID)
+    logits = (rng.standard_normal((rows, vocabulary)) * 3).astype(np.float32)
+    logits[::3] = np.round(logits[::3])
+    allowed = rng.random((rows, vocabulary)) < rng.choice([0.002, 0.3, 0.99], (rows, 1))
+    allowed[np.arange(rows), rng.integers(0, vocabulary, rows)] = True
+    of = np.where(rng.random(rows) < 0.8, np.arange(rows), -1).astype(np.int32)
+    bits = np.packbits(allowed, axis=1, bitorder="little")
+    bits[:, -1] |= np.uint8(0xFF << (vocabulary - 1) % 8 + 1 & 0xFF)  # bits behind the vocabulary say nothing
+    temperature, top_k, top_p, min_p = (list(column) for column in zip(*GRID, strict=True))
+    free = arguments(
+        rows,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=rng.integers(0, 1 << 63, rows),
+        position=np.arange(rows),
+        logprobs=np.arange(rows) % 22 - 1,
+    )
+    masked = replace(free, masks=Masks(bits, of))
+    drawn = table.sample(logits, masked, isa=isa)
+    same(drawn, reference.sample_reference(logits, masked))
+    assert (allowed[np.arange(rows), drawn.tokens] | (of < 0)).all()
+    unmasked = table.sample(logits, free, isa=isa)
+    np.testing.assert_array_equal(drawn.top_logprobs.view(np.uint32), unmasked.top_logprobs.view(np.uint32))
+    np.testing.assert_array_equal(drawn.tokens[of < 0], unmasked.tokens[of < 0])
+
+
+def test_no_rounding_draws_a_token_that_the_mask_forbids(isa: str) -> None:
+    """Sums of probabilities depend on their order, and a draw may be just under 1: what is left then is allowed too."""
+    vocabulary, rows = 4096, 512
+    rng = np.random.default_rng(5)
+    logits = (rng.standard_normal((rows, vocabulary)) * 8).astype(np.float32)
+    allowed = np.zeros((rows, vocabulary), bool)
+    allowed[:, : vocabulary // 2 : 3] = True
+    bits = Masks(np.packbits(allowed, axis=1, bitorder="little"), np.arange(rows, dtype=np.int32))
+    args = replace(arguments(rows, seed=np.arange(rows), position=7), masks=bits)
+    tokens = table.sample(logits, args, isa=isa).tokens
+    assert allowed[np.arange(rows), tokens].all()
+    assert allowed[0, reference.draw(reference.masked(logits[0], bits.bits[0]), 1.0, 0, 1.0, 0.0, 1.0)]
+
+
+def test_a_mask_that_leaves_nothing_and_a_logit_that_is_no_number_end_their_rows_alone(isa: str) -> None:
+    logits = np.zeros((3, 16), np.float32)
+    logits[1, 9] = np.nan
+    bits = np.array([[0, 0], [1, 0], [0, 4]], np.uint8)
+    args = replace(arguments(3), masks=Masks(bits, np.arange(3, dtype=np.int32)))
+    got = table.sample(logits, args, isa=isa)
+    same(got, reference.sample_reference(logits, args))
+    assert got.tokens.tolist() == [-1, -1, 10]
+
+
+@pytest.mark.parametrize(("bits", "of"), [((1, 1), 0), ((1, 2), 1), ((1, 2), -2)])
+def test_a_mask_that_is_none_is_refused(bits: tuple[int, int], of: int) -> None:
+    args = replace(arguments(1), masks=Masks(np.ones(bits, np.uint8), np.array([of], np.int32)))
+    with pytest.raises(ValueError, match="a mask needs a bit for each token"):
+        table.sample(np.zeros((1, 16), np.float32), args)

@@ -24,6 +24,7 @@ from vai.engine.port import (
     Failed,
     FromEngine,
     Hello,
+    Mask,
     Outputs,
     Release,
     Released,
@@ -55,28 +56,45 @@ class EngineClient:
         self._patience = patience
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
+        self._answers: dict[str, Answer] = {}  # by the ids of their requests: those under way
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    async def generate(self, request: Request, mask: bytes = b"") -> AsyncIterator[Output]:
         """See EnginePort.generate. With patience, Unavailable is raised only after waiting and trying again."""
-        answer = Answer(request)
-        while not answer.over:
-            connection, part = await self._there(), answer.rest()
-            outputs = connection.open_stream(part)
-            try:
-                while not answer.over:
-                    output = await outputs.get()
-                    if isinstance(output, VaiError):
-                        raise output
-                    if output.error is not None:
-                        code, sentence = output.error
-                        raise by_code(code)(sentence)
-                    yield answer.take(output)
-            except Unavailable:
-                if not self._patience or not answer.lost():
-                    raise
-                await asyncio.sleep(AGAIN)  # an engine that was asked to stop closes the connection after it said so
-            finally:
-                connection.close_stream(part.id)
+        if request.id in self._answers:
+            raise BadRequest(f"The request id '{request.id}' is in use.", param="id")
+        answer = self._answers[request.id] = Answer(request, mask)
+        try:
+            while not answer.over:
+                connection, part = await self._there(), answer.rest()
+                outputs = connection.open_stream(part)
+                if (due := answer.mask()) is not None:
+                    connection.allow(due)
+                try:
+                    while not answer.over:
+                        output = await outputs.get()
+                        if isinstance(output, VaiError):
+                            raise output
+                        if output.error is not None:
+                            code, sentence = output.error
+                            raise by_code(code)(sentence)
+                        yield answer.take(output)
+                except Unavailable:
+                    if not self._patience or not answer.lost():
+                        raise
+                    await asyncio.sleep(AGAIN)  # an engine that is asked to stop closes the connection after saying so
+                finally:
+                    connection.close_stream(part.id)
+        finally:
+            del self._answers[request.id]
+
+    def mask(self, identity: str, position: int, bits: bytes) -> None:
+        """See EnginePort.mask. It is kept until the token has come, for the next engine if this one goes away."""
+        answer = self._answers.get(identity)
+        if answer is not None:
+            answer.allow(position, bits)
+            due = answer.mask()
+            if due is not None and self._connection is not None:
+                self._connection.allow(due)
 
     async def status(self) -> EngineStatus:
         """The engine at this moment, or after the step it is in. Raises Unavailable."""
@@ -163,6 +181,11 @@ class _Connection:
         """Nobody listens to this stream any more; abort it if it was not over."""
         if self._streams.pop(identity, None) is not None and self.ended is None:
             self._send(Abort(identity))
+
+    def allow(self, mask: Mask) -> None:
+        """Send the mask of a stream that is open here."""
+        if mask.id in self._streams:
+            self._send(mask)
 
     async def ask(self, question: ToEngine, kind: type[Told]) -> Told:
         """Send a question and wait for its answer. Raises Unavailable, or why the engine closed the connection."""

@@ -10,6 +10,7 @@ import secrets
 
 from msgspec.structs import replace
 
+from vai.engine.port import Mask
 from vai.request import Output, Request
 
 RETRIES = 3  # engines that one request may lose, and still go on
@@ -19,8 +20,11 @@ FRUITLESS = 2  # of them in a row without a token in between: a request that kil
 class Answer:
     """One request's answer over all the engines that worked on it. `over`: its last output has come."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, mask: bytes = b"") -> None:
+        """`mask`: of a constrained request's first token."""
         self.over = False
+        self._id = request.id  # what the engine at work knows it by
+        self._mask = (len(request.tokens), mask)
         self._request = request
         self._tokens: list[int] = []
         self._seed = request.sampling.seed
@@ -32,13 +36,24 @@ class Answer:
         """The request for the next engine: the whole one at first, then what is missing, under an id of its own."""
         if not self._lost:
             return self._request
+        self._id = secrets.token_hex(16)
         return replace(
             self._request,
-            id=secrets.token_hex(16),
+            id=self._id,
             tokens=[*self._request.tokens, *self._tokens],
             emitted=self._request.emitted + len(self._tokens),
             sampling=replace(self._request.sampling, seed=self._seed),
         )
+
+    def allow(self, position: int, bits: bytes) -> None:
+        """Note the mask of the token at `position`."""
+        self._mask = (position, bits)
+
+    def mask(self) -> Mask | None:
+        """What the engine at work needs to draw the next token, as far as it is known."""
+        position, bits = self._mask
+        due = bits and position == len(self._request.tokens) + len(self._tokens)
+        return Mask(self._id, position, bits) if due else None
 
     def take(self, output: Output) -> Output:
         """Note an output, and give it back as if there had been one engine. Its timing is that of the last one."""

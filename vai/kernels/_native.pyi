@@ -11,10 +11,12 @@ Vector = tuple[int, int, int, int]  # offset, stored elements, first block, bloc
 Where = tuple[bool, bool]  # over the output rows, barrier after
 
 def isas() -> list[str]: ...
+def refused_isas() -> list[tuple[str, str]]: ...
+def self_test(name: str) -> str: ...
 def attention_scratch(context: int, head_dim: int) -> int: ...
 
 class Workers:
-    def __init__(self, threads: int) -> None: ...
+    def __init__(self, threads: int, lease: str = "") -> None: ...
     @property
     def threads(self) -> int: ...
 
@@ -98,6 +100,7 @@ class Plan:
         tables: list[NDArray[np.int64]],
         output_rows: NDArray[np.int32],
         pool: NDArray[np.uint8],
+        seconds: NDArray[np.float64] | None = None,
     ) -> NDArray[np.float32]: ...
 
 def sample(
@@ -121,6 +124,8 @@ def sample(
     seen_start: NDArray[np.int64],
     seen_ids: NDArray[np.int32],
     made: NDArray[np.int32],
+    masks: NDArray[np.uint8],
+    mask_of: NDArray[np.int32],
     tokens: NDArray[np.int32],
     logprob: NDArray[np.float32],
     top_ids: NDArray[np.int32],

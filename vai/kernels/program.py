@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,10 +107,23 @@ class Adjustments:
 
 
 @dataclass(frozen=True, slots=True)
+class Masks:
+    """What rows may draw. Row r draws under `bits[of[r]]`, or freely where `of[r]` is -1.
+
+    Bit i % 8 of byte i // 8 is set for a token that may be drawn. The logits of all others are -inf for temperature,
+    filters and greedy choice (a NaN stays one), after the adjustments; not for the logprobs.
+    """
+
+    bits: NDArray[np.uint8]  # [masks, ceil(vocabulary / 8)]
+    of: NDArray[np.int32]  # [R]
+
+
+@dataclass(frozen=True, slots=True)
 class SampleArgs:
     """How each of R rows is drawn; all arrays [R]. `position` is the new token's absolute position.
 
-    `logprobs`: -1 none, else how many alternatives (0..20). `adjustments` None: the logits are drawn from as they are.
+    `logprobs`: -1 none, else how many alternatives (0..20). `adjustments`, `masks` None: nothing changes the logits, and
+    nothing is masked.
     """
 
     temperature: NDArray[np.float32]
@@ -122,6 +135,7 @@ class SampleArgs:
     position: NDArray[np.uint32]
     logprobs: NDArray[np.int32]
     adjustments: Adjustments | None = None
+    masks: Masks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +149,41 @@ class Sampled:
     top_logprobs: NDArray[np.float32]
 
 
+class PlanLine(NamedTuple):
+    """One fused operation of a Plan.
+
+    origin: the Program's operations it came from, counted from 1 · image_bytes: what it reads of the image at one row ·
+    products: multiply-adds with weights for one row, of floats where `floats`, else of integers · outputs: whether its
+    rows are those asked for, not all.
+    """
+
+    kind: str
+    text: str
+    origin: tuple[int, ...]
+    image_bytes: int
+    products: int
+    floats: bool
+    outputs: bool
+
+
 class Plan(Protocol):
     """A Program lowered for one image and one machine. Not thread-safe: one step at a time."""
 
     workspace_bytes: int
     kv_type: str
 
-    def forward(self, step: StepArgs, pool: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def forward(
+        self, step: StepArgs, pool: NDArray[np.uint8], seconds: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float32]:
         """Run one step and return the logits [R, vocabulary], valid until the next call.
 
-        `pool` is the whole scratchpad; the step's pages in it are written. Releases the interpreter lock.
+        `pool` is the whole scratchpad; the step's pages in it are written. `seconds`, one for each of `describe`, gets the
+        time of each added. Releases the interpreter lock.
         """
+        ...
+
+    def describe(self) -> list[PlanLine]:
+        """The fused operations in order."""
         ...
 
     def lines(self) -> list[str]:

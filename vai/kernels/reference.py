@@ -8,6 +8,7 @@ Floats are IEEE-754 binary32 unless said otherwise, each operation rounded on it
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from vai.kernels.program import (
     PAGE_TOKENS,
     Adjustments,
     CacheGroup,
+    PlanLine,
     Program,
     SampleArgs,
     Sampled,
@@ -505,7 +507,7 @@ class ReferencePlan:
         self._widths = _value_widths(program)
         self.workspace_bytes = 4 * max_rows * sum(self._widths.values())
 
-    def forward(self, step: StepArgs, pool: Bytes) -> Floats:
+    def forward(self, step: StepArgs, pool: Bytes, seconds: Doubles | None = None) -> Floats:
         """See program.Plan. Raises BadRequest for a step larger than the plan, or of a kind that is not built."""
         rows, results = len(step.tokens), len(step.output_rows)
         if rows > self._max_rows or results > self._max_sequences or step.kind != "exact":
@@ -514,9 +516,17 @@ class ReferencePlan:
                 f"of {self._max_rows}, {self._max_sequences} and 'exact'."
             )
         values: dict[str, Floats] = {}
-        for op in self._program.ops:
+        for index, op in enumerate(self._program.ops):
+            began = time.perf_counter()
             self._run(op, values, step, pool)
+            if seconds is not None:
+                seconds[index] += time.perf_counter() - began
         return values[self._program.outputs["logits"]]
+
+    def describe(self) -> list[PlanLine]:
+        """An operation each; what they read is not told apart."""
+        kinds = [type(op).__name__.lower() for op in self._program.ops]
+        return [PlanLine(kind, "", (line,), 0, 0, False, False) for line, kind in enumerate(kinds, 1)]
 
     def lines(self) -> list[str]:
         return [str(op) for op in self._program.ops]
@@ -658,7 +668,8 @@ def draw(logits: Floats, temperature: float, top_k: int, top_p: float, min_p: fl
     if kept < len(p):
         total = float(running[-1])
     chosen = running > u * total
-    return int(order[int(chosen.argmax()) if chosen.any() else kept - 1])
+    possible = np.flatnonzero(p[order[:kept]] > 0)  # the last of them, should rounding leave nothing over
+    return int(order[int(chosen.argmax()) if chosen.any() else int(possible[-1])])
 
 
 @np.errstate(all="ignore")
@@ -676,6 +687,12 @@ def adjusted(logits: Floats, row: int, adjustments: Adjustments) -> Floats:
     z[answer] = z[answer] - adjustments.frequency[row] * times
     z[answer] = z[answer] - adjustments.presence[row]
     return z
+
+
+def masked(logits: Floats, bits: NDArray[np.uint8]) -> Floats:
+    """The logits [vocabulary] that are drawn from under a mask; see Masks."""
+    allowed = np.unpackbits(bits, count=len(logits), bitorder="little").astype(bool)
+    return np.where(allowed | np.isnan(logits), logits, _F(-np.inf))
 
 
 @np.errstate(all="ignore")
@@ -696,6 +713,8 @@ def sample_reference(logits: Floats, args: SampleArgs) -> Sampled:
     for row in range(rows):
         u = uniform(int(args.seed[row]), int(args.choice[row]), int(args.position[row]))
         z = logits[row] if args.adjustments is None else adjusted(logits[row], row, args.adjustments)
+        if args.masks is not None and args.masks.of[row] >= 0:
+            z = masked(z, args.masks.bits[args.masks.of[row]])
         tokens[row] = draw(
             z,
             float(args.temperature[row]),

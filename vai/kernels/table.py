@@ -5,6 +5,7 @@ Everything is chosen once, when a Program is lowered; `implementations` says wha
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from vai.errors import BadRequest, NotSupported, Unavailable
 from vai.kernels import _native, native, reference
 from vai.kernels.ops import Embed, Linear
-from vai.kernels.program import Adjustments, Plan, Program, SampleArgs, Sampled
+from vai.kernels.program import Adjustments, Masks, Plan, Program, SampleArgs, Sampled
 from vai.request import MAX_LOGPROBS
 from vai.rom.image import BLOCK_ROWS, CHUNK, Part, StoredTensor, TensorTable, place, tensor_bytes
 from vai.rom.view import Image
@@ -38,21 +39,35 @@ def isa() -> str:
     return isas()[-1]
 
 
+def refused() -> list[tuple[str, str]]:
+    """(instruction set, reason): what the processor promises and a self-test found that it does not keep.
+
+    The test runs once a process, in a child of its own, so that an instruction that faults ends nothing else.
+    """
+    return _native.refused_isas()
+
+
+def self_test(name: str) -> str:
+    """What is wrong with an instruction set on this machine, asked for or not; "" where it gives the portable bits."""
+    return _native.self_test(name)
+
+
 def implementations(name: str | None = None) -> dict[str, str]:
     """Operation -> implementation under instruction set `name`, or the default one. Raises NotSupported."""
     chosen = _known(name)
     return {**dict.fromkeys(VECTORIZED, chosen), **dict.fromkeys(PORTABLE, "scalar")}
 
 
-def make_workers(threads: int) -> Workers:
+def make_workers(threads: int, lease: Path | None = None) -> Workers:
     """The thread pool that all plans of a process share. Make it after any fork: threads do not survive one.
 
+    `lease`: a file, made if absent, through which the processes that name it take turns on the cores, a step each.
     Raises BadRequest for fewer than 1 or more than 1,024, Unavailable where the machine gives no more threads.
     """
     if not 1 <= threads <= MAX_THREADS:
         raise BadRequest(f"The kernels run on 1 to {MAX_THREADS} threads, not on {threads}.")
     try:
-        return _native.Workers(threads)
+        return _native.Workers(threads) if lease is None else _native.Workers(threads, str(lease))
     except RuntimeError as error:
         raise Unavailable(f"The machine gives no {threads} threads ({error}); ask for fewer.") from error
 
@@ -146,6 +161,7 @@ def sample(logits: NDArray[np.float32], args: SampleArgs, *, isa: str | None = N
     """
     rows = len(logits)
     adjustments = args.adjustments or Adjustments.neutral(rows)
+    masks = args.masks or Masks(np.zeros((0, -(-logits.shape[1] // 8)), np.uint8), np.full(rows, -1, np.int32))
     sampled = Sampled(
         tokens=np.full(rows, NO_TOKEN, np.int32),
         logprob=np.full(rows, np.nan, np.float32),
@@ -172,6 +188,8 @@ def sample(logits: NDArray[np.float32], args: SampleArgs, *, isa: str | None = N
         seen_start=adjustments.seen_start,
         seen_ids=adjustments.seen_ids,
         made=adjustments.made,
+        masks=masks.bits,
+        mask_of=masks.of,
         tokens=sampled.tokens,
         logprob=sampled.logprob,
         top_ids=sampled.top_ids,
