@@ -5,7 +5,7 @@ Bounds live in the types, so that nothing out of range reaches the engine.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -16,7 +16,13 @@ MAX_LOGPROBS = 20
 MAX_BIASES = 300
 MAX_CHOICES = 16  # answers to one prompt
 MAX_SALT = 256  # characters
+MAX_SESSION = 256
+MAX_RETAIN = 86400  # seconds
+MAX_PRIORITY = 1 << 31
+MAX_GUESSES = 16  # of one step and request
 
+Session = Annotated[str, Meta(max_length=MAX_SESSION)]
+Retain = Annotated[float, Meta(ge=0, le=MAX_RETAIN)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=100)]
 LogitBias = Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)]
@@ -49,6 +55,19 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
+class Speculate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Whether tokens are guessed ahead, so that a step can verify several: the answer is the same, and sooner there.
+
+    `kind`: "ngram" guesses what followed the last tokens where they stood before, in prompt or answer; "draft" asks the
+    resident image `draft`, a smaller model with the same vocabulary. At most `max_tokens` are guessed at a time, fewer
+    or none where more would not pay.
+    """
+
+    kind: Literal["off", "ngram", "draft"] = "off"
+    draft: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_GUESSES)] = 8
+
+
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One prompt for one model. `id` is unique within the connection; `image` is the digest of a resident image.
 
@@ -59,6 +78,12 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     count as made (max_tokens, min_tokens, penalties), and are not said again.
     `cache`: its beginning may be read from the prefix cache, and its pages are kept there for others, in both cases
     only for requests of the same `cache_salt`.
+    `session`: names the conversation that it belongs to, within its salt. `retain`: seconds from its end on for which
+    its pages are kept whoever needs room, as far as shares of the pool allow; 0: the conversation is over, and what only
+    it has read is freed (scratchpad/retention.py).
+    `constrained`: a token is drawn only under the mask that was sent for its place (engine/port.py); until it is there
+    the others go on, and who waits for it too long is ended.
+    `priority`: lower goes first, as in vLLM; how much, and for how long, says engine/priority.py.
     """
 
     id: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -69,6 +94,11 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     emitted: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
     cache: bool = True
     cache_salt: Annotated[str, Meta(max_length=MAX_SALT)] = ""
+    session: Session = ""
+    retain: Retain | None = None
+    constrained: bool = False
+    priority: Annotated[int, Meta(ge=-MAX_PRIORITY, lt=MAX_PRIORITY)] = 0
+    speculate: Speculate = Speculate()
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -80,18 +110,22 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Timing(msgspec.Struct, frozen=True, array_like=True):
-    """Seconds by one monotonic clock of the engine: queued, until the prompt was computed, since the first token."""
+    """Seconds by one monotonic clock of the engine: queued, until the prompt was computed, since the first token; and,
+    before all, until its image was attached.
+    """
 
     queued: float
     prefill: float
     decode: float
+    attach: float = 0.0
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one step brought for one request. The last one has `finish`: "stop", "length", "abort" or "error".
 
-    `seed` and `cached_tokens` come with or before the first token; `timing` with the last. With "error", `error` is
-    (code, sentence) of the VaiError to raise.
+    `seed`, `cached_tokens` and `fingerprint` (engine/fingerprint.py) come with or before the first token; `timing` with
+    it and, complete, with the last. `guessed` tokens were verified in this step, of which the first `accepted` stood and are among `tokens`.
+    With "error", `error` is (code, sentence) of the VaiError to raise.
     """
 
     id: str
@@ -102,3 +136,6 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cached_tokens: int = 0
     error: tuple[str, str] | None = None
     timing: Timing | None = None
+    fingerprint: str | None = None
+    guessed: int = 0
+    accepted: int = 0

@@ -2,7 +2,7 @@
 
 `loader`: until its model is there: found by name, loaded by the daemon if it was not resident, its tokenizer built, its
 image attached by the engine; next to nothing for every request but a model's first.
-`preprocessor`: from words to token ids: the body read, the chat template rendered, the text encoded.
+`preprocessor`: from words to token ids: the body parsed, the chat template rendered, the text encoded.
 `core`: the engine's steps: `prefill` up to the first token, `decode` from there to the last.
 `postprocessor`: from ids to what is sent: characters, stop strings, logprobs and tools, and the answer's JSON.
 
@@ -58,7 +58,10 @@ class Stages:
 
 
 class Stopwatch:
-    """Adds up the stages outside the engine, each of which may be entered more than once."""
+    """Adds up the stages outside the engine, each of which may be entered more than once.
+
+    What is written token by token adds to `postprocessor` itself.
+    """
 
     def __init__(self) -> None:
         self.loader = 0.0

@@ -27,6 +27,7 @@ from vai.errors import ModelNotFound, Unavailable
 from vai.request import SamplingParams, Timing, TokenLogprob
 from vai.server.app import build
 from vai.server.protocol import Protocol
+from vai.telemetry import Stages
 
 EOG = 255
 CONTEXT = 64
@@ -42,6 +43,8 @@ class Delta:
     finish: str | None = None
     cached_tokens: int = 0
     timing: Timing | None = None
+    fingerprint: str = "vai-of-the-script"
+    stages: Stages | None = None
 
 
 _pids = itertools.count(1)
@@ -61,7 +64,7 @@ class Script:
         self.chunk = 1
         self.open_streams = 0
         self.seen: list[tuple[list[int], SamplingParams, list[str]]] = []
-        self.caches: list[tuple[bool, str]] = []
+        self.hows: list[dict[str, Any]] = []
         self.engine_alive = True
         self.loaded = False
         self.empty = False
@@ -90,9 +93,9 @@ class Model:
         return bytes(ids).decode()
 
     def choices(
-        self, ids: list[int], count: int, sampling: SamplingParams, stop: list[str], *, cache: bool, cache_salt: str
+        self, ids: list[int], count: int, sampling: SamplingParams, stop: list[str], **how: Any
     ) -> list[AsyncGenerator[Delta, None]]:
-        self._script.caches.append((cache, cache_salt))
+        self._script.hows.append(how)
         return [self.stream(ids, sampling, stop) for _ in range(count)]
 
     async def stream(self, ids: list[int], sampling: SamplingParams, stop: list[str]) -> AsyncGenerator[Delta, None]:
@@ -118,7 +121,8 @@ class Model:
                     top = list(range(65, 65 + sampling.logprobs))
                     logprobs = [TokenLogprob(-0.5, top, [-1.0] * len(top)) for _ in step]
                 timing = Timing(0.25, 0.5, 1.0) if finish else None
-                yield Delta(text, step, logprobs, finish, cached_tokens=2, timing=timing)
+                stages = Stages(0.5, 0.0, 0.25, 0.5, 1.0, 0.125) if finish else None
+                yield Delta(text, step, logprobs, finish, cached_tokens=2, timing=timing, stages=stages)
                 if finish is not None:
                     return
                 await asyncio.sleep(0)
@@ -153,8 +157,15 @@ class Port:
     async def status(self) -> Any:
         if not self._script.engine_alive:
             await asyncio.Event().wait()
-        models = [SimpleNamespace(image=digit * 64, running=2, waiting=1) for digit in "ab"]
-        return SimpleNamespace(pid=self._script.engine_pid, pool_bytes=200, pool_used=50, models=models)
+        models = [SimpleNamespace(image=digit * 64, running=2, waiting=1, preemptions=5) for digit in "ab"]
+        return SimpleNamespace(
+            pid=self._script.engine_pid,
+            pool_bytes=200,
+            pool_used=50,
+            native_seconds=9.0,
+            host_seconds=0.25,
+            models=models,
+        )
 
     async def switches(self) -> Any:
         return SimpleNamespace(switched=[0.003])

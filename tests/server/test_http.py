@@ -406,8 +406,43 @@ def test_without_a_daemon_an_absent_model_is_503_saying_what_to_run(
     assert ("vai serve" if daemon else "vai load") in answer.json()["error"]["message"]
 
 
-def test_a_client_says_whose_prefix_cache_its_request_shares_or_that_it_shares_none(served: Served) -> None:
-    for more in ({}, {"cache_prompt": True, "cache_salt": "mine"}, {"cache_prompt": False, "cache_salt": None}):
-        assert served.post("/v1/chat/completions", CHAT | more).status_code == 200
-        assert served.post("/v1/completions", TEXT | more).status_code == 200
-    assert served.script.caches == [(True, "")] * 2 + [(True, "mine")] * 2 + [(False, "")] * 2
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({}, {"cache": True, "cache_salt": "", "priority": 0}),
+        ({"cache_prompt": True, "cache_salt": "mine"}, {"cache": True, "cache_salt": "mine"}),
+        ({"cache_prompt": False, "cache_salt": None}, {"cache": False, "cache_salt": ""}),
+        ({"priority": -3}, {"priority": -3}),
+        ({"priority": 7}, {"priority": 7}),
+    ],
+)
+def test_how_a_request_is_to_be_treated_reaches_the_engine(
+    served: Served, asked: dict[str, Any], told: dict[str, Any]
+) -> None:
+    assert served.post("/v1/chat/completions", CHAT | asked).status_code == 200
+    assert served.post("/v1/completions", TEXT | asked).status_code == 200
+    assert len(served.script.hows) == 2
+    assert all(told.items() <= how.items() for how in served.script.hows)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("usage", [False, True])
+def test_an_answer_says_what_each_stage_took_where_it_is_asked(served: Served, path: str, usage: bool) -> None:
+    body = (CHAT if "chat" in path else TEXT) | {"stages": True}
+    whole = served.post(path, body).json()
+    options = {"stream_options": {"include_usage": True}} if usage else {}
+    *_, last, end = events(served.post(path, body | {"stream": True} | options).text)
+    assert (end, last["choices"], "usage" in last) == ("[DONE]", [], usage)
+    for stages in (whole["stages"], last["stages"]):
+        assert list(stages) == ["loader", "preprocessor", "queue", "core", "prefill", "decode", "postprocessor"]
+        assert (stages["queue"], stages["prefill"], stages["decode"], stages["core"]) == (0.25, 0.5, 1.0, 1.5)
+        assert 0.5 < stages["loader"] < 0.7 and 0.125 < stages["postprocessor"] < 0.3 and stages["preprocessor"] > 0
+    assert "stages" not in served.post(path, body | {"stages": False}).json()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_the_fingerprint_is_the_engines_in_every_answer_and_chunk(served: Served, path: str) -> None:
+    body = CHAT if "chat" in path else TEXT
+    assert served.post(path, body).json()["system_fingerprint"] == "vai-of-the-script"
+    *chunks, _ = events(served.post(path, body | {"stream": True}).text)
+    assert {chunk["system_fingerprint"] for chunk in chunks} == {"vai-of-the-script"}

@@ -69,7 +69,28 @@ def test_an_answer_is_counted_once_under_vllms_names(fresh: Served, stream: bool
     assert found["vllm:e2e_request_latency_seconds_count"] == 1
     stages = [found[f"vllm:request_{stage}_time_seconds_sum"] for stage in ("queue", "prefill", "decode")]
     assert stages == [0.25, 0.5, 1.0]
+    assert found["vllm:request_inference_time_seconds_sum"] == 1.5
+    assert found["vllm:request_time_per_output_token_seconds_sum"] == 1.0 / (MADE - 1)
     assert (found["vllm:request_prompt_tokens_sum"], found["vllm:request_generation_tokens_sum"]) == (2, MADE)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_stages_of_an_http_request_are_counted_once_whatever_its_choices(fresh: Served, stream: bool) -> None:
+    names = ("loader", "preprocessor", "queue", "core", "postprocessor")
+
+    def seen(kind: str) -> list[float]:
+        name = f"vai_request_stage_seconds_{kind}"
+        return [value(fresh, name, model_name="tiny", stage=stage) for stage in names]
+
+    counts, sums = seen("count"), seen("sum")
+    fresh.post("/v1/completions", TEXT | {"stream": stream, "n": 3})
+    assert [after - before for before, after in zip(counts, seen("count"), strict=True)] == [1] * 5
+    loader, preprocessor, queue, core, postprocessor = (
+        after - before for before, after in zip(sums, seen("sum"), strict=True)
+    )
+    assert 0.5 < loader < 0.6 and 0 < preprocessor < 0.1  # the engine's part of the longest choice, and the server's
+    assert (round(queue, 6), round(core, 6)) == (0.25, 1.5)
+    assert 3 * 0.125 < postprocessor < 0.6
 
 
 def test_every_choice_is_a_request(fresh: Served) -> None:
@@ -103,6 +124,7 @@ def test_the_engine_is_asked_at_each_scrape(fresh: Served) -> None:
     assert value(fresh, "vllm:num_requests_running", model_name="tiny") == 2
     assert value(fresh, "vllm:num_requests_waiting", model_name="org/other:Q4_0") == 1
     assert value(fresh, "vllm:kv_cache_usage_perc", model_name="tiny") == 0.25
+    assert value(fresh, "vllm:num_preemptions_total", model_name="tiny") == 5
     assert value(fresh, "vai_engine_up") == 1
     before, after = value(fresh, "vai_model_switch_seconds_count"), value(fresh, "vai_model_switch_seconds_count")
     assert after == before + 1

@@ -6,6 +6,7 @@ Nothing here touches weights. `/v1/models` reads the registry alone and answers 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from importlib import metadata
@@ -28,6 +29,7 @@ from vai.server.guard import Guard, Hosts, error_response, read_body, status_phr
 from vai.server.metrics import TEXT_FORMAT, Engine, Metrics
 from vai.server.render import Answer, ChatAnswer, TextAnswer
 from vai.server.stream import EventStream, interleave, until_gone
+from vai.telemetry import Stopwatch
 
 if TYPE_CHECKING:
     from vai.llm import Delta, Frontend, Model
@@ -119,22 +121,30 @@ class Routes:
     # -- generation ------------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request) -> Response | EventStream:
-        asked = schema.decode_chat(await read_body(request.scope, request.receive))
-        messages = schema.plain_messages(asked.messages)
-        model = await self._open(asked.model)
-        ids = await model.encode_chat(messages)
+        body, watch = await read_body(request.scope, request.receive), Stopwatch()
+        with watch.preparing():
+            asked = schema.decode_chat(body)
+            messages = schema.plain_messages(asked.messages)
+        with watch.loading():
+            model = await self._open(asked.model)
+        with watch.preparing():
+            ids = await model.encode_chat(messages)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = _sampling(asked, model, asked.max_completion_tokens or asked.max_tokens, logprobs)
-        return await _respond(request, self._metrics, asked, model, [ids], sampling, ChatAnswer)
+        return await _respond(request, self._metrics, watch, asked, model, [ids], sampling, ChatAnswer)
 
     async def completions(self, request: Request) -> Response | EventStream:
-        asked = schema.decode_completion(await read_body(request.scope, request.receive))
-        given = schema.prompts(asked)
-        model = await self._open(asked.model)
-        prompts = [await model.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
+        body, watch = await read_body(request.scope, request.receive), Stopwatch()
+        with watch.preparing():
+            asked = schema.decode_completion(body)
+            given = schema.prompts(asked)
+        with watch.loading():
+            model = await self._open(asked.model)
+        with watch.preparing():
+            prompts = [await model.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
         sampling = _sampling(asked, model, asked.max_tokens or COMPLETION_TOKENS, asked.logprobs)
         echo = [text if isinstance(text, str) else model.decode(text) for text in given] if asked.echo else ()
-        return await _respond(request, self._metrics, asked, model, prompts, sampling, TextAnswer, echo)
+        return await _respond(request, self._metrics, watch, asked, model, prompts, sampling, TextAnswer, echo)
 
     async def _open(self, name: str) -> Model:
         """The model of this name, loaded by the daemon first where it is not resident.
@@ -240,6 +250,7 @@ def _sampling(
 async def _respond(
     request: Request,
     metrics: Metrics,
+    watch: Stopwatch,
     asked: schema.ChatRequest | schema.CompletionRequest,
     model: Model,
     prompts: list[list[int]],
@@ -255,6 +266,8 @@ async def _respond(
         n=asked.n or 1,
         logprobs=sampling.logprobs is not None,
         usage_chunk=bool(options and options.include_usage),
+        stages=bool(asked.stages),
+        watch=watch,
         echo=echo,
     )
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
@@ -269,17 +282,20 @@ async def _respond(
                 stop,
                 cache=asked.cache_prompt is not False,
                 cache_salt=asked.cache_salt or "",
+                priority=asked.priority or 0,
             )
         ]
     )
     notes = request.scope["vai.notes"]
     if asked.stream:
-        return EventStream(_frames(answer, deltas, notes))
-    body = await until_gone(request.receive, _whole(answer, deltas, notes))
+        return EventStream(_frames(answer, deltas, notes, metrics))
+    body = await until_gone(request.receive, _whole(answer, deltas, notes, metrics))
     return Response(body, media_type="application/json")
 
 
-def _note(notes: dict[str, object], answer: Answer) -> None:
+def _note(notes: dict[str, object], answer: Answer, metrics: Metrics) -> None:
+    if answer.finished:
+        metrics.staged(answer.name, answer.stages)
     notes.update(
         model=answer.name,
         prompt=answer.prompt_tokens,
@@ -289,21 +305,34 @@ def _note(notes: dict[str, object], answer: Answer) -> None:
 
 
 async def _frames(
-    answer: Answer, deltas: AsyncGenerator[tuple[int, Delta], None], notes: dict[str, object]
+    answer: Answer,
+    deltas: AsyncGenerator[tuple[int, Delta], None],
+    notes: dict[str, object],
+    metrics: Metrics,
 ) -> AsyncGenerator[bytes, None]:
     try:
         async with aclosing(deltas) as items:
             async for index, delta in items:
-                yield answer.chunk(index, delta)
+                began = time.perf_counter()
+                chunk = answer.chunk(index, delta)
+                answer.watch.postprocessor += time.perf_counter() - began
+                yield chunk
     finally:
-        _note(notes, answer)
+        _note(notes, answer, metrics)
 
 
-async def _whole(answer: Answer, deltas: AsyncGenerator[tuple[int, Delta], None], notes: dict[str, object]) -> bytes:
+async def _whole(
+    answer: Answer,
+    deltas: AsyncGenerator[tuple[int, Delta], None],
+    notes: dict[str, object],
+    metrics: Metrics,
+) -> bytes:
     try:
         async with aclosing(deltas) as items:
             async for index, delta in items:
+                began = time.perf_counter()
                 answer.add(index, delta)
+                answer.watch.postprocessor += time.perf_counter() - began
     finally:
-        _note(notes, answer)
+        _note(notes, answer, metrics)
     return answer.whole()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from vai.errors import Overloaded, Unavailable, VaiError
@@ -23,6 +23,7 @@ from vai.rom.room import free_room
 
 if TYPE_CHECKING:
     from vai.llm import Delta, Frontend
+    from vai.telemetry import Stages
 
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 ENGINE_SECONDS = 2.0  # an engine that says nothing this long is reported as away
@@ -55,6 +56,7 @@ _FIRST = (
 _BETWEEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+_STAGE = (1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 1, 5, 10, 60, 600)
 _SWITCH = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1, 1)
 
 _MODEL = ("model_name",)
@@ -69,6 +71,8 @@ class _ModelStatus(Protocol):
     def running(self) -> int: ...
     @property
     def waiting(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
 
 
 class _Status(Protocol):
@@ -78,6 +82,10 @@ class _Status(Protocol):
     def pool_bytes(self) -> int: ...
     @property
     def pool_used(self) -> int: ...
+    @property
+    def native_seconds(self) -> float: ...
+    @property
+    def host_seconds(self) -> float: ...
     @property
     def models(self) -> Iterable[_ModelStatus]: ...
 
@@ -123,6 +131,17 @@ class Metrics:
         self._queue = self._histogram("request_queue_time_seconds", "Waiting in the engine.", _WHOLE)
         self._prefill = self._histogram("request_prefill_time_seconds", "Computing the prompt.", _WHOLE)
         self._decode = self._histogram("request_decode_time_seconds", "From first to last token.", _WHOLE)
+        self._inference = self._histogram("request_inference_time_seconds", "Computing prompt and answer.", _WHOLE)
+        self._token = self._histogram(
+            "request_time_per_output_token_seconds", "From one token to the next, on the mean of an answer.", _BETWEEN
+        )
+        self._stage = Histogram(
+            "vai_request_stage_seconds",
+            "What each stage of an HTTP request took; vai/telemetry.py says what they are.",
+            (*_MODEL, "stage"),
+            registry=self._registry,
+            buckets=_STAGE,
+        )
         self._prompt_length = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._answer_length = self._histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
         self._switch = Histogram(
@@ -173,6 +192,14 @@ class Metrics:
             self._queue.labels(model).observe(end.timing.queued)
             self._prefill.labels(model).observe(end.timing.prefill)
             self._decode.labels(model).observe(end.timing.decode)
+            self._inference.labels(model).observe(end.timing.prefill + end.timing.decode)
+            if made > 1:
+                self._token.labels(model).observe(end.timing.decode / (made - 1))
+
+    def staged(self, model: str, stages: Stages) -> None:
+        """What an HTTP request took that came to its end."""
+        for stage in ("loader", "preprocessor", "queue", "core", "postprocessor"):
+            self._stage.labels(model, stage).observe(getattr(stages, stage))
 
     async def page(self) -> bytes:
         """All of it in the text format. Answers while the engine is away, then without what only that knows."""
@@ -217,12 +244,22 @@ def _of_engine(status: _Status | None, names: dict[str, str]) -> list[Metric]:
     running = GaugeMetricFamily("vllm:num_requests_running", "Requests being computed.", labels=_MODEL)
     waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait for the engine.", labels=_MODEL)
     usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the scratchpad in use; 1 is all.", labels=_MODEL)
+    preempted = CounterMetricFamily(
+        "vllm:num_preemptions", "Times that a running request gave its pages up.", labels=_MODEL
+    )
     for model in status.models:
         label = [names.get(model.image, model.image[:12])]
         running.add_metric(label, model.running)
         waiting.add_metric(label, model.waiting)
         usage.add_metric(label, status.pool_used / status.pool_bytes)
-    return [up, running, waiting, usage]
+        preempted.add_metric(label, model.preemptions)
+    native = CounterMetricFamily(
+        "vai_engine_native_seconds", "Time the engine spent computing.", value=status.native_seconds
+    )
+    host = CounterMetricFamily(
+        "vai_engine_host_cpu_seconds", "CPU time of the engine beside computing.", value=status.host_seconds
+    )
+    return [up, running, waiting, usage, preempted, native, host]
 
 
 def _files(root: Path, names: dict[str, str]) -> tuple[list[_Image], int]:
