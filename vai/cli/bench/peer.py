@@ -6,6 +6,8 @@ import http.client
 import json
 import subprocess
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,25 @@ def _ready(port: int, process: subprocess.Popen[bytes]) -> None:
     raise Unavailable(f"The peer did not become ready (exit status {process.poll()}).")
 
 
+@contextmanager
+def running(binary: Path, file: Path, port: int, words: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A peer that serves `file` on `port` with these flags, ready; killed at the end. Raises Unavailable."""
+    command = [str(binary), "-m", str(file), "--port", str(port), *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _ready(port, process)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 def start(binary: Path, file: Path, threads: int, flags: list[str], tokens: int = 32) -> dict[str, Any]:
     """Start the peer once: seconds to ready, to the first token, its memory (PSS), and its decode rate."""
     port = free_port()
-    words = ["-m", str(file), "--port", str(port), "-t", str(threads), "-c", "2048", "-np", "1", *flags]
+    words = ["-t", str(threads), "-c", "2048", "-np", "1", *flags]
     begin = time.perf_counter()
-    process = subprocess.Popen([binary, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _ready(port, process)
+    with running(binary, file, port, words) as process:
         ready = time.perf_counter() - begin
         raw = Raw("127.0.0.1", port)
         body = {"prompt": PROMPT, "n_predict": 1, "temperature": 0, "cache_prompt": False}
@@ -57,12 +70,9 @@ def start(binary: Path, file: Path, threads: int, flags: list[str], tokens: int 
             rates.append(json.loads(answer)["timings"]["predicted_per_second"])
         raw.close()
         return {
-            "flags": " ".join(words[2:]),
+            "flags": " ".join(["--port", str(port), *words]),
             "ready": ready,
             "first_answer": ready + first,
             "pss": _pss(process.pid),
             "tokens_per_second": sorted(rates)[1],
         }
-    finally:
-        process.kill()
-        process.wait()

@@ -1,0 +1,97 @@
+"""Loads that are not kind: a long prompt among running streams, clients that leave, and more streams than have room."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from vai.cli.bench.figures import gaps
+from vai.cli.bench.traffic import Record, Target, send
+from vai.cli.bench.workload import Ask
+
+SHORT = 20  # tokens of a running stream's prompt
+LONG_ANSWER = 4  # tokens that the long prompt is answered with: the first may be half a character
+
+
+class Stall(NamedTuple):
+    """Seconds: the longest wait for a next token of any stream before a long prompt came, and until its first token.
+
+    `first`: the long prompt's own first token; NaN where it had not come when patience was at its end.
+    """
+
+    before: float
+    during: float
+    first: float
+
+
+async def stall(target: Target, ids: Sequence[int], *, streams: int, length: int, before: float, most: float) -> Stall:
+    """`streams` running streams, watched for `before` seconds; then a prompt of `length` tokens comes, for at most
+    `most` seconds."""
+    generator, records = random.Random(0), list[Record]()  # noqa: S311 - a load, not a secret
+    model = target.models[0]
+
+    def ask(tokens: int, answer: int) -> Ask:
+        return Ask(generator.choices(ids, k=tokens), answer)
+
+    running = [asyncio.ensure_future(send(target, model, ask(SHORT, length), records)) for _ in range(streams)]
+    try:
+        while not (len(records) == streams and all(record.events for record in records)):
+            if failed := [record.error for record in records if record.error is not None]:
+                raise ConnectionError(failed[0])
+            await asyncio.sleep(0.01)
+        began = time.perf_counter()
+        await asyncio.sleep(before)
+        arrival = time.perf_counter()
+        late: list[Record] = []
+        with suppress(TimeoutError):
+            async with asyncio.timeout(most):
+                await send(target, model, ask(length, LONG_ANSWER), late)
+        end = late[0].events[0] if late[0].events else time.perf_counter()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+    first = end - arrival if late[0].events else float("nan")
+    return Stall(_longest(records, began, arrival), _longest(records, arrival, end), first)
+
+
+def _longest(records: Sequence[Record], begin: float, end: float) -> float:
+    """The longest wait for a next event that ends in, or is under way at the end of, this time."""
+    waits = []
+    for record in records:
+        times = [at for at in record.events if at < end]
+        waits += [gap for at, gap in zip(times[1:], gaps(record), strict=False) if at >= begin]
+        waits.append(end - times[-1])
+    return max(waits)
+
+
+async def gone(
+    target: Target, work: Iterator[Ask], *, clients: int, at_once: int, patience: float, seed: int = 0
+) -> list[Record]:
+    """`clients` that leave at random moments, `patience` seconds after their request on average, so many at once."""
+    generator, records = random.Random(seed), list[Record]()  # noqa: S311 - a load, not a secret
+    room = asyncio.Semaphore(at_once)
+
+    async def client(model: str, seconds: float) -> None:
+        async with room:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await send(target, model, next(work), records)
+
+    models = target.models
+    moments = [generator.expovariate(1 / patience) for _ in range(clients)]
+    await asyncio.gather(*(client(models[number % len(models)], each) for number, each in enumerate(moments)))
+    return records
+
+
+async def many(target: Target, work: Iterator[Ask], *, streams: int) -> list[Record]:
+    """`streams` requests sent together, each to its end."""
+    records: list[Record] = []
+    models = itertools.islice(itertools.cycle(target.models), streams)
+    await asyncio.gather(*(send(target, model, next(work), records) for model in models))
+    return records
