@@ -45,6 +45,8 @@ class Delta:
     timing: Timing | None = None
     fingerprint: str = "vai-of-the-script"
     stages: Stages | None = None
+    reasoning: str = ""
+    calls: tuple[Any, ...] = ()
 
 
 _pids = itertools.count(1)
@@ -79,8 +81,8 @@ class Model:
     async def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    async def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        return list("|".join(f"{m['role']}:{m['content']}" for m in messages).encode())
+    async def chat(self, messages: list[dict[str, str]], tools: Any) -> tuple[list[int], None]:
+        return list("|".join(f"{m['role']}:{m['content']}" for m in messages).encode()), None
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < EOG else END_OF_TURN.encode()

@@ -123,6 +123,8 @@ def test_a_client_that_leaves_is_counted_as_aborted(fresh: Served) -> None:
 def test_the_engine_is_asked_at_each_scrape(fresh: Served) -> None:
     assert value(fresh, "vllm:num_requests_running", model_name="tiny") == 2
     assert value(fresh, "vllm:num_requests_waiting", model_name="org/other:Q4_0") == 1
+    assert value(fresh, "vai_engine_native_seconds_total") == 9
+    assert value(fresh, "vai_engine_host_cpu_seconds_total") == 0.25
     assert value(fresh, "vllm:kv_cache_usage_perc", model_name="tiny") == 0.25
     assert value(fresh, "vllm:num_preemptions_total", model_name="tiny") == 5
     assert value(fresh, "vai_engine_up") == 1

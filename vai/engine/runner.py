@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 
 from vai.engine.batch import Batch
 from vai.engine.port import Switches
+from vai.engine.usage import NativeTime
 
 KEPT_TIMES = 1 << 14
 
 
 class Runner:
-    """Runs batches over one pool of pages."""
+    """Runs batches over one pool of pages. `native`: the time of its thread in native calls."""
 
     def __init__(self, pool: NDArray[np.uint8]) -> None:
+        self.native = NativeTime()
         self._pool = pool
         self._last: str | None = None
         self._same: deque[float] = deque(maxlen=KEPT_TIMES)
@@ -34,7 +36,8 @@ class Runner:
         times = self._same if entry.digest == self._last else self._switched
         self._last = entry.digest
         times.append(time.perf_counter() - batch.picked_at)
-        return entry.plan.forward(step, self._pool)
+        with self.native:
+            return entry.plan.forward(step, self._pool)
 
     def take_switches(self) -> Switches:
         """The last times from pick to native call, in seconds, which are then forgotten."""
