@@ -15,8 +15,9 @@ from vai.daemon import pool
 def test_a_pool_has_whole_slabs_and_cannot_shrink() -> None:
     descriptor = pool.create(pool.SLAB + 1)
     try:
-        assert os.fstat(descriptor).st_size == 2 * pool.SLAB
-        for size in (0, 3 * pool.SLAB):
+        assert os.fstat(descriptor).st_size == 3 * pool.SLAB
+        assert pool.page_bytes(3 * pool.SLAB) == 2 * pool.SLAB
+        for size in (0, 2 * pool.SLAB, 4 * pool.SLAB):
             with pytest.raises(PermissionError):
                 os.ftruncate(descriptor, size)
     finally:

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from vai.burn.burn import burn
 from vai.burn.synth import SHAPES, synthesize
-from vai.daemon.pool import SLAB
+from vai.daemon.pool import SLAB, whole_bytes
 from vai.engine.engine import Engine
 
 DEADLINE = 30.0
@@ -47,7 +47,7 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
     with contextlib.ExitStack() as engines:
 
         def make(root: Path, *, slabs: int = 1, threads: int = 1, **options: object) -> Engine:
-            engine = Engine(root, threads=threads, pool=np.full(slabs * SLAB, 0xFF, np.uint8), **options)
+            engine = Engine(root, threads=threads, pool=np.full(whole_bytes(slabs * SLAB), 0xFF, np.uint8), **options)
             engines.callback(engine.close)
             return engine
 

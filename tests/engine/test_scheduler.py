@@ -10,16 +10,25 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vai.daemon.pool import SLAB
+from vai.daemon.pool import SLAB, whole_bytes
 from vai.engine.batch import Batch
 from vai.engine.runner import Runner
 from vai.engine.sampler import Draw
-from vai.engine.scheduler import MAX_WAIT, MAX_WAITING, QUANTUM, SMALLEST_CHUNK, STEP_WHILE_STREAMING, Scheduler
+from vai.engine.scheduler import (
+    MAX_WAIT,
+    MAX_WAITING,
+    MAX_WAITING_OF_ONE,
+    QUANTUM,
+    SMALLEST_CHUNK,
+    STEP_WHILE_STREAMING,
+    Scheduler,
+)
 from vai.engine.select import Entry
 from vai.engine.sequence import Sequence
 from vai.errors import BadRequest, Overloaded, VaiError
@@ -92,11 +101,12 @@ class Bench:
     batches: list[Batch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.pool = PagePool(self.slabs * SLAB)
+        memory = np.zeros(whole_bytes(self.slabs * SLAB), np.uint8)
+        self.pool = PagePool(memory)
         self.scheduler = Scheduler(
             self.pool, max_rows=self.max_rows, max_sequences=self.max_sequences, clock=lambda: self.now
         )
-        self.runner = Runner(np.zeros(self.pool.size, np.uint8))
+        self.runner = Runner(memory)
         self.ids: Iterator[int] = iter(range(1 << 30))
 
     def submit(
@@ -105,15 +115,11 @@ class Bench:
         prompt: list[int],
         count: int,
         limit: int = 1 << 20,
-        *,
-        cache: bool = True,
-        cache_salt: str = "",
+        **how: Any,
     ) -> str:
         number = next(self.ids)
         sampling = SamplingParams(max_tokens=count)
-        request = Request(
-            id=str(number), image=entry.digest, tokens=prompt, sampling=sampling, cache=cache, cache_salt=cache_salt
-        )
+        request = Request(id=str(number), image=entry.digest, tokens=prompt, sampling=sampling, **how)
         limit = min(limit, len(prompt) + count)
         self.scheduler.add(Sequence(request, entry, arrival=number, limit=limit, now=self.now))
         return request.id
@@ -124,14 +130,22 @@ class Bench:
             self.batches.append(batch)
             logits = self.runner.forward(batch)
             self.now += seconds_per_row * batch.rows
-            self.scheduler.commit(batch, [Draw(int(row.argmax()), None) for row in logits])
+            self.commit(batch, logits)
+        else:
+            self.take_outputs()
+        return batch
+
+    def commit(self, batch: Batch, logits: NDArray[np.float32]) -> None:
+        self.scheduler.commit(batch, [Draw(int(row.argmax()), None) for row in logits])
+        self.take_outputs()
+
+    def take_outputs(self) -> None:
         for output in self.scheduler.take_outputs():
             self.answers.setdefault(output.id, []).extend(output.tokens)
             self.cached[output.id] = self.cached.get(output.id, 0) + output.cached_tokens
             if output.finish is not None:
                 assert output.id not in self.finished
                 self.finished[output.id] = output
-        return batch
 
     def run(self) -> None:
         while self.scheduler.has_work():
@@ -141,6 +155,7 @@ class Bench:
         assert self.pool.used_bytes == 0
         for letter in letters:
             self.scheduler.forget(letter * 64)
+            self.scheduler.cache.forget(letter * 64)
         assert (self.pool.cached_bytes, self.pool.free_slabs) == (0, self.slabs)
 
 
@@ -364,7 +379,7 @@ def turns(bench: Bench, count: int, costs: dict[str, float]) -> str:
         batch = bench.scheduler.pick()
         assert batch is not None
         bench.now += costs[batch.entry.digest[0]]
-        bench.scheduler.commit(batch, [Draw(0, None) for _ in batch.drawing])
+        bench.scheduler.commit(batch, [Draw(0, None) for _ in batch.places])
         order += batch.entry.digest[0]
     return order
 
@@ -436,7 +451,19 @@ def test_an_id_in_use_is_refused() -> None:
 
 def test_a_full_queue_is_refused_with_the_number_that_wait() -> None:
     bench = Bench()
-    for _ in range(MAX_WAITING):
-        bench.submit(model("a"), [1], 5)
+    for number in range(MAX_WAITING):
+        bench.submit(model("ab"[number % 2]), [1], 5)
     with pytest.raises(Overloaded, match=str(MAX_WAITING)):
         bench.submit(model("a"), [1], 5)
+
+
+def test_no_client_fills_the_queue_for_the_others() -> None:
+    bench = Bench()
+    for _ in range(MAX_WAITING_OF_ONE):
+        bench.submit(model("a"), [1], 5)
+    with pytest.raises(Overloaded, match=f"{MAX_WAITING_OF_ONE} .* of one client"):
+        bench.submit(model("a"), [1], 5)
+    bench.submit(model("a"), [1], 5, cache_salt="another")
+    bench.submit(model("b"), [1], 5)
+    bench.step()  # some are admitted
+    bench.submit(model("a"), [1], 5)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from vai.daemon.pool import SLAB
+from vai.daemon.pool import SLAB, whole_bytes
 from vai.kernels.program import PAGE_TOKENS
 from vai.scratchpad.budget import pages_for, tokens_that_fit
 from vai.scratchpad.pages import Owner, PagePool
@@ -18,7 +19,7 @@ def test_the_longest_sequence_is_what_an_empty_pool_can_allocate(page_bytes: lis
     assert tokens is not None
 
     def fits(pages: int) -> bool:
-        pool = PagePool(slabs * SLAB)
+        pool = PagePool(np.zeros(whole_bytes(slabs * SLAB), np.uint8))
         return all(pool.allocate(owner, pages) is not None for owner in owners)
 
     assert fits(tokens // PAGE_TOKENS)

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 SLAB = 16 << 20
+HEADERS = 64 << 10  # bytes of headers for each slab of pages; the pool's first slabs hold them
 MOST_BY_DEFAULT = 4 << 30
 _NAME = "vai-pool"
 
@@ -17,12 +18,28 @@ def default_bytes(free: int) -> int:
     return max(SLAB, min(free // 4, MOST_BY_DEFAULT) // SLAB * SLAB)
 
 
+def header_slabs(slabs: int) -> int:
+    """How many of the `slabs` of a pool hold headers."""
+    return -(-slabs // (SLAB // HEADERS + 1))
+
+
+def page_bytes(size: int) -> int:
+    """How many of the `size` bytes of a pool are for pages."""
+    return size - header_slabs(size // SLAB) * SLAB
+
+
+def whole_bytes(pages: int) -> int:
+    """How many bytes a pool has with `pages` bytes for pages, both rounded up to slabs. Headers are 0.4 % of it."""
+    slabs = -(-pages // SLAB)
+    return (slabs + -(-slabs * HEADERS // SLAB)) * SLAB
+
+
 def create(size: int) -> int:
-    """A descriptor of new zeroed memory of `size` bytes rounded up to slabs. Pages come into being when touched.
+    """A descriptor of new zeroed memory with `size` bytes for pages. Memory comes into being when touched.
 
     Its size is sealed: nobody can shrink it under a reader (that would be SIGBUS).
     """
-    size = -(-size // SLAB) * SLAB
+    size = whole_bytes(size)
     descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, size)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)

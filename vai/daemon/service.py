@@ -105,11 +105,15 @@ class Daemon:
             _check_port(settings.host, settings.port)
         self.supervisors = [Supervisor(self._engine()), Supervisor(self._server())]
 
+    def _pool_bytes(self) -> int:
+        """Bytes for pages."""
+        return pool.page_bytes(os.fstat(self.pool).st_size)
+
     def _engine(self) -> Job:
         settings, path = self.settings, roles.socket_path(self.settings.root, "engine")
         argv = [sys.executable, "-m", "vai.engine.service", "--root", str(settings.root), "--socket", str(path)]
         argv += ["--lock", str(roles.lock_path(settings.root, "engine")), "--threads", str(settings.threads)]
-        argv += ["--kv-bytes", str(os.fstat(self.pool).st_size), "--pool-fd", str(self.pool)]
+        argv += ["--kv-bytes", str(self._pool_bytes()), "--pool-fd", str(self.pool)]
         if settings.isa is not None:
             argv += ["--isa", settings.isa]
 
@@ -216,7 +220,7 @@ class Daemon:
     def _status(self) -> dict[str, Any]:
         return {
             "root": str(self.settings.root),
-            "pool_bytes": os.fstat(self.pool).st_size,
+            "pool_bytes": self._pool_bytes(),
             "roles": {
                 "daemon": {"state": "ready", "pid": os.getpid(), "uptime": time.monotonic() - self.began},
                 **{supervisor.job.role: supervisor.report() for supervisor in self.supervisors},

@@ -20,6 +20,7 @@ from vai.engine.port import (
     Abort,
     AskStatus,
     AskSwitches,
+    EndSession,
     EngineStatus,
     Failed,
     FromEngine,
@@ -28,6 +29,7 @@ from vai.engine.port import (
     Outputs,
     Release,
     Released,
+    SessionEnded,
     Status,
     Submit,
     Switches,
@@ -42,7 +44,7 @@ from vai.request import Output, Request
 AGAIN = 0.02  # seconds between two looks for an engine that is away
 
 _decoder = msgspec.msgpack.Decoder(FromEngine)
-Told = TypeVar("Told", Status, Switches, Released)
+Told = TypeVar("Told", Status, Switches, Released, SessionEnded)
 
 
 class EngineClient:
@@ -107,6 +109,10 @@ class EngineClient:
     async def release(self, image: str) -> None:
         """Have the engine let go of an image; returns when it has. Raises Unavailable."""
         await (await self._connected()).ask(Release(image), Released)
+
+    async def end_session(self, session: str, cache_salt: str = "") -> int:
+        """Free the pages that only the conversations of a session have read; how many. Raises Unavailable."""
+        return (await (await self._connected()).ask(EndSession(session, cache_salt), SessionEnded)).pages
 
     async def close(self) -> None:
         """End the connection, and with it every request on it."""

@@ -15,14 +15,16 @@ import msgspec
 from msgspec import Meta
 
 from vai.errors import BadRequest
-from vai.request import Output, Request
+from vai.request import MAX_SALT, Output, Request, Session
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_MESSAGE = 64 << 20
+MAX_MASK = 1 << 21  # bytes, for as many tokens as ids can tell apart
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One attached image: its digest, requests running and waiting, pages held, tokens made, seconds to attach.
+    """One attached image: its digest, requests running and waiting, pages held, tokens made, seconds to attach, and how
+    often a running request had to give its pages up.
 
     workspace_bytes: what its steps need beside weights and pages; taken from the machine when first touched.
     """
@@ -34,13 +36,17 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     attach_seconds: float
     workspace_bytes: int
+    preemptions: int = 0
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The engine at one moment. Bytes and seconds; `steps` are those of all models.
 
+    native_seconds: time in native calls. host_seconds: CPU time of the Python around them, the loop's included.
+
     The pool is pages in use (`pool_used`), pages that the prefix cache keeps until their room is needed
-    (`pool_cached`), and the rest (`pool_free`).
+    (`pool_cached`), and the rest (`pool_free`). Of the first two, `pool_pinned` are kept at a client's wish.
+    `adopted_pages` were sealed by an engine before this one.
     """
 
     pid: int
@@ -54,6 +60,10 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     models: list[ModelStatus]
     pool_cached: int = 0
     pool_free: int = 0
+    pool_pinned: int = 0
+    adopted_pages: int = 0
+    native_seconds: float = 0.0
+    host_seconds: float = 0.0
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", kw_only=True):
@@ -75,10 +85,27 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     id: str
 
 
+class Mask(msgspec.Struct, frozen=True, tag="mask"):
+    """Which tokens a constrained request may draw at `position`, counted from the prompt's first: bit i % 8 of byte
+    i // 8 is set for token i, over the model's whole vocabulary. One for another position than the next is forgotten.
+    """
+
+    id: str
+    position: Annotated[int, Meta(ge=0, le=1 << 24)]
+    bits: Annotated[bytes, Meta(max_length=MAX_MASK)]
+
+
 class Release(msgspec.Struct, frozen=True, tag="release"):
     """Let go of an image: its running requests end with reason "abort", its pages and its lease are given back."""
 
     image: str
+
+
+class EndSession(msgspec.Struct, frozen=True, tag="end_session"):
+    """Nobody goes on with the conversations of a session: free what only they have read, pinned or not."""
+
+    session: Session
+    cache_salt: Annotated[str, Meta(max_length=MAX_SALT)] = ""
 
 
 class AskStatus(msgspec.Struct, frozen=True, tag="ask_status"):
@@ -110,6 +137,12 @@ class Released(msgspec.Struct, frozen=True, tag="released"):
     image: str
 
 
+class SessionEnded(msgspec.Struct, frozen=True, tag="session_ended"):
+    """`pages` are free now."""
+
+    pages: int
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """Why the engine closes this connection now: (code, sentence) of a VaiError."""
 
@@ -117,8 +150,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: Annotated[str, Meta(max_length=65536)]
 
 
-ToEngine = Hello | Submit | Abort | Release | AskStatus | AskSwitches
-FromEngine = Hello | Outputs | Status | Switches | Released | Failed
+ToEngine = Hello | Submit | Mask | Abort | Release | EndSession | AskStatus | AskSwitches
+FromEngine = Hello | Outputs | Status | Switches | Released | SessionEnded | Failed
 
 _LENGTH = struct.Struct("<I")
 _encoder = msgspec.msgpack.Encoder()
@@ -148,12 +181,17 @@ async def read_message(reader: asyncio.StreamReader, decoder: msgspec.msgpack.De
 class EnginePort(Protocol):
     """An engine, in this process or behind a socket. One asyncio loop owns it."""
 
-    def generate(self, request: Request) -> AsyncIterator[Output]:
-        """Outputs of one request, in order; closing the iterator early aborts it.
+    def generate(self, request: Request, mask: bytes = b"") -> AsyncIterator[Output]:
+        """Outputs of one request, in order; closing the iterator early aborts it. `mask`: for the first token of a
+        constrained request.
 
         Raises the VaiError that the engine refused it with (before the first output) or that ended it (finish "error"),
         and Unavailable if the engine goes away.
         """
+        ...
+
+    def mask(self, identity: str, position: int, bits: bytes) -> None:
+        """Allow the token at `position` of a constrained request that is being generated; see Mask."""
         ...
 
     async def status(self) -> EngineStatus: ...
@@ -161,5 +199,9 @@ class EnginePort(Protocol):
     async def switches(self) -> Switches: ...
 
     async def release(self, image: str) -> None: ...
+
+    async def end_session(self, session: str, cache_salt: str = "") -> int:
+        """Free the pages that only the conversations of a session have read; how many. Unknown ones are fine."""
+        ...
 
     async def close(self) -> None: ...

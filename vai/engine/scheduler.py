@@ -1,54 +1,66 @@
 """Who runs next, and how many tokens of each: one scheduler over all models of an engine.
 
 Models take turns by served cost: the turn goes to the model that has been served least, for a short quantum, so that
-under load the order is A A A B B and not A B A B. Nobody waits longer than MAX_WAIT plus a step of each other model.
-Inside a model, every decoding sequence has a row in every step, and prompts fill the rest of the step in order of age,
-as many of their tokens as the model computes in STEP_WHILE_STREAMING (or STEP, where nobody waits for the next token).
+under load the order is A A A B B and not A B A B. Models with requests of the best priority go first, but no model
+waits longer than MAX_WAIT plus a step of each other. Inside a model, every decoding sequence has a row in every step,
+and prompts fill the rest of the step in order of rank (age, less a head start for priority: priority.py), as many of
+their tokens as the model computes in STEP_WHILE_STREAMING (or STEP, where nobody waits for the next token).
 
 Pages come from one pool for all models. A full page goes into the prefix cache, where every request that begins the
-same finds it; when nobody reads it any more it stays until its room is needed. Requests are admitted in order of age
-across all models, each with room for its whole prompt; the oldest that does not fit makes the younger wait. A running
-sequence that needs a page where none is free takes the pages of the youngest, which is computed again later: the
-oldest always gets on, so everybody does.
+same finds it; when nobody reads it any more it stays until its room is needed. Requests are admitted in order of rank
+across all models, each with room for its whole prompt; the first that does not fit takes the place of those with lower
+priority, or makes the others wait. A running sequence that needs a page where none is free takes the pages of the last,
+which is computed again later: the first always gets on, so everybody does.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as List
+from itertools import groupby
 
-from vai.engine.batch import Batch
+from vai.engine.batch import Batch, Place
+from vai.engine.priority import by_rank, displaced, urgent
 from vai.engine.sampler import Draw
 from vai.engine.select import Entry
 from vai.engine.sequence import Sequence
+from vai.engine.speculate import Pages, Room, Speculation
 from vai.errors import BadRequest, NotEnoughRoom, Overloaded, VaiError
 from vai.kernels.program import PAGE_TOKENS
 from vai.request import Output
 from vai.scratchpad.budget import pages_for, slabs_for
 from vai.scratchpad.pages import PagePool
 from vai.scratchpad.prefix import PrefixCache
+from vai.scratchpad.retention import Name, Retention
 
 QUANTUM = 0.05  # seconds of one turn
 MAX_WAIT = 1.0  # seconds that a model with work may be passed over for those served less
 MAX_WAITING = 1024  # requests that are not admitted yet
+MAX_WAITING_OF_ONE = 768  # of them, those of one model and tenant: nobody fills the queue alone
 STEP_WHILE_STREAMING = 0.15  # seconds of one step with prompt rows in it, as far as measured rates foretell
 STEP = 1.0
 SMALLEST_CHUNK = 32  # prompt rows that a step may always have, and the size of the first, which tells the rate
 
 
 class ModelQueue:
-    """The requests of one model, oldest first: `running` have pages, `waiting` have none and are all younger."""
+    """The requests of one model in order of rank: `running` have pages, `waiting` have none."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.served = 0.0  # seconds of steps, set forward after idle times
         self.passed_over_since = 0.0
         self.tokens = 0  # made since the attach
+        self.preemptions = 0  # since the attach
         self.rows_per_second = 0.0  # in the last step that had prompt rows; 0 before the first
+
+    @property
+    def most_urgent(self) -> int:
+        """The best priority of those that run; there must be one."""
+        return min(each.priority for each in self.running)
 
 
 class Scheduler:
@@ -59,7 +71,8 @@ class Scheduler:
     ) -> None:
         """`max_rows`: most rows of a step. `max_sequences`: sequences of one model that run at once."""
         self._pool = pool
-        self._cache = PrefixCache(pool)
+        self.retention = Retention(pool.size, clock)
+        self.cache = PrefixCache(pool, self.retention)
         self._clock = clock
         self._max_rows = max_rows
         self._max_sequences = min(max_sequences, max_rows)  # so that a step has a row for each
@@ -69,6 +82,7 @@ class Scheduler:
         self._turn_used = 0.0
         self._floor = 0.0  # what the least served model with work has been served; never falls
         self._outputs: list[Output] = []
+        self._speculation = Speculation(Pages(self._spare, self._take_up, self._seal, self._free), max_rows=max_rows)
 
     def add(self, sequence: Sequence) -> None:
         """Put a request in the queue of its model. Raises BadRequest for an id in use, Overloaded for a full queue."""
@@ -78,9 +92,18 @@ class Scheduler:
         waiting = sum(len(queue.waiting) for queue in self._queues.values())
         if waiting >= MAX_WAITING:
             raise Overloaded(f"{waiting} requests are waiting already, which is as many as may; try again soon.")
-        self._by_id[identity] = sequence
         queue = self._queues.setdefault(sequence.entry.digest, ModelQueue(sequence.entry))
-        queue.waiting.append(sequence)
+        salt = sequence.request.cache_salt
+        if sum(each.request.cache_salt == salt for each in queue.waiting) >= MAX_WAITING_OF_ONE:
+            raise Overloaded(
+                f"{MAX_WAITING_OF_ONE} requests for this model are waiting already, which is as many as may of one "
+                "client; try again soon."
+            )
+        self._by_id[identity] = sequence
+        if sequence.request.cache and sequence.entry.owners:
+            name = Name(salt, sequence.request.session)
+            sequence.conversation = self.cache.resume(sequence.entry.digest, name, sequence.page_keys())
+        insort(queue.waiting, sequence, key=by_rank)
 
     def abort(self, identity: str) -> None:
         """End a request now: its pages are free at once. One that is not there (any more) is fine."""
@@ -89,16 +112,18 @@ class Scheduler:
             self._end(sequence, "abort")
 
     def forget(self, image: str) -> None:
-        """Abort every request of a model, free its cached pages, and forget the model."""
+        """Abort every request of a model and forget it; what is cached of it stays."""
         queue = self._queues.get(image)
-        if queue is None:
-            return
-        for sequence in [*queue.running, *queue.waiting]:
-            self._end(sequence, "abort")
-        self._cache.forget(image)
-        del self._queues[image]
-        if self._turn is queue:
-            self._turn = None
+        if queue is not None:
+            for sequence in [*queue.running, *queue.waiting]:
+                self._end(sequence, "abort")
+            del self._queues[image]
+            if self._turn is queue:
+                self._turn = None
+        for sequence in self._by_id.values():
+            if sequence.draft is not None and sequence.draft.digest == image:
+                self._speculation.retire(sequence)
+        self._speculation.forget(image)
 
     def has_work(self) -> bool:
         """Whether any request is unfinished, or any output not taken."""
@@ -109,10 +134,12 @@ class Scheduler:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def counts(self, image: str) -> tuple[int, int, int]:
-        """(running, waiting, tokens made) of a model."""
+    def counts(self, image: str) -> tuple[int, int, int, int]:
+        """(running, waiting, tokens made, preemptions) of a model."""
         queue = self._queues.get(image)
-        return (len(queue.running), len(queue.waiting), queue.tokens) if queue is not None else (0, 0, 0)
+        if queue is None:
+            return 0, 0, 0, 0
+        return len(queue.running), len(queue.waiting), queue.tokens, queue.preemptions
 
     def pick(self) -> Batch | None:
         """The next step, or None where nobody has anything to compute."""
@@ -124,63 +151,104 @@ class Scheduler:
                 return batch
         return None
 
-    def commit(self, batch: Batch, draws: List[Draw | VaiError]) -> None:
-        """Take the results of a step: one draw, or the reason why there is none, for each of `batch.drawing`."""
-        now = self._clock()
-        queue = self._charge(batch, now)
+    def find(self, identity: str) -> Sequence | None:
+        """An unfinished request."""
+        return self._by_id.get(identity)
+
+    def end(self, sequence: Sequence, error: VaiError) -> None:
+        """End a request by an error."""
+        self._end(sequence, "error", error)
+
+    def commit(self, batch: Batch, draws: List[Draw | VaiError | None]) -> None:
+        """Take the results of a step: for each of `batch.places` as `take` does."""
+        self._charge(batch, self._clock())
+        if batch.drafting:
+            self._speculation.take(batch, draws)
+            return
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.computed += count
             self._seal(sequence)
-        for sequence, draw in zip(batch.drawing, draws, strict=True):
-            if isinstance(draw, VaiError):
-                self._end(sequence, "error", draw)
-                continue
-            output = sequence.append(draw.token, draw.logprob, now)
-            queue.tokens += 1
-            if output.finish is not None:
+        self.take(batch.places, draws)
+
+    def take(self, places: List[Place], draws: List[Draw | VaiError | None]) -> None:
+        """One draw for each of `places`, or the reason why there is none, or None where it is still to come."""
+        now = self._clock()
+        for sequence, own in groupby(zip(places, draws, strict=True), key=lambda each: each[0].sequence):
+            standing, guessed = self._speculation.judge(sequence, list(own))
+            drawn = [draw for draw in standing if isinstance(draw, Draw)]
+            finish = None
+            if drawn:
+                tokens, logprobs = [draw.token for draw in drawn], [draw.logprob for draw in drawn]
+                output = sequence.append(tokens, logprobs, now, guessed)
+                self._queues[sequence.entry.digest].tokens += len(output.tokens)
+                self._outputs.append(output)
+                finish = output.finish
+            if finish is not None:
+                self._seal(sequence)
                 self._leave(sequence)
-            self._outputs.append(output)
+            elif isinstance(error := standing[-1], VaiError):
+                self._end(sequence, "error", error)
+            elif guessed:
+                self._seal(sequence)
 
     def fail(self, batch: Batch, error: VaiError) -> None:
         """A step could not be computed: its requests end, everybody else goes on."""
         self._charge(batch, self._clock())
+        if batch.drafting:
+            self._speculation.fail(batch)
+            return
         for sequence in batch.sequences:
             self._end(sequence, "error", error)
 
     # Turns
 
     def _choose(self, now: float) -> ModelQueue | None:
-        ready = [queue for queue in self._queues.values() if queue.running]
+        ready = [queue for queue in self._queues.values() if any(each.uncomputed for each in queue.running)]
         if not ready:
             return None
-        self._floor = max(self._floor, min(queue.served for queue in ready))
+        first = urgent(ready) if len(ready) > 1 else ready
+        self._floor = max(self._floor, min(queue.served for queue in first))
+        for queue in ready:  # who waits for better priorities saves nothing up by it
+            queue.served = max(queue.served, self._floor)
         longest = min(ready, key=lambda queue: queue.passed_over_since)
         if now - longest.passed_over_since > MAX_WAIT:
             chosen = longest
-        elif self._turn is not None and self._turn.running and self._turn_used < QUANTUM:
+        elif self._turn is not None and self._turn in first and self._turn_used < QUANTUM:
             chosen = self._turn
         else:
-            chosen = min(ready, key=lambda queue: (queue.served, queue.passed_over_since))
+            chosen = min(first, key=lambda queue: (queue.served, queue.passed_over_since))
         if chosen is not self._turn:
             self._turn, self._turn_used = chosen, 0.0
         return chosen
 
     def _charge(self, batch: Batch, now: float) -> ModelQueue:
-        queue = self._queues[batch.entry.digest]
+        queue = self._queues[batch.turn]
         seconds = now - batch.picked_at
         queue.served += seconds
-        if batch.rows >= SMALLEST_CHUNK:
+        self._speculation.note(batch, seconds)
+        if batch.rows >= SMALLEST_CHUNK and not batch.drafting:
             queue.rows_per_second = batch.rows / max(seconds, 1e-9)
+            self.retention.measured(queue.entry.digest, queue.rows_per_second)
         queue.passed_over_since = now
         self._turn_used += seconds
         return queue
 
     def _fill(self, queue: ModelQueue, picked_at: float) -> Batch:
-        """One row of every decoding sequence, then prompts up to the budget."""
+        """One row of every decoding sequence, and those of its guesses, then prompts up to the budget.
+
+        Where guesses are still to be made, the step of a draft model that makes them.
+        """
         batch = Batch(queue.entry, picked_at)
-        for sequence in [sequence for sequence in queue.running if sequence.uncomputed == 1]:
-            if sequence.running and self._grow(sequence):  # growing may have preempted those after it
-                batch.add(sequence, 1)
+        ready = [sequence for sequence in queue.running if sequence.uncomputed == 1]
+        ready = [sequence for sequence in ready if sequence.running and self._grow(sequence)]
+        ready = [sequence for sequence in ready if sequence.running]  # growing may have preempted others
+        if any(sequence.guesses for sequence in ready):
+            drafting = self._speculation.next_step(queue.entry, ready, self._room(queue, ready), picked_at)
+            if drafting is not None:
+                return drafting
+        for sequence, draft in zip(ready, self._speculation.drafts(queue.entry, ready), strict=True):
+            fits = self._reserve(sequence, sequence.computed + 1 + len(draft))
+            batch.add(sequence, 1, draft if fits else [])
         room = self._prompt_rows(queue, batch.rows)
         coming: set[bytes] = set()  # keys of the pages that this step goes on with
         for sequence in queue.running:
@@ -196,9 +264,16 @@ class Scheduler:
                 room -= count
         return batch
 
+    def _room(self, queue: ModelQueue, ready: List[Sequence]) -> Room:
+        """What may join the rows of the decoding sequences in the next step: prompts, and guesses."""
+        prompts = sum(max(0, each.uncomputed - 1) for each in queue.running)
+        rows = min(prompts, self._prompt_rows(queue, len(ready)))
+        left = (self._max_rows - len(ready)) // (2 if prompts else 1)
+        return Room(rows, min(left, self._max_sequences - len(queue.running)))
+
     def _prompt_rows(self, queue: ModelQueue, decoding: int) -> int:
         """How many prompt rows may join `decoding` rows in this step."""
-        streaming = any(each.uncomputed == 1 for other in self._queues.values() for each in other.running)
+        streaming = any(each.uncomputed <= 1 for other in self._queues.values() for each in other.running)
         seconds = STEP_WHILE_STREAMING if streaming else STEP
         rows = min(int(seconds * queue.rows_per_second), self._max_rows) - decoding
         return min(max(rows, SMALLEST_CHUNK), self._max_rows - decoding)
@@ -206,37 +281,64 @@ class Scheduler:
     # Pages
 
     def _admit(self, now: float) -> None:
-        """Let in the oldest requests, across all models, for as long as the pool has room for their prompts."""
+        """Let in the first requests, across all models, for as long as the pool has room for their prompts."""
         while True:
-            queues = [q for q in self._queues.values() if q.waiting and len(q.running) < self._max_sequences]
+            queues = [queue for queue in self._queues.values() if queue.waiting and self._has_place(queue)]
             if not queues:
                 return
-            queue = min(queues, key=lambda queue: queue.waiting[0].arrival)
+            queue = min(queues, key=lambda queue: queue.waiting[0].rank)
             sequence = queue.waiting[0]
             if not self._make_room(sequence):
                 return
             if not queue.running:  # it has work again, and idling saves nothing up
                 queue.served = max(queue.served, self._floor)
                 queue.passed_over_since = now
-            queue.running.append(queue.waiting.popleft())
+            if len(queue.running) >= self._max_sequences:
+                self._preempt(displaced(sequence, queue.running)[0])
+            queue.waiting.remove(sequence)
+            insort(queue.running, sequence, key=by_rank)
             sequence.admit(now)
 
+    def _has_place(self, queue: ModelQueue) -> bool:
+        """Whether the first that waits may run beside the others of its model, or in the place of one of them."""
+        return len(queue.running) < self._max_sequences or bool(displaced(queue.waiting[0], queue.running))
+
     def _make_room(self, sequence: Sequence) -> bool:
+        """Pages for a waiting sequence, from those with lower priority where that is enough and nothing else is."""
+        if self._find_room(sequence):
+            return True
+        worse = displaced(sequence, self._running())
+        taken = sum(each.bytes_of_pages(len(each.block_table[0])) for each in worse if each.block_table)
+        needed = sequence.bytes_of_pages(pages_for(len(sequence.tokens) + 1))
+        if needed > self._pool.available_bytes + taken:
+            return False
+        for each in worse:
+            self._preempt(each)
+            if self._find_room(sequence):
+                return True
+        return False
+
+    def _find_room(self, sequence: Sequence) -> bool:
         """Cached pages for the beginning of a waiting sequence, own ones for the rest of it and one more token."""
         self._take_up(sequence)
-        if self._reserve(sequence, len(sequence.tokens) + 1):
-            return True
+        while True:
+            if self._reserve(sequence, len(sequence.tokens) + 1):
+                return True
+            if not self._speculation.give_back():
+                break
         self._free(sequence)
-        if any(queue.running for queue in self._queues.values()):
+        if self._running():
             return False
-        self._empty_cache()  # nobody uses a page, so what is in the way is where the cached ones lie
-        return self._reserve(sequence, len(sequence.tokens) + 1)
+        while self.cache.evict(pinned=True):  # nobody uses a page, so what is in the way is where the cached ones lie
+            if self._reserve(sequence, len(sequence.tokens) + 1):
+                return True
+        return False
 
     def _take_up(self, sequence: Sequence) -> None:
         """Go on behind the cached pages that hold what comes next, before the page that holds the last token."""
         while self._may_take_up(sequence):
             key = sequence.next_key
-            page = None if key is None else self._cache.take(key)
+            page = None if key is None else self.cache.take(key)
             if page is None:
                 return
             index = len(sequence.shared)
@@ -257,7 +359,8 @@ class Scheduler:
             if key is None:
                 return
             own = tuple(table[len(sequence.shared)] for table in sequence.block_table)
-            sequence.share(self._cache.put(key, sequence.entry.owners, own))
+            before, number = sequence.last_key, len(sequence.shared)
+            sequence.share(self.cache.put(key, before, number, sequence.entry.owners, own))
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for the first `tokens` tokens of a sequence in every cache group; all or nothing.
@@ -272,12 +375,17 @@ class Scheduler:
         if needed > self._pool.available_bytes:
             return False
         while not self._allocate(sequence, pages):
-            if not self._cache.evict():
+            if not self.cache.evict():
                 return False
         return True
 
+    def _spare(self, shadow: Sequence, tokens: int) -> bool:
+        """Pages that a draft model may have: what nobody waits for."""
+        waiting = any(queue.waiting for queue in self._queues.values())
+        return not waiting and self._reserve(shadow, tokens)
+
     def _empty_cache(self) -> None:
-        while self._cache.evict():
+        while self.cache.evict(pinned=True):
             pass
 
     def _allocate(self, sequence: Sequence, count: int) -> bool:
@@ -295,16 +403,18 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Pages for one more token, from the youngest if there is no other way. False where it lost its own."""
+        """Pages for one more token, from the last in rank if need be. False where it lost its own."""
         while not self._reserve(sequence, sequence.computed + 1):
-            youngest = max(
-                (each for queue in self._queues.values() for each in queue.running), key=lambda each: each.arrival
-            )
-            if youngest is not sequence:
-                self._preempt(youngest)
+            if self._speculation.give_back():
+                continue
+            victim = max(self._running(), key=by_rank)
+            if victim is not sequence:
+                self._preempt(victim)
             elif any(each.running for each in self._by_id.values() if each is not sequence):
                 self._preempt(sequence)
                 return False
+            elif self.cache.evict(pinned=True):
+                continue
             elif self._fits_alone(sequence):  # but its pages lie scattered; computed again, they will not
                 self._preempt(sequence)
                 self._empty_cache()
@@ -323,11 +433,16 @@ class Scheduler:
         pages = pages_for(sequence.computed + 1)
         return sum(slabs_for(owner, pages) for owner in sequence.entry.owners) <= self._pool.slabs
 
+    def _running(self) -> List[Sequence]:
+        return [each for queue in self._queues.values() for each in queue.running]
+
     def _preempt(self, sequence: Sequence) -> None:
         queue = self._queues[sequence.entry.digest]
         queue.running.remove(sequence)
-        queue.waiting.appendleft(sequence)  # everything that waits there is younger
+        queue.preemptions += 1
+        insort(queue.waiting, sequence, key=by_rank)
         self._free(sequence)
+        self._speculation.pause(sequence)
         sequence.running = False
 
     def _free(self, sequence: Sequence) -> None:
@@ -335,9 +450,10 @@ class Scheduler:
         for owner, table in zip(sequence.entry.owners, sequence.block_table, strict=True):
             self._pool.free(owner, table[len(sequence.shared) :].tolist())
             del table[:]
-        self._cache.give(sequence.shared)
+        self.cache.give(sequence.shared, sequence.conversation)
         sequence.shared.clear()
         sequence.computed = 0
+        sequence.held = None
 
     # Ends
 
@@ -354,5 +470,9 @@ class Scheduler:
         else:
             queue.waiting.remove(sequence)
         sequence.running = False
+        chain = sequence.shared[:]
         self._free(sequence)
+        if sequence.conversation is not None:
+            self.cache.pause(sequence.conversation, chain, sequence.request.retain)
+        self._speculation.retire(sequence)
         del self._by_id[sequence.request.id]

@@ -6,11 +6,16 @@ import os
 from array import array
 from collections.abc import Sequence as List
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vai.engine.history import History
+from vai.engine.priority import rank
 from vai.engine.select import Entry
 from vai.kernels.program import PAGE_TOKENS
 from vai.request import Output, Request, SamplingParams, Timing, TokenLogprob
 from vai.scratchpad.prefix import CachedPage, page_key, root_key
+from vai.scratchpad.retention import Conversation
 
 
 class Sequence:
@@ -23,17 +28,36 @@ class Sequence:
     draws are keyed by (seed, choice, position), so the request continues as if it had never stopped.
     """
 
-    def __init__(self, request: Request, entry: Entry, *, arrival: int, limit: int, now: float) -> None:
-        """`arrival` orders requests by age. `limit`: prompt and answer together have at most this many tokens."""
+    def __init__(
+        self,
+        request: Request,
+        entry: Entry,
+        *,
+        arrival: int,
+        limit: int,
+        now: float,
+        draft: Entry | None = None,
+        attach: float = 0.0,
+    ) -> None:
+        """`arrival` tells requests of one moment apart. `limit`: most tokens of prompt and answer together.
+
+        `draft`: the model that guesses for it (speculate.py). `attach`: seconds until its image was there.
+        """
         self.request = request
         self.entry = entry
         self.arrival = arrival
+        self.draft = draft
+        kind = request.speculate.kind
+        self.guesses = not request.constrained and (kind == "ngram" or (kind == "draft" and draft is not None))
+        self.priority = request.priority
+        self.rank = rank(now, request.priority, arrival)
         self.limit = limit
         self.tokens = list(request.tokens)
         self.computed = 0
         self.running = False
         self.block_table = [array("q") for _ in entry.owners]  # for each cache group, the byte offset of every page
         self.shared: list[CachedPage] = []  # its first pages
+        self.conversation: Conversation | None = None  # that it belongs to, where its pages are kept
         self.cached_tokens = 0  # in pages that it found instead of computing them
         self._known_pages = 0  # that it has computed or found, before any preemption
         self._keys = [root_key(entry.weights, entry.plan.kv_type, request.cache_salt)]
@@ -43,6 +67,9 @@ class Sequence:
         self.stop_ids = frozenset(id for id in request.sampling.stop_ids if id < entry.program.vocabulary)
         prompt = len(self.tokens) - self.made
         self.history = _history(request.sampling, self.tokens[:prompt], self.tokens[prompt:])
+        self.mask: bytes | None = None  # for its next token, where it is constrained
+        self.held: NDArray[np.float32] | None = None  # logits of its next token, which wait for the mask
+        self._attach = attach
         self._submitted = now
         self._admitted: float | None = None
         self._first_token: float | None = None
@@ -57,10 +84,25 @@ class Sequence:
         """Rows still to compute before the next token can be drawn: 1 while decoding, more in prefill."""
         return len(self.tokens) - self.computed
 
+    def masks_stop(self, ahead: int) -> bool:
+        """Whether the token behind the next `ahead` must not be a stop id.
+
+        A grammar that allows nothing else is stronger.
+        """
+        if not self.stop_ids or self.made + ahead >= self.request.sampling.min_tokens:
+            return False
+        return self.mask is None or not _only(self.mask, self.stop_ids)
+
+    def page_keys(self) -> List[bytes]:
+        """The keys of its full pages."""
+        for end in range(len(self._keys) * PAGE_TOKENS, len(self.tokens) + 1, PAGE_TOKENS):
+            self._keys.append(page_key(self._keys[-1], self.tokens[end - PAGE_TOKENS : end]))
+        return self._keys[1:]
+
     @property
-    def stop_is_masked(self) -> bool:
-        """Whether the next token must not be a stop id."""
-        return bool(self.stop_ids) and self.made < self.request.sampling.min_tokens
+    def last_key(self) -> bytes:
+        """The key of its last shared page, or the root's."""
+        return self._keys[len(self.shared)]
 
     @property
     def next_key(self) -> bytes | None:
@@ -84,36 +126,60 @@ class Sequence:
             self.cached_tokens += PAGE_TOKENS if self.computed < end else 0
         self.computed = max(self.computed, end)
 
+    def bytes_of_pages(self, count: int) -> int:
+        """What `count` pages of every cache group take."""
+        return sum(owner.page_bytes for owner in self.entry.owners) * count
+
     def admit(self, now: float) -> None:
         """It has its pages and will be computed."""
         self.running = True
         if self._admitted is None:
             self._admitted = now
 
-    def append(self, token: int, logprob: TokenLogprob | None, now: float) -> Output:
-        """Take the drawn token and say so; the output has `finish` if it was the last."""
+    def append(self, tokens: List[int], logprobs: List[TokenLogprob | None], now: float, guessed: int = 0) -> Output:
+        """Take the tokens drawn in one step, up to the last of the answer, and say so; then the output has `finish`.
+
+        Of `guessed` tokens all of `tokens` but the last stood, and are computed already.
+        """
         first = self._first_token is None
         if self._first_token is None:
             self._first_token = now
-        self.tokens.append(token)
-        if self.history is not None:
-            self.history.append(token)
-        finish = "stop" if token in self.stop_ids else "length" if len(self.tokens) >= self.limit else None
+        self.mask = None
+        finish, taken = None, 0
+        while finish is None and taken < len(tokens):
+            token = tokens[taken]
+            taken += 1
+            self.tokens.append(token)
+            if self.history is not None:
+                self.history.append(token)
+            finish = "stop" if token in self.stop_ids else "length" if len(self.tokens) >= self.limit else None
+        self.computed += taken - 1
         return Output(
             id=self.request.id,
-            tokens=[token],
-            logprobs=[] if logprob is None else [logprob],
+            tokens=list(tokens[:taken]),
+            logprobs=[each for each in logprobs[:taken] if each is not None],
             finish=finish,
+            guessed=guessed,
+            accepted=min(taken, len(tokens) - 1),
             seed=self.seed if first else None,
             cached_tokens=self.cached_tokens if first else 0,
-            timing=self.timing(now) if finish else None,
+            fingerprint=self.entry.fingerprint if first else None,
+            timing=self.timing(now) if first or finish else None,
         )
 
     def timing(self, now: float) -> Timing:
         """Seconds spent in each phase, up to `now`."""
         admitted = now if self._admitted is None else self._admitted
         first_token = now if self._first_token is None else self._first_token
-        return Timing(queued=admitted - self._submitted, prefill=first_token - admitted, decode=now - first_token)
+        return Timing(admitted - self._submitted, first_token - admitted, now - first_token, self._attach)
+
+
+def _only(mask: bytes, ids: frozenset[int]) -> bool:
+    """Whether a mask allows none but these ids."""
+    others = bytearray(mask)
+    for id in ids:
+        others[id // 8] &= ~(1 << id % 8)
+    return not others.strip(b"\0")
 
 
 def _history(sampling: SamplingParams, prompt: List[int], answer: List[int]) -> History | None:

@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,12 +36,15 @@ from vai.engine.port import (
     Abort,
     AskStatus,
     AskSwitches,
+    EndSession,
     Failed,
     FromEngine,
     Hello,
+    Mask,
     Outputs,
     Release,
     Released,
+    SessionEnded,
     Status,
     Submit,
     ToEngine,
@@ -104,7 +108,7 @@ class EngineThread:
         """Everything that is asked for; waits for it where there is nothing else to do. False at the end."""
         while True:
             try:
-                work = self._work.get(block=not self._engine.has_work())
+                work = self._work.get(block=not self._engine.has_work(), timeout=self._engine.patience())
             except queue.Empty:
                 return True
             if work is None:
@@ -151,6 +155,7 @@ class Service:
     def __init__(self, engine: Engine) -> None:
         """Starts the engine's thread. Made inside the loop that serves."""
         self._loop = asyncio.get_running_loop()
+        self._loop_clock = time.pthread_getcpuclockid(threading.get_ident())
         self._streams: dict[str, tuple[Connection, str]] = {}  # the engine's request id -> whose, and its id there
         self._connections: dict[Connection, asyncio.Task[None] | None] = {}
         self._accepted = 0
@@ -200,12 +205,16 @@ class Service:
             match await read_message(reader, _decoder):
                 case Submit(request):
                     self._submit(connection, request)
+                case Mask(identity, position, bits):
+                    self._mask(connection, identity, position, bits)
                 case Abort(identity):
                     self._abort(connection, identity)
                 case Release(image):
                     self._ask(connection, partial(_release, image))
+                case EndSession(session, salt):
+                    self._ask(connection, partial(_end_session, session, salt))
                 case AskStatus():
-                    self._ask(connection, lambda engine: Status(engine.status()))
+                    self._ask(connection, self._status)
                 case AskSwitches():
                     self._ask(connection, Engine.switches)
                 case Hello():
@@ -228,11 +237,22 @@ class Service:
 
         self._thread.do(submit)
 
+    def _mask(self, connection: Connection, identity: str, position: int, bits: bytes) -> None:
+        inner = connection.streams.get(identity)
+        if inner is not None:
+            self._thread.do(lambda engine: engine.mask(inner, position, bits))
+
     def _abort(self, connection: Connection, identity: str) -> None:
         inner = connection.streams.pop(identity, None)
         if inner is not None:
             del self._streams[inner]
             self._thread.do(lambda engine: engine.abort(inner))
+
+    def _status(self, engine: Engine) -> FromEngine:
+        """The engine's status, with the CPU time of the loop's thread in it."""
+        status = engine.status()
+        talking = time.clock_gettime(self._loop_clock)
+        return Status(msgspec.structs.replace(status, host_seconds=status.host_seconds + talking))
 
     def _ask(self, connection: Connection, question: Callable[[Engine], FromEngine]) -> None:
         """Have a question answered between two steps. Raises BadRequest for the one too many."""
@@ -275,6 +295,10 @@ def _release(image: str, engine: Engine) -> Released:
     return Released(image)
 
 
+def _end_session(session: str, cache_salt: str, engine: Engine) -> SessionEnded:
+    return SessionEnded(engine.end_session(session, cache_salt))
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line of the process."""
     parser = argparse.ArgumentParser(prog="vai.engine.service", description="The engine; started by `vai serve`.")
@@ -307,13 +331,17 @@ def open_pool(root: Path, descriptor: int | None, size: int | None) -> NDArray[n
     if descriptor is None:
         descriptor = memory.create(size or memory.default_bytes(free_room(root).free))
     pool = map_pool(descriptor)
-    if size is not None and pool.nbytes < size:
-        raise BadRequest(f"--kv-bytes {size} is more than the {pool.nbytes} bytes of the scratchpad handed over.")
+    found = memory.page_bytes(pool.nbytes)
+    if size is not None and found < size:
+        raise BadRequest(f"--kv-bytes {size} is more than the {found} bytes of the scratchpad handed over.")
     return pool
 
 
 def make_engine(args: argparse.Namespace) -> Engine:
-    """The engine with every resident image attached; one that cannot be is logged, and refused when asked for."""
+    """The engine with every resident image attached, and what the pool holds for them.
+
+    An image that cannot be attached is logged, and refused when asked for.
+    """
     pool = open_pool(args.root, args.pool_fd, args.kv_bytes)
     engine = Engine(args.root, threads=args.threads, pool=pool, isa=args.isa)
     for path in sorted((args.root / "images").glob("*.rom")):
@@ -321,6 +349,7 @@ def make_engine(args: argparse.Namespace) -> Engine:
             engine.attach(path.stem)
         except VaiError as error:
             log.warning("image %s is not attached: %s", path.stem[:12], error.message)
+    engine.adopt()
     return engine
 
 

@@ -5,21 +5,23 @@ pages; a page larger than a slab takes consecutive slabs. When the last page of 
 nothing is reserved per model. What is not there is not promised: `allocate` gives all or None.
 
 A page that the prefix cache keeps for nobody in particular is handed out, but not in use: it counts as free for whoever
-can have it evicted.
+can have it evicted. The first slabs hold the headers of all pages (headers.py).
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vai.daemon.pool import SLAB
+from vai.daemon.pool import SLAB, page_bytes
 from vai.errors import BadRequest
 from vai.rom.mapping import Mapping
+from vai.scratchpad.headers import PageHeaders
 
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
@@ -34,10 +36,10 @@ def map_pool(descriptor: int) -> NDArray[np.uint8]:
         seals, size = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS), os.fstat(descriptor).st_size
     except OSError as error:
         raise BadRequest(f"File descriptor {descriptor} is not a scratchpad pool: {error.strerror}.") from None
-    if size == 0 or size % SLAB or seals & _SIZE_SEALS != _SIZE_SEALS:
+    if page_bytes(size) <= 0 or size % SLAB or seals & _SIZE_SEALS != _SIZE_SEALS:
         raise BadRequest(
             f"File descriptor {descriptor} is not a scratchpad pool: {size} bytes, seals {seals:#x}; "
-            f"a pool has whole slabs of {SLAB} bytes and a sealed size."
+            f"a pool has at least two whole slabs of {SLAB} bytes and a sealed size."
         )
     return np.frombuffer(Mapping(descriptor, 0, size, writable=True).view, dtype=np.uint8)
 
@@ -82,6 +84,12 @@ class _Cut:
         self.fresh += self.owner.page_bytes
         return self.fresh - self.owner.page_bytes
 
+    def restore(self, pages: Collection[int]) -> None:
+        """Hand out exactly these pages."""
+        every = range(self.fresh, self.end, self.owner.page_bytes)
+        self.returned = set(every).difference(pages)
+        self.fresh = self.end
+
     def give(self, page: int) -> None:
         """Take a page back."""
         if page in self.returned or page >= self.fresh:
@@ -90,43 +98,67 @@ class _Cut:
 
 
 class PagePool:
-    """Who holds which page of a memory of `size` bytes. Pages are known by their byte offset."""
+    """Who holds which page of a memory. Pages are known by their byte offset. `size`: bytes for pages."""
 
-    def __init__(self, size: int) -> None:
-        """`size` must be whole slabs."""
-        if size <= 0 or size % SLAB:
-            raise AssertionError(f"a pool of {size} bytes is not whole slabs of {SLAB}")
-        self.size = size
-        self._lent = bytearray(size // SLAB)  # 1 for each slab that some owner has
+    def __init__(self, memory: NDArray[np.uint8]) -> None:
+        """`memory`: what daemon.pool.create makes, or as many bytes; it must be whole slabs."""
+        slabs, rest = divmod(memory.nbytes, SLAB)
+        self.size = page_bytes(memory.nbytes)
+        if self.size <= 0 or rest:
+            raise AssertionError(f"a pool of {memory.nbytes} bytes is not whole slabs of {SLAB}")
+        self.headers = PageHeaders(memory)
+        self._lent = bytearray(slabs)  # 1 for each slab that some owner has, or the headers
+        self._first = slabs - self.slabs
+        self._lent[: self._first] = b"\1" * self._first
         self._cuts: dict[Owner, dict[int, _Cut]] = {}  # owner -> first slab -> its pages
+        self._open: dict[Owner, dict[int, _Cut]] = {}  # those among them with a free page
         self._held: dict[Owner, int] = {}  # pages handed out
         self._resting: dict[Owner, int] = {}  # those among them that nobody uses
 
     def allocate(self, owner: Owner, count: int) -> list[int] | None:
         """Offsets of `count` pages, or None (and nothing changed) where that many are not free."""
-        cuts = self._cuts.setdefault(owner, {})
-        held = self._held.get(owner, 0)
-        while len(cuts) * owner.pages_per_cut - held < count:
-            if not self._take_slab(owner, cuts):
-                self._give_back_unused(owner)
+        taken: list[int] = []
+        while len(self._cuts.get(owner, ())) * owner.pages_per_cut - self._held.get(owner, 0) < count:
+            slab = self._take_slab(owner)
+            if slab is None:
+                for each in taken:
+                    self._give_slab(owner, each)
                 return None
-        self._held[owner] = held + count
+            taken.append(slab)
+        if count:
+            self._held[owner] = self._held.get(owner, 0) + count
         pages: list[int] = []
-        for cut in cuts.values():
+        while len(pages) < count:
+            slab, cut = next(iter(self._open[owner].items()))
             pages += [cut.take() for _ in range(min(len(cut), count - len(pages)))]
-            if len(pages) == count:
-                break
+            if not len(cut):
+                del self._open[owner][slab]
         return pages
 
     def free(self, owner: Owner, pages: list[int]) -> None:
         """Take pages back. The slab of the last one is anybody's again."""
-        if not pages:
-            return
-        cuts = self._cuts[owner]
         for page in pages:
-            cuts[page // SLAB].give(page)
-        self._held[owner] -= len(pages)
-        self._give_back_unused(owner)
+            slab = page // SLAB
+            cut = self._cuts[owner][slab]
+            cut.give(page)
+            self._held[owner] -= 1
+            self.headers.clear(page, owner.page_bytes)
+            if len(cut) < owner.pages_per_cut:
+                self._open[owner][slab] = cut
+            else:
+                self._give_slab(owner, slab)
+
+    def restore(self, owner: Owner, slab: int, pages: Collection[int]) -> bool:
+        """Hand out pages of a slab again, as they were in an engine before this one; False where it is not free."""
+        run = owner.slabs_per_page
+        if slab < self._first or self._lent[slab : slab + run] != bytes(run):
+            return False
+        cut = self._lend(owner, slab)
+        cut.restore(pages)
+        self._held[owner] = self._held.get(owner, 0) + len(pages)
+        if not len(cut):
+            del self._open[owner][slab]
+        return True
 
     def rest(self, owner: Owner) -> None:
         """One page handed out to `owner` is only kept from here on, and counts as free."""
@@ -165,30 +197,36 @@ class PagePool:
 
     @property
     def slabs(self) -> int:
-        """Slabs, whoever has them."""
-        return len(self._lent)
+        """Slabs for pages, whoever has them."""
+        return self.size // SLAB
 
     @property
     def free_slabs(self) -> int:
         """Slabs that nobody has."""
         return self._lent.count(0)
 
-    def _take_slab(self, owner: Owner, cuts: dict[int, _Cut]) -> bool:
+    def _take_slab(self, owner: Owner) -> int | None:
         """Cut one more slab (or run of slabs) for `owner`. Runs come from the far end: singles do not split them."""
         run = owner.slabs_per_page
         slab = self._lent.find(0) if run == 1 else self._lent.rfind(bytes(run))
         if slab < 0:
-            return False
-        self._lent[slab : slab + run] = b"\1" * run
-        cuts[slab] = _Cut(owner, slab)
-        return True
+            return None
+        self.headers.cut(slab, run, owner.image, owner.group, owner.page_bytes)
+        self._lend(owner, slab)
+        return slab
 
-    def _give_back_unused(self, owner: Owner) -> None:
-        cuts = self._cuts[owner]
-        for slab in [slab for slab, cut in cuts.items() if len(cut) == owner.pages_per_cut]:
-            del cuts[slab]
-            self._lent[slab : slab + owner.slabs_per_page] = bytes(owner.slabs_per_page)
-        if not cuts:
-            del self._cuts[owner]
+    def _lend(self, owner: Owner, slab: int) -> _Cut:
+        self._lent[slab : slab + owner.slabs_per_page] = b"\1" * owner.slabs_per_page
+        cut = _Cut(owner, slab)
+        self._cuts.setdefault(owner, {})[slab] = self._open.setdefault(owner, {})[slab] = cut
+        return cut
+
+    def _give_slab(self, owner: Owner, slab: int) -> None:
+        self._lent[slab : slab + owner.slabs_per_page] = bytes(owner.slabs_per_page)
+        self.headers.forget(slab)
+        self._open[owner].pop(slab, None)
+        del self._cuts[owner][slab]
+        if not self._cuts[owner]:
+            del self._cuts[owner], self._open[owner]
             self._held.pop(owner, None)
             self._resting.pop(owner, None)

@@ -4,20 +4,21 @@ A page's key is a chain: SHA-256 over the key before it, the kind of arithmetic,
 `root_key`. Equal keys mean equal bits, so a page found by its key is as good as one computed again. Walking the chain
 from its root is the radix tree: a key can only be asked for by who knows all tokens before it.
 
-Whoever holds a page holds every page before it, and lets go of the last first. So among the pages that nobody holds,
-the one unused for longest is always a leaf, and evicting in that order never cuts a chain that is still useful.
+Whoever holds a page holds every page before it. Among the pages that nobody holds, those without a page behind them may
+go, and which of them goes first is a question of what it is worth (retention.py).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import sha256
 
 import numpy as np
 
 from vai.kernels.program import KERNEL_ABI
+from vai.scratchpad.headers import Sealed
 from vai.scratchpad.pages import Owner, PagePool
+from vai.scratchpad.retention import Conversation, Kept, Name, Retention
 
 _EXACT = b"\0"  # the kind of a page computed in the exact kind
 
@@ -39,29 +40,58 @@ def page_key(before: bytes, tokens: Sequence[int]) -> bytes:
     return sha256(before + _EXACT + np.array(tokens, "<u4").tobytes()).digest()
 
 
-class CachedPage:
+class CachedPage(Kept):
     """One page of every cache group of a model, sealed: `pages` are their offsets, in the order of `owners`."""
 
-    __slots__ = ("holders", "key", "owners", "pages")
+    __slots__ = ("before", "generations", "holders", "key", "owners", "pages")
 
-    def __init__(self, key: bytes, owners: tuple[Owner, ...], pages: tuple[int, ...]) -> None:
+    def __init__(
+        self, key: bytes, before: bytes, owners: tuple[Owner, ...], pages: tuple[int, ...], generations: tuple[int, ...]
+    ) -> None:
+        """`before`: the key of the page before it. `generations`: of the headers of `pages`."""
+        super().__init__(sum(owner.page_bytes for owner in owners))
         self.key = key
+        self.before = before
         self.owners = owners
         self.pages = pages
-        self.holders = 1
+        self.generations = generations
+        self.holders = 0
 
 
 class PrefixCache:
     """Sealed pages by key, with a count of holders. Those without one stay until their room is needed."""
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, retention: Retention) -> None:
         self._pool = pool
+        self._retention = retention
         self._pages: dict[bytes, CachedPage] = {}
-        self._idle: OrderedDict[bytes, CachedPage] = OrderedDict()  # without a holder, longest unused first
+        self._behind: dict[bytes, int] = {}  # by key: how many pages come right after it
+        self.adopted = 0  # pages of an engine before this one
 
     def __len__(self) -> int:
         """Pages, held or not."""
         return len(self._pages)
+
+    # Conversations
+
+    def resume(self, image: str, name: Name, keys: Sequence[bytes]) -> Conversation:
+        """The conversation that a request begins or goes on with; `keys` are those of its full pages."""
+        return self._retention.resume(image, name, keys, self._pages.get)
+
+    def pause(self, conversation: Conversation, chain: Sequence[CachedPage], retain: float | None) -> None:
+        """A request is over, of which `chain` were the pages. `retain`: seconds to pin them; 0: nobody comes back."""
+        self._retention.pause(conversation, chain[-1].key if chain else None)
+        if retain == 0:
+            self._retention.finish(conversation)
+            self._free_own(conversation)
+        elif retain is not None:
+            self._retention.pin(chain, conversation.name, retain)
+
+    def end(self, name: Name) -> int:
+        """Forget a session and free the pages that only it has read; how many."""
+        return sum(map(self._free_own, self._retention.close(name)))
+
+    # Pages
 
     def take(self, key: bytes) -> CachedPage | None:
         """The page with this key, of which the caller is now a holder; None where there is none.
@@ -69,52 +99,162 @@ class PrefixCache:
         The caller holds every page before it.
         """
         page = self._pages.get(key)
-        if page is None:
+        if page is None or not self._is_intact(page):
             return None
         if page.holders == 0:
-            del self._idle[key]
+            self._retention.remove(page)
             for owner in page.owners:
                 self._pool.wake(owner)
         page.holders += 1
         return page
 
-    def put(self, key: bytes, owners: tuple[Owner, ...], pages: tuple[int, ...]) -> CachedPage:
+    def put(
+        self, key: bytes, before: bytes, number: int, owners: tuple[Owner, ...], pages: tuple[int, ...]
+    ) -> CachedPage:
         """Seal pages of the caller's that will not be written any more; the caller is a holder of what comes back.
 
-        Where the key is there already, the pages given are freed, and the answer is the one that everybody has.
+        `number` in its chain, behind the page with the key `before`. Where the key is there already, the pages given
+        are freed, and the answer is the one that everybody has.
         """
         found = self.take(key)
         if found is not None:
             for owner, page in zip(owners, pages, strict=True):
                 self._pool.free(owner, [page])
             return found
-        self._pages[key] = CachedPage(key, owners, pages)
-        return self._pages[key]
+        damaged = self._pages.get(key)
+        if damaged is not None:
+            self._drop(damaged)
+        generations = tuple(
+            self._pool.headers.seal(page, owner.page_bytes, key, before, number)
+            for owner, page in zip(owners, pages, strict=True)
+        )
+        sealed = CachedPage(key, before, owners, pages, generations)
+        sealed.holders = 1
+        self._insert(sealed)
+        return sealed
 
-    def give(self, chain: Sequence[CachedPage]) -> None:
-        """Let go of a chain that begins at its root, the last page first."""
+    def give(self, chain: Sequence[CachedPage], conversation: Conversation | None) -> None:
+        """Let go of a chain that begins at its root, and that a conversation (None: one that is not told) has read."""
+        if not chain:
+            return
+        if conversation is None:
+            conversation = self._retention.stranger(chain[-1].owners[0].image, chain[-1].key)
         for page in reversed(chain):
+            self._retention.read(page, conversation)
             page.holders -= 1
             if page.holders == 0:
-                self._idle[page.key] = page
                 for owner in page.owners:
                     self._pool.rest(owner)
+                if self._pages.get(page.key) is not page:
+                    self._free(page)
+                elif page.key not in self._behind:
+                    self._retention.add(page)
 
-    def evict(self) -> bool:
-        """Free the page that nobody has held for longest; False where every page has a holder."""
-        if not self._idle:
+    def evict(self, *, pinned: bool = False) -> bool:
+        """Free the page that is worth least; False where every page has a holder or, unless `pinned`, a pin."""
+        page = self._retention.victim(pinned=pinned)
+        if not isinstance(page, CachedPage):
             return False
-        self._free(self._idle.popitem(last=False)[1])
+        self._drop(page)
         return True
 
     def forget(self, image: str) -> None:
         """Free every page of an image that has no holder."""
-        for page in [page for page in self._idle.values() if page.owners[0].image == image]:
-            del self._idle[page.key]
+        for page in [*self._pages.values()]:
+            if page.holders == 0 and page.owners[0].image == image:
+                self._drop(page)
+
+    def adopt(self, models: Collection[tuple[Owner, ...]]) -> None:
+        """Take over what an engine before this one has sealed; nothing may be allocated yet.
+
+        `models`: the owners of each model that there is. What is of others, or cannot be reached from the beginning of
+        its chain, is free.
+        """
+        handed_out = self._restore({owner for owners in models for owner in owners})
+        found: dict[tuple[str, bytes], dict[Owner, Sealed]] = {}
+        for owner, sealed in handed_out:
+            found.setdefault((owner.image, sealed.key), {}).setdefault(owner, sealed)
+        of_image = {owners[0].image: owners for owners in models if owners}
+        chains: dict[tuple[str, bytes], int] = {}  # number of each page that is reached
+        kept: set[tuple[Owner, int]] = set()
+        for (image, key), parts in sorted(found.items(), key=lambda item: next(iter(item[1].values())).number):
+            owners, first = of_image[image], next(iter(parts.values()))
+            whole = len(parts) == len(owners) and all(part[1:4] == first[1:4] for part in parts.values())
+            reached = first.number == 0 or chains.get((image, first.before)) == first.number - 1
+            if whole and reached and key not in self._pages:
+                chains[image, key] = first.number
+                kept.update((owner, parts[owner].offset) for owner in owners)
+                self._restored(key, owners, [parts[owner] for owner in owners])
+        for owner, sealed in handed_out:
+            if (owner, sealed.offset) not in kept:
+                self._pool.free(owner, [sealed.offset])
+        for page in [page for key, page in self._pages.items() if key not in self._behind]:
+            self._name_chain(page)
+            self._retention.add(page)
+        self.adopted = len(self._pages)
+
+    # Within
+
+    def _restore(self, known: Collection[Owner]) -> list[tuple[Owner, Sealed]]:
+        """Hand out every page that a header in a slab of a known owner speaks of."""
+        handed_out = []
+        for slab, image, group, page_bytes in self._pool.headers.cuts():
+            owner = Owner(image, group, page_bytes)
+            sealed = self._pool.headers.sealed(slab, page_bytes) if owner in known else []
+            if sealed and self._pool.restore(owner, slab, [each.offset for each in sealed]):
+                handed_out += [(owner, each) for each in sealed]
+        return handed_out
+
+    def _restored(self, key: bytes, owners: tuple[Owner, ...], parts: Sequence[Sealed]) -> None:
+        offsets, generations = tuple(part.offset for part in parts), tuple(part.generation for part in parts)
+        self._insert(CachedPage(key, parts[0].before, owners, offsets, generations))
+        for owner in owners:
+            self._pool.rest(owner)
+
+    def _name_chain(self, leaf: CachedPage) -> None:
+        """Whose chain it was that ends here is not known any more: that of a conversation without a past."""
+        conversation = self._retention.stranger(leaf.owners[0].image, leaf.key)
+        page: CachedPage | None = leaf
+        while page is not None:
+            stem = page.conversation is not None
+            self._retention.read(page, conversation)
+            page = None if stem else self._pages.get(page.before)
+
+    def _insert(self, page: CachedPage) -> None:
+        self._pages[page.key] = page
+        self._behind[page.before] = self._behind.get(page.before, 0) + 1
+
+    def _drop(self, page: CachedPage) -> None:
+        """Nobody finds a page any more; one that has a holder is freed when it has none."""
+        del self._pages[page.key]
+        self._retention.remove(page)
+        if page.pinned_by is not None:
+            self._retention.unpin(page)
+        self._behind[page.before] -= 1
+        if not self._behind[page.before]:
+            del self._behind[page.before]
+            parent = self._pages.get(page.before)
+            if parent is not None and parent.holders == 0:
+                self._retention.add(parent)
+        if page.holders == 0:
             self._free(page)
 
     def _free(self, page: CachedPage) -> None:
-        del self._pages[page.key]
         for owner, offset in zip(page.owners, page.pages, strict=True):
             self._pool.wake(owner)
             self._pool.free(owner, [offset])
+
+    def _free_own(self, conversation: Conversation) -> int:
+        """Free the pages that only this conversation has read and that nobody holds; how many."""
+        freed = 0
+        while isinstance(page := self._retention.own_leaf(conversation), CachedPage):
+            self._drop(page)
+            freed += 1
+        return freed
+
+    def _is_intact(self, page: CachedPage) -> bool:
+        """Whether the pool still has this page where it was sealed."""
+        return all(
+            self._pool.headers.says(offset, owner.page_bytes, page.key, generation)
+            for owner, offset, generation in zip(page.owners, page.pages, page.generations, strict=True)
+        )

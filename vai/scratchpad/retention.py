@@ -1,0 +1,418 @@
+"""Which kept pages go first: what it costs to hold a conversation's pages, against what it costs to compute them again.
+
+A conversation is a client's session, or else the chain of pages that one request after another went on with. Between
+two requests it pauses, 50 ms for a tool or an hour for a person, and its pages are held for nobody. Holding costs bytes
+times seconds, computing again costs tokens times the seconds that its model takes for one. So a conversation is worth
+
+    (seconds per token / bytes per token) * max over T of P(it returns within T) / E[seconds held, at most T]
+
+seconds of computing saved per byte and second (the index of Gittins, 1979, for a reward that comes once), and the pages
+worth least go first. How long pauses last is learned: the chance to end in each of SPANS spans of doubling length, of
+each conversation, leaning on that of all as far as its own are few. A pause that goes on past what was usual is worth
+less, one that comes near it more. Where nothing is known the chance is the same in every span, and the order is that of
+the longest unused.
+
+A client may know better: pages are pinned for the seconds it names, within a share of the pool. Of pins that are more,
+the beginning of the chain is kept. A pin holds against everything but a request that could not run otherwise.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as List
+from math import log2
+from typing import NamedTuple, TypeVar
+
+from vai.kernels.program import PAGE_TOKENS
+
+SHORTEST = 1 / 64  # seconds: the end of the first span; every later one ends at twice the seconds of the one before
+SPANS = 24  # the last ends after 36 hours
+CHANCE = 0.15  # to return within a span, before anything is known
+PRIOR = 8.0  # pauses that this is worth
+TRUST = 1.0  # pauses of its own that what all conversations do is worth
+FADE = 0.8  # what a pause of a conversation still counts after its next one
+FADE_OF_ALL = 0.995
+UNKNOWN_SPEED = 1000.0  # tokens per second of a model that has not been measured yet
+RENEWED = 16  # pauses after which the chances of all are renewed
+STEPS = 2  # for each doubling of worth: what lies within one step goes in the order of the longest unused
+CONVERSATIONS = 4096  # that are remembered while they pause
+SESSION_SHARE = 1 / 8  # of the pool, pinned at most
+TENANT_SHARE = 1 / 4
+PINNED_SHARE = 1 / 2  # by all together
+
+_ENDS = [SHORTEST * 2**span for span in range(SPANS)]
+_WIDTHS = [SHORTEST, *_ENDS[:-1]]
+_Key = TypeVar("_Key")
+_Place = tuple[float, int, int, "Conversation"]  # worth but for the price, number of the pause, stamp
+
+
+class Pauses:
+    """How long pauses were: how many got as far as each span, and how many ended in it. Counts fade."""
+
+    __slots__ = ("ended", "lasted")
+
+    def __init__(self) -> None:
+        self.ended = [0.0] * SPANS
+        self.lasted = [0.0] * SPANS
+
+    def fade(self, factor: float) -> None:
+        self.ended = [count * factor for count in self.ended]
+        self.lasted = [count * factor for count in self.lasted]
+
+
+class Name(NamedTuple):
+    """A session as its client names it: `salt` is its tenant's."""
+
+    salt: str
+    session: str
+
+
+class Conversation:
+    """Requests that go on with each other's pages, for one model.
+
+    `active`: requests under way; without any it pauses, since `paused_at`, by now in `span`; `pause` numbers the pauses
+    of all. `leaves`: pages of it that nobody holds and none depends on, the longest unused first. `worth`: what they
+    are worth but for their price, None where that has to be found again. `stamp` tells its place in the ranking.
+    """
+
+    __slots__ = ("active", "image", "leaves", "name", "pause", "paused_at", "pauses", "span", "stamp", "tail", "worth")
+
+    def __init__(self, image: str, name: Name) -> None:
+        self.image = image
+        self.name = name
+        self.active = 0
+        self.paused_at = 0.0
+        self.pauses: Pauses | None = None  # most conversations have one request
+        self.span = 0
+        self.pause = 0
+        self.worth: float | None = None
+        self.stamp = 0
+        self.tail: bytes | None = None  # the key of its last page
+        self.leaves: dict[Kept, None] = {}
+
+
+class Kept:
+    """What retention knows of a page. `shared`: more than one conversation has read it."""
+
+    __slots__ = ("bytes", "conversation", "pinned_by", "pinned_until", "shared")
+
+    def __init__(self, bytes: int) -> None:
+        self.bytes = bytes  # of memory
+        self.conversation: Conversation | None = None  # the last that read it
+        self.shared = False
+        self.pinned_until = 0.0
+        self.pinned_by: Name | None = None
+
+
+class Retention:
+    """The order in which pages go. Times are seconds of `clock`; a pool has `size` bytes."""
+
+    def __init__(self, size: int, clock: Callable[[], float]) -> None:
+        self._size = size
+        self._clock = clock
+        self._common = Pauses()
+        self._chances = [CHANCE] * SPANS  # to return in a span, of all conversations
+        self._until_renewed = RENEWED
+        self._speeds: dict[str, float] = {}  # tokens of a prompt per second, by image
+        self._serial = itertools.count()
+        self._rankings: dict[str, list[_Place]] = {}  # of each image, a heap with what is out of date in it
+        self._edges: list[tuple[float, int, int, Conversation]] = []  # a heap: when a pause gets into its next span
+        self._sessions: dict[Name, dict[str, Conversation]] = {}  # by image
+        self._tails: dict[bytes, Conversation] = {}
+        self._paused: OrderedDict[Conversation, None] = OrderedDict()  # and remembered, the longest pause first
+        self._pins: list[tuple[float, int, Kept]] = []  # a heap, by the end
+        self._pinned_leaves: dict[Kept, None] = {}
+        self._pinned: dict[Name, int] = {}  # bytes
+        self._pinned_of: dict[str, int] = {}  # bytes of a tenant
+
+    def measured(self, image: str, tokens_per_second: float) -> None:
+        """How fast a model computes a prompt."""
+        self._speeds[image] = tokens_per_second
+
+    # Conversations
+
+    def resume(self, image: str, name: Name, keys: List[bytes], found: Callable[[bytes], Kept | None]) -> Conversation:
+        """The conversation that a new request goes on with: its session's, or the one whose last page it begins with.
+
+        `keys` are those of its pages; `found` gives the page with a key, where there is one.
+        """
+        self._advance()
+        if name.session:
+            of_session = self._sessions.setdefault(name, {})
+            conversation = of_session.get(image)
+            if conversation is None:
+                conversation = of_session[image] = Conversation(image, name)
+        else:
+            conversation = self._continued(keys, found) or Conversation(image, name)
+        if conversation in self._paused:
+            del self._paused[conversation]
+            self._returned(conversation)
+        if conversation.tail is not None:
+            self._tails.pop(conversation.tail, None)
+        conversation.active += 1
+        self._rank_anew(conversation)
+        return conversation
+
+    def pause(self, conversation: Conversation, tail: bytes | None) -> None:
+        """A request of a conversation is over. `tail`: the key of its last page, where it has one."""
+        conversation.active -= 1
+        if tail is not None:
+            conversation.tail = tail
+        if conversation.active:
+            return
+        self._advance()
+        now = self._clock()
+        conversation.paused_at, conversation.span, conversation.pause = now, 0, next(self._serial)
+        if conversation.pauses is not None:
+            conversation.pauses.fade(FADE)
+        self._entered(conversation)
+        self._renew()
+        self._remember(conversation)
+        self._expect_next_span(conversation)
+        self._rank_anew(conversation)
+
+    def stranger(self, image: str, tail: bytes) -> Conversation:
+        """A conversation that pauses from now on and of which nothing is known but where its pages end."""
+        conversation = Conversation(image, Name("", ""))
+        conversation.active = 1
+        self.pause(conversation, tail)
+        return conversation
+
+    def close(self, name: Name) -> list[Conversation]:
+        """Forget a session; its conversations, whose pages nobody will ask for again."""
+        closed = list(self._sessions.pop(name, {}).values())
+        for conversation in closed:
+            self.finish(conversation)
+        return closed
+
+    def finish(self, conversation: Conversation) -> None:
+        """Forget a conversation, its pins too. Pages that others have read too stay, as those of a stranger."""
+        self._forget(conversation)
+        conversation.pauses = None
+        pinned = [page for _, _, page in self._pins if page.conversation is conversation]
+        for page in pinned:
+            if not page.shared:
+                self.unpin(page)
+
+    def own_leaf(self, conversation: Conversation) -> Kept | None:
+        """A page that may go and that no other conversation has read."""
+        return next((page for page in conversation.leaves if not page.shared), None)
+
+    # Pages
+
+    def read(self, page: Kept, conversation: Conversation) -> None:
+        """A conversation has read a page, which may not go before `add`."""
+        if page.conversation is not conversation:
+            page.shared = page.shared or page.conversation is not None
+            page.conversation = conversation
+
+    def add(self, page: Kept) -> None:
+        """A page may go: nobody holds it, and none depends on it."""
+        conversation = page.conversation
+        if conversation is None:
+            raise AssertionError("a page that nobody has read cannot be let go")
+        if page.pinned_until:
+            self._pinned_leaves[page] = None
+            return
+        conversation.leaves[page] = None
+        if len(conversation.leaves) == 1:
+            self._rank(conversation)
+
+    def remove(self, page: Kept) -> None:
+        """A page may not go any more, or is gone. One that could not go before is fine."""
+        self._pinned_leaves.pop(page, None)
+        conversation = page.conversation
+        if conversation is not None and page in conversation.leaves:
+            del conversation.leaves[page]
+
+    def victim(self, *, pinned: bool) -> Kept | None:
+        """The page worth least, of those that may go; with `pinned`, where there is none, one that is pinned."""
+        self._advance()
+        places = [(image, place) for image in [*self._rankings] if (place := self._first(image)) is not None]
+        if places:
+            _, place = min(places, key=lambda each: (self._price(*each) * each[1][0], each[1][1]))
+            return next(iter(place[3].leaves))
+        return next(iter(self._pinned_leaves), None) if pinned else None
+
+    # Pins
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of all pages that are pinned, whether held or not."""
+        self._advance()
+        return sum(self._pinned.values())
+
+    def pin(self, pages: Iterable[Kept], name: Name, seconds: float) -> None:
+        """Keep pages of a chain, the first ones first, as far as the shares of session, tenant and pins allow."""
+        self._advance()
+        until = self._clock() + seconds
+        for page in pages:
+            if page.pinned_until >= until:
+                continue
+            if page.pinned_by != name and not self._may_pin(name, page.bytes, page):
+                return
+            leaf = page in self._pinned_leaves or (page.conversation is not None and page in page.conversation.leaves)
+            self.remove(page)
+            self._account(page, -page.bytes)
+            page.pinned_by, page.pinned_until = name, until
+            self._account(page, page.bytes)
+            heapq.heappush(self._pins, (until, next(self._serial), page))
+            if leaf:
+                self.add(page)
+
+    def unpin(self, page: Kept) -> None:
+        """A page is like any other again."""
+        self._account(page, -page.bytes)
+        page.pinned_by, page.pinned_until = None, 0.0
+        if page in self._pinned_leaves:
+            self.remove(page)
+            self.add(page)
+
+    # Within
+
+    def _continued(self, keys: List[bytes], found: Callable[[bytes], Kept | None]) -> Conversation | None:
+        for key in reversed(keys):
+            conversation = self._tails.get(key)
+            if conversation is not None:
+                return conversation
+            page = found(key)
+            if page is not None:  # cut off within a conversation, or a beginning that many have
+                conversation = page.conversation
+                return conversation if not page.shared and conversation in self._paused else None
+        return None
+
+    def _remember(self, conversation: Conversation) -> None:
+        self._paused[conversation] = None
+        if conversation.tail is not None and not conversation.name.session:
+            self._tails[conversation.tail] = conversation
+        if len(self._paused) > CONVERSATIONS:
+            self._forget(next(iter(self._paused)))
+
+    def _forget(self, conversation: Conversation) -> None:
+        self._paused.pop(conversation, None)
+        if conversation.tail is not None and self._tails.get(conversation.tail) is conversation:
+            del self._tails[conversation.tail]
+        of_session = self._sessions.get(conversation.name, {})
+        if of_session.get(conversation.image) is conversation:
+            del of_session[conversation.image]
+            if not of_session:
+                del self._sessions[conversation.name]
+
+    def _advance(self) -> None:
+        """Move pauses into the spans that they have reached by now, and end the pins that are over."""
+        now = self._clock()
+        while self._edges and self._edges[0][0] <= now:
+            _, _, pause, conversation = heapq.heappop(self._edges)
+            if conversation.active or conversation.pause != pause:
+                continue  # it returned, and this is the edge of a pause that is over
+            conversation.span += 1
+            self._entered(conversation)
+            self._expect_next_span(conversation)
+            self._rank_anew(conversation)
+        while self._pins and self._pins[0][0] <= now:
+            until, _, page = heapq.heappop(self._pins)
+            if page.pinned_until == until:
+                self.unpin(page)
+
+    def _expect_next_span(self, conversation: Conversation) -> None:
+        if conversation.span < SPANS - 1 and (conversation in self._paused or conversation.leaves):
+            at = conversation.paused_at + _ENDS[conversation.span]
+            heapq.heappush(self._edges, (at, next(self._serial), conversation.pause, conversation))
+
+    def _entered(self, conversation: Conversation) -> None:
+        """A pause got into its span."""
+        self._common.lasted[conversation.span] += 1
+        if conversation.pauses is not None:
+            conversation.pauses.lasted[conversation.span] += 1
+
+    def _returned(self, conversation: Conversation) -> None:
+        """A pause ended in its span."""
+        if conversation.pauses is None:
+            conversation.pauses = Pauses()
+            conversation.pauses.lasted[: conversation.span + 1] = [1.0] * (conversation.span + 1)
+        conversation.pauses.ended[conversation.span] += 1
+        self._common.ended[conversation.span] += 1
+
+    def _rank_anew(self, conversation: Conversation) -> None:
+        """What a conversation is worth has changed."""
+        conversation.worth = None
+        if conversation.leaves:
+            self._rank(conversation)
+
+    def _rank(self, conversation: Conversation) -> None:
+        """Give a conversation its place among those whose pages may go."""
+        if conversation.worth is None:
+            conversation.worth = self._worth(conversation)
+        conversation.stamp = next(self._serial)
+        ranking = self._rankings.setdefault(conversation.image, [])
+        heapq.heappush(ranking, (conversation.worth, conversation.pause, conversation.stamp, conversation))
+        if len(ranking) > 4 * CONVERSATIONS:  # mostly places that are out of date
+            ranking[:] = [place for place in ranking if place[2] == place[3].stamp and place[3].leaves]
+            heapq.heapify(ranking)
+
+    def _first(self, image: str) -> _Place | None:
+        """The place of the conversation of an image that is worth least; None where no page of it may go."""
+        ranking = self._rankings[image]
+        while ranking:
+            place = ranking[0]
+            if place[2] == place[3].stamp and place[3].leaves:
+                return place
+            heapq.heappop(ranking)
+        del self._rankings[image]
+        return None
+
+    def _price(self, image: str, place: _Place) -> float:
+        """Seconds per byte to compute a page of a conversation again."""
+        page = next(iter(place[3].leaves))
+        return PAGE_TOKENS / self._speeds.get(image, UNKNOWN_SPEED) / page.bytes
+
+    def _worth(self, conversation: Conversation) -> float:
+        """Returns for each second of holding its pages."""
+        if conversation.active:
+            return 1 / SHORTEST  # a request of it waits for room, and reads its pages next
+        alive, returned, held, best = 1.0, 0.0, 0.0, 0.0
+        own = conversation.pauses
+        for span in range(conversation.span, SPANS):
+            chance = self._chances[span]
+            if own is not None:
+                chance = min(1.0, (own.ended[span] + TRUST * chance) / (own.lasted[span] + TRUST))
+            returning = alive * chance
+            returned += returning
+            held += (alive - returning / 2) * _WIDTHS[span]  # those that return do so in the middle of the span
+            alive -= returning
+            best = max(best, returned / held)
+        return float(2 ** (round(STEPS * log2(best)) / STEPS))
+
+    def _renew(self) -> None:
+        """After some pauses, what all conversations do: in between, equals stay equal."""
+        self._common.fade(FADE_OF_ALL)
+        self._until_renewed -= 1
+        if not self._until_renewed:
+            self._until_renewed = RENEWED
+            counts = zip(self._common.ended, self._common.lasted, strict=True)
+            self._chances = [min(1.0, (ended + PRIOR * CHANCE) / (lasted + PRIOR)) for ended, lasted in counts]
+
+    def _may_pin(self, name: Name, bytes: int, page: Kept) -> bool:
+        tenant = self._pinned_of.get(name.salt, 0)
+        if page.pinned_by is not None and page.pinned_by.salt == name.salt:
+            tenant -= page.bytes
+        others = sum(self._pinned_of.values()) - (page.bytes if page.pinned_by is not None else 0)
+        return (
+            self._pinned.get(name, 0) + bytes <= SESSION_SHARE * self._size
+            and tenant + bytes <= TENANT_SHARE * self._size
+            and others + bytes <= PINNED_SHARE * self._size
+        )
+
+    def _account(self, page: Kept, bytes: int) -> None:
+        if page.pinned_by is not None:
+            _add(self._pinned, page.pinned_by, bytes)
+            _add(self._pinned_of, page.pinned_by.salt, bytes)
+
+
+def _add(account: dict[_Key, int], key: _Key, bytes: int) -> None:
+    account[key] = account.get(key, 0) + bytes
+    if not account[key]:
+        del account[key]
