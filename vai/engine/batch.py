@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as List
+from typing import NamedTuple
+
 import numpy as np
 
 from vai.engine.select import Entry
@@ -9,19 +12,33 @@ from vai.engine.sequence import Sequence
 from vai.kernels.program import StepArgs
 
 
-class Batch:
-    """Sequence s contributes the rows of its tokens [computed, computed + counts[s]).
+class Place(NamedTuple):
+    """Where a token is drawn: in `sequence`, behind its tokens and those `ahead`, which are guesses (speculate.py).
 
-    `drawing` are the sequences whose last uncomputed token is among them, in row order: each gets one new token.
-    `picked_at`: when the scheduler began to pick this step, in seconds of time.perf_counter.
+    `guess`: so is what is drawn, by a draft model.
     """
 
-    def __init__(self, entry: Entry, picked_at: float) -> None:
+    sequence: Sequence
+    ahead: List[int] = ()
+    guess: bool = False
+
+
+class Batch:
+    """Sequence s contributes the rows of its tokens [computed, computed + counts[s]), then those of its guesses.
+
+    `places`: where something is drawn, in row order: behind each last uncomputed token that is among them, and behind
+    each guess. `picked_at`: when the scheduler began to pick this step, in seconds of time.perf_counter. `turn`: the
+    digest of the model whose turn it is, which a draft model's steps are part of.
+    """
+
+    def __init__(self, entry: Entry, picked_at: float, *, turn: str | None = None) -> None:
         self.entry = entry
         self.picked_at = picked_at
+        self.turn = entry.digest if turn is None else turn
+        self.drafting = turn is not None
         self.sequences: list[Sequence] = []
         self.counts: list[int] = []
-        self.drawing: list[Sequence] = []
+        self.places: list[Place] = []
         self.rows = 0
         self._tokens: list[int] = []
         self._positions: list[int] = []
@@ -29,20 +46,34 @@ class Batch:
         self._context: list[int] = []
         self._output_rows: list[int] = []
 
-    def add(self, sequence: Sequence, count: int) -> None:
-        """Compute the next `count` tokens of `sequence`; its block tables must cover them."""
+    def add(self, sequence: Sequence, count: int, draft: List[int] = ()) -> None:
+        """Compute the next `count` tokens of `sequence`, and behind its last one a `draft` of guesses.
+
+        Its block tables must cover them all.
+        """
+        self._add_rows(sequence, count, draft)
+        if sequence.computed + count == len(sequence.tokens):
+            self.places += [Place(sequence, draft[:guesses]) for guesses in range(len(draft) + 1)]
+            self._output_rows += range(self.rows - len(draft) - 1, self.rows)
+
+    def add_ahead(self, shadow: Sequence, count: int, sequence: Sequence, guesses: List[int]) -> None:
+        """Compute the next `count` tokens of a draft model's `shadow`: those of `sequence`, then its `guesses`."""
+        self._add_rows(shadow, count)
+        if shadow.computed + count == len(shadow.tokens):
+            self.places.append(Place(sequence, tuple(guesses), guess=True))
+            self._output_rows.append(self.rows - 1)
+
+    def _add_rows(self, sequence: Sequence, count: int, draft: List[int] = ()) -> None:
         begin = sequence.computed
-        end = begin + count
+        rows = count + len(draft)
         self.sequences.append(sequence)
         self.counts.append(count)
         self._context.append(begin)
-        self._tokens += sequence.tokens[begin:end]
-        self._positions += range(begin, end)
-        self.rows += count
+        self._tokens += sequence.tokens[begin : begin + count]
+        self._tokens += draft
+        self._positions += range(begin, begin + rows)
+        self.rows += rows
         self._starts.append(self.rows)
-        if end == len(sequence.tokens):
-            self.drawing.append(sequence)
-            self._output_rows.append(self.rows - 1)
 
     def step_args(self) -> StepArgs:
         """The arrays of this step."""

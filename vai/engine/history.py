@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class History:
@@ -16,6 +16,23 @@ class History:
         self._places = {token: place for place, token in enumerate(distinct)}
         for token in answer:
             self.append(token)
+
+    def after(self, ahead: Sequence[int]) -> tuple[array[int], array[int]]:
+        """`ids` and `made` as they would be with the tokens `ahead` in the answer."""
+        ids, made = self.ids, self.made
+        if not ahead:
+            return ids, made
+        ids, made = ids[:], made[:]
+        places: dict[int, int] = {}
+        for token in ahead:
+            place = self._places.get(token, -1)
+            if place < 0:
+                place = places.setdefault(token, len(ids))
+            if place == len(ids):
+                ids.append(token)
+                made.append(0)
+            made[place] += 1
+        return ids, made
 
     def append(self, token: int) -> None:
         """A token of the answer."""
