@@ -1,13 +1,17 @@
 // All rows of a step sampled in one call with the interpreter lock released.
+#include <atomic>
 #include <cfenv>
+#include <exception>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
 #include "bind/bind.h"
 #include "core/sampler.h"
+#include "core/workers.h"
 
 namespace nb = nanobind;
 
@@ -53,7 +57,30 @@ struct Ragged {
   const T* values;
 };
 
-void sample(const std::string& isa, const Logits& logits, const Column<float>& temperature, const Column<int32_t>& top_k,
+// Calls draw(row, scratch) for every row: on the pool's threads, each row by one of them, or on the caller's.
+template <class Draw>
+void each_row(vai::Workers* workers, size_t rows, const Draw& draw) {
+  if (!workers || rows < 2) {
+    const DefaultFloats defaults;
+    vai::SampleScratch scratch;
+    for (size_t r = 0; r < rows; ++r) draw(r, scratch);
+    return;
+  }
+  std::atomic<size_t> next{0};
+  std::vector<std::exception_ptr> failed(size_t(workers->count()));
+  workers->run([&](int worker) {
+    try {
+      vai::SampleScratch scratch;
+      for (size_t r; (r = next.fetch_add(1, std::memory_order_relaxed)) < rows;) draw(r, scratch);
+    } catch (...) {
+      failed[size_t(worker)] = std::current_exception();
+    }
+  });
+  for (const std::exception_ptr& error : failed)
+    if (error) std::rethrow_exception(error);
+}
+
+void sample(const std::string& isa, vai::Workers* workers, const Logits& logits, const Column<float>& temperature, const Column<int32_t>& top_k,
             const Column<float>& top_p, const Column<float>& min_p, const Column<uint64_t>& seed, const Column<uint32_t>& choice,
             const Column<uint32_t>& position, const Column<int32_t>& logprobs, const Column<float>& repetition,
             const Column<float>& presence, const Column<float>& frequency, const Column<int64_t>& bias_start,
@@ -79,9 +106,7 @@ void sample(const std::string& isa, const Logits& logits, const Column<float>& t
   const Ragged seen(seen_start, seen_ids, made, rows, count);
   const vai::Isa& table = isa_by_name(isa.c_str());
   const nb::gil_scoped_release released;
-  const DefaultFloats defaults;
-  vai::SampleScratch scratch;
-  for (size_t r = 0; r < rows; ++r) {
+  each_row(workers, rows, [&](size_t r, vai::SampleScratch& scratch) {
     const vai::SampleRow row{temperature.data()[r], top_k.data()[r],  top_p.data()[r],    min_p.data()[r],
                              seed.data()[r],        choice.data()[r], position.data()[r], logprobs.data()[r]};
     const vai::Adjustments adjustments{bias.ids + bias.start[r],
@@ -98,13 +123,13 @@ void sample(const std::string& isa, const Logits& logits, const Column<float>& t
     vai::sample_row(table, logits.data() + int64_t(r) * logits.stride(0), int(count), row, adjustments, scratch, result);
     tokens.data()[r] = result.token;
     logprob.data()[r] = result.logprob;
-  }
+  });
 }
 
 }  // namespace
 
 void bind_sample(nb::module_& m) {
-  m.def("sample", &sample, nb::kw_only(), nb::arg("isa"), nb::arg("logits").noconvert(), nb::arg("temperature").noconvert(),
+  m.def("sample", &sample, nb::kw_only(), nb::arg("isa"), nb::arg("workers").none(), nb::arg("logits").noconvert(), nb::arg("temperature").noconvert(),
         nb::arg("top_k").noconvert(), nb::arg("top_p").noconvert(), nb::arg("min_p").noconvert(), nb::arg("seed").noconvert(),
         nb::arg("choice").noconvert(), nb::arg("position").noconvert(), nb::arg("logprobs").noconvert(),
         nb::arg("repetition").noconvert(), nb::arg("presence").noconvert(), nb::arg("frequency").noconvert(),

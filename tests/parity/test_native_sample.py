@@ -82,6 +82,14 @@ def test_a_real_vocabulary_from_flat_to_peaked(isa: str, spread: float) -> None:
     same(table.sample(logits, args, isa=isa), reference.sample_reference(logits, args))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 17])
+def test_threads_that_share_the_rows_draw_what_one_draws(isa: str, rows: int) -> None:
+    logits = np.random.default_rng(4).standard_normal((rows, 3000)).astype(np.float32)
+    logits[1::4, 7] = np.nan
+    args = arguments(rows, top_p=0.95, seed=np.arange(rows), position=9, logprobs=3)
+    same(table.sample(logits, args, isa=isa, workers=table.make_workers(3)), table.sample(logits, args, isa=isa))
+
+
 def test_a_row_that_cannot_be_sampled_ends_alone(isa: str) -> None:
     logits = np.tile(np.arange(50, dtype=np.float32), (6, 1))
     logits[1, 20] = np.nan

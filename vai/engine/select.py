@@ -24,7 +24,8 @@ from vai.scratchpad.pages import Owner
 class Entry:
     """One attached model. `owners`: in whose name its cache groups hold pages, in the Program's order.
 
-    `weights`: the id that its pages' keys begin with. `fingerprint`: what its answers' bits depend on.
+    `weights`: the id that its pages' keys begin with. `fingerprint`: what its answers' bits depend on. `workers`: the
+    threads that draw its tokens; None: the caller's.
     """
 
     digest: str
@@ -34,6 +35,7 @@ class Entry:
     attach_seconds: float
     weights: str
     fingerprint: str = ""
+    workers: table.Workers | None = None
 
 
 class Bank:
@@ -98,6 +100,7 @@ class Bank:
             Owner(digest, group, shape.page_bytes(self._kv_type)) for group, shape in enumerate(program.groups)
         )
         name = fingerprint(image.weights, program, self._kv_type)
-        entry = Entry(digest, program, plan, owners, time.perf_counter() - began, image.weights, name)
+        seconds = time.perf_counter() - began
+        entry = Entry(digest, program, plan, owners, seconds, image.weights, name, workers=self._workers)
         self._entries[digest] = (entry, image)
         return entry

@@ -106,6 +106,7 @@ class Plan:
 def sample(
     *,
     isa: str,
+    workers: Workers | None,
     logits: NDArray[np.float32],
     temperature: NDArray[np.float32],
     top_k: NDArray[np.int32],

@@ -67,7 +67,7 @@ def make_workers(threads: int, lease: Path | None = None) -> Workers:
     if not 1 <= threads <= MAX_THREADS:
         raise BadRequest(f"The kernels run on 1 to {MAX_THREADS} threads, not on {threads}.")
     try:
-        return _native.Workers(threads) if lease is None else _native.Workers(threads, str(lease))
+        return _native.Workers(threads, "" if lease is None else str(lease))
     except RuntimeError as error:
         raise Unavailable(f"The machine gives no {threads} threads ({error}); ask for fewer.") from error
 
@@ -153,9 +153,12 @@ class _Weights(NamedTuple):
     data: memoryview
 
 
-def sample(logits: NDArray[np.float32], args: SampleArgs, *, isa: str | None = None) -> Sampled:
+def sample(
+    logits: NDArray[np.float32], args: SampleArgs, *, isa: str | None = None, workers: Workers | None = None
+) -> Sampled:
     """Draw one token for each row of logits [R, vocabulary], in one native call with the interpreter lock released.
 
+    `workers`: whose threads share the rows out among them; None: the caller's does it alone.
     A row that holds a NaN, or nothing finite, gets NO_TOKEN: its request must end, no other is touched. Raises
     NotSupported for an unknown instruction set.
     """
@@ -170,6 +173,7 @@ def sample(logits: NDArray[np.float32], args: SampleArgs, *, isa: str | None = N
     )
     _native.sample(
         isa=_known(isa),
+        workers=workers,
         logits=logits,
         temperature=args.temperature,
         top_k=args.top_k,
