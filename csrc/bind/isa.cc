@@ -2,11 +2,13 @@
 #include <stdexcept>
 #include <string>
 
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "bind/bind.h"
 #include "core/isa.h"
+#include "core/selftest.h"
 
 namespace nb = nanobind;
 
@@ -22,5 +24,19 @@ void bind_isa(nb::module_& m) {
     for (const vai::Isa* isa : vai::available_isas()) names.emplace_back(isa->name);
     return names;
   });
+  m.def("refused_isas", [] {
+    std::vector<std::pair<std::string, std::string>> refused;
+    for (const auto& [isa, reason] : vai::refused_isas()) refused.emplace_back(isa->name, reason);
+    return refused;
+  });
+  m.def("self_test", [](const std::string& name) -> std::string {
+    const nb::gil_scoped_release released;
+    for (const vai::Isa* isa : vai::built_isas())
+      if (isa->name == name) {
+        const char* wrong = vai::self_test(*isa, *vai::built_isas().front());
+        return wrong ? wrong : "";
+      }
+    return "it was not built";
+  }, nb::arg("name"));
   m.def("attention_scratch", [](size_t context, int head_dim) { return vai::attention_scratch(context, head_dim); });
 }

@@ -21,6 +21,7 @@ namespace {
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Pool = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Times = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // What Python hands over is plain tuples.
@@ -39,11 +40,12 @@ std::optional<T> made(const std::optional<U>& tuple) {
 }
 
 nb::object forward(nb::handle self, const Ints& tokens, const Ints& positions, const Ints& seq_start, const Ints& context,
-                   const std::vector<Table>& tables, const Ints& output_rows, const Pool& pool) {
+                   const std::vector<Table>& tables, const Ints& output_rows, const Pool& pool, const std::optional<Times>& seconds) {
   Plan& plan = nb::cast<Plan&>(self);
   vai::Step step{tokens.data(), positions.data(), seq_start.data(), context.data(), output_rows.data(),
                  tokens.size(), positions.size(), seq_start.size(), context.size(), output_rows.size(),
-                 {},            pool.data(),      pool.size()};
+                 {},            pool.data(),      pool.size(),      seconds ? seconds->data() : nullptr,
+                 seconds ? seconds->size() : 0};
   for (const Table& table : tables) step.tables.push_back({table.data(), table.shape(0), table.shape(1)});
   {
     const nb::gil_scoped_release released;
@@ -111,5 +113,5 @@ void bind_plan(nb::module_& m) {
            nb::kw_only(), nb::arg("out"), nb::arg("columns"), nb::arg("of_outputs"))
       .def("forward", &forward, nb::arg("tokens").noconvert(), nb::arg("positions").noconvert(), nb::arg("seq_start").noconvert(),
            nb::arg("context").noconvert(), nb::arg("tables").noconvert(), nb::arg("output_rows").noconvert(),
-           nb::arg("pool").noconvert());
+           nb::arg("pool").noconvert(), nb::arg("seconds").noconvert().none() = nb::none());
 }

@@ -1,5 +1,7 @@
 #include "core/isa.h"
 
+#include "core/selftest.h"
+
 namespace vai {
 
 #define VAI_ISA(name)                                                 \
@@ -18,19 +20,49 @@ VAI_ISA(avx2)
 VAI_ISA(avx512)
 #endif
 
-const std::vector<const Isa*>& available_isas() {
-  static const std::vector<const Isa*> isas = [] {
-    std::vector<const Isa*> list{&k_scalar};
+const std::vector<const Isa*>& built_isas() {
+  static const std::vector<const Isa*> isas{
+      &k_scalar,
 #if defined(__x86_64__)
-    // These ask for the operating system's support too.
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) list.push_back(&k_avx2);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-      list.push_back(&k_avx512);
+      &k_avx2, &k_avx512,
 #endif
-    return list;
-  }();
+  };
   return isas;
 }
+
+// What the processor says it has, and the operating system supports.
+static bool promised(const Isa& isa) {
+#if defined(__x86_64__)
+  if (&isa == &k_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (&isa == &k_avx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#endif
+  return &isa == &k_scalar;
+}
+
+struct Found {
+  std::vector<const Isa*> available;
+  std::vector<RefusedIsa> refused;
+};
+
+static const Found& find() {
+  static const Found found = [] {
+    Found made;
+    for (const Isa* isa : built_isas()) {
+      if (!promised(*isa)) continue;
+      const char* wrong = isa == &k_scalar ? nullptr : self_test(*isa, k_scalar);
+      if (wrong)
+        made.refused.push_back({isa, wrong});
+      else
+        made.available.push_back(isa);
+    }
+    return made;
+  }();
+  return found;
+}
+
+const std::vector<const Isa*>& available_isas() { return find().available; }
+const std::vector<RefusedIsa>& refused_isas() { return find().refused; }
 
 }  // namespace vai

@@ -1,6 +1,7 @@
 #include "core/plan.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -204,6 +205,7 @@ void Plan::check(const Step& s) const {
   for (size_t m = 0; m < s.rows; ++m)
     accept(s.tokens[m] >= 0 && s.tokens[m] < shape_.vocabulary,
            "token " + std::to_string(s.tokens[m]) + " is not in the vocabulary of " + std::to_string(shape_.vocabulary));
+  accept(!s.seconds || s.seconds_count == instructions_.size(), "there must be one time for each instruction");
   accept(s.tables.size() == shape_.groups.size(), "one block table is needed for each cache group");
   for (const auto& table : s.tables) accept(table.sequences == s.sequences, "a block table needs one row for each sequence");
   for (size_t q = 0; q < s.sequences; ++q) {
@@ -288,6 +290,8 @@ void Plan::multiply(int worker, const Instruction& instruction, const LinearArgs
 
 void Plan::work(int worker, const Step& s) {
   const int count = workers_.count();
+  const bool timed = s.seconds && worker == 0;  // one worker's clock; the others meet it at every barrier
+  auto last = timed ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
   for (auto& instruction : instructions_) {
     const int rows = int(instruction.where.outputs ? s.outputs : s.rows);
     auto share = [&](int units, auto&& part) {
@@ -319,6 +323,11 @@ void Plan::work(int worker, const Step& s) {
     };
     std::visit(visit, instruction.args);
     if (instruction.where.barrier) workers_.barrier();
+    if (timed) {
+      const auto now = std::chrono::steady_clock::now();
+      s.seconds[&instruction - instructions_.data()] += std::chrono::duration<double>(now - last).count();
+      last = now;
+    }
   }
 }
 

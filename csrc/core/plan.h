@@ -58,6 +58,8 @@ struct Step {
   std::vector<Table> tables;
   uint8_t* pool;
   size_t pool_bytes;
+  double* seconds;  // may be null; one for each instruction, to which its time is added
+  size_t seconds_count;
 };
 
 // Rows asked for, copied to the front.

@@ -36,7 +36,7 @@ void await(const std::atomic<int>& word, int old, int spins) {
 
 }  // namespace
 
-Workers::Workers(int count) : owner_(getpid()) {
+Workers::Workers(int count, const std::string& lease) : owner_(getpid()), lease_(lease) {
   // Signals belong to the interpreter's own threads.
   sigset_t all, before;
   sigfillset(&all);
@@ -68,12 +68,14 @@ void Workers::stop() {
 void Workers::run(const std::function<void(int)>& task) {
   if (getpid() != owner_) throw std::runtime_error("the thread pool belongs to another process: it does not survive a fork");
   const std::lock_guard<std::mutex> lock(one_run_);
+  lease_.take(count());
   task_ = &task;
   running_.store(count(), std::memory_order_relaxed);
   started_.store((started_.load(std::memory_order_relaxed) + 1) & INT_MAX, std::memory_order_release);
   started_.notify_all();
   for (int left = running_.load(std::memory_order_acquire); left != 0; left = running_.load(std::memory_order_acquire))
     running_.wait(left, std::memory_order_acquire);
+  lease_.give();
 }
 
 void Workers::barrier() {

@@ -9,12 +9,15 @@
 
 #include <sys/types.h>
 
+#include "core/lease.h"
+
 namespace vai {
 
 // `count` threads at nice +5; the caller of `run` only waits, so that those who talk are never behind those who compute.
+// `lease`: a file that all processes with such pools share, empty for none; cores are taken for each run.
 class Workers {
  public:
-  explicit Workers(int count);
+  explicit Workers(int count, const std::string& lease = "");
   ~Workers();
   Workers(const Workers&) = delete;
   Workers& operator=(const Workers&) = delete;
@@ -36,6 +39,7 @@ class Workers {
   const std::function<void(int)>* task_ = nullptr;
   std::mutex one_run_;
   const pid_t owner_;
+  CoreLease lease_;
   // Each on its own cache line: one is written while others spin on its neighbour.
   alignas(64) std::atomic<int> started_{0};  // runs so far; negative: stop
   alignas(64) std::atomic<int> running_{0};

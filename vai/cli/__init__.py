@@ -26,6 +26,7 @@ _COMMANDS = {
     "logs": ("logs", "Show what the processes wrote."),
     "synth": ("synth", "Make a model file with random weights, for tests and measurements."),
     "doctor": ("doctor", "Look at this machine: its ceilings, and what people stumble over."),
+    "trace": ("trace", "Show where the time of a step goes, operation by operation."),
     "bench": ("bench", "Measure this machine."),
 }
 

@@ -53,6 +53,8 @@ class Engine:
         `clock`: seconds, which decide about turns, chunks and guesses, never about tokens.
         """
         self._began = time.perf_counter()
+        for name, reason in table.refused():
+            log.warning("The %s kernels are not used, though the processor promises them: %s.", name, reason)
         self._threads = threads
         self._isa = isa
         self._arrivals = 0
@@ -60,7 +62,7 @@ class Engine:
         self._pages = PagePool(pool)
         self._bank = Bank(
             root,
-            workers=table.make_workers(threads),
+            workers=table.make_workers(threads, root / "run" / "cores.lock"),
             backend=backend,
             isa=isa,
             kv_type=kv_type,

@@ -111,12 +111,24 @@ def _ceiling(workers: table.Workers, isa: str, buffer: NDArray[np.uint8]) -> Cei
     return Ceiling(workers.threads, *(_speed([sample() for _ in range(_SAMPLES)]) for sample in (read, int8, f32)))
 
 
+def read_rate(workers: table.Workers, isa: str, data: NDArray[np.uint8]) -> float:
+    """Bytes/s with which all workers together read `data` once. Raises NotSupported for a missing instruction set."""
+    table.implementations(isa)
+    return _native.read_rate(workers=workers, isa=isa, data=data)
+
+
+def multiply_rate(workers: table.Workers, isa: str, *, integers: bool) -> float:
+    """Multiply-adds/s of all workers together, as in `Ceiling`: one sample of 10 ms. Raises as `read_rate` does."""
+    table.implementations(isa)
+    return _native.multiply_rate(workers=workers, isa=isa, integers=integers, seconds=_RATE_SECONDS)
+
+
 def _reading(workers: table.Workers, isa: str, buffer: NDArray[np.uint8]) -> Callable[[], float]:
-    return lambda: _native.read_rate(workers=workers, isa=isa, data=buffer)
+    return lambda: read_rate(workers, isa, buffer)
 
 
 def _multiplying(workers: table.Workers, isa: str, integers: bool) -> Callable[[], float]:
-    return lambda: _native.multiply_rate(workers=workers, isa=isa, integers=integers, seconds=_RATE_SECONDS)
+    return lambda: multiply_rate(workers, isa, integers=integers)
 
 
 def _linear(type_: str, workers: table.Workers, isa: str, buffer: NDArray[np.uint8], ceiling: Ceiling) -> Linear:

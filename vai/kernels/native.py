@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vai.errors import BadRequest, CorruptImage, NotSupported, Unavailable, UnsupportedModel
 from vai.kernels import _native
 from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
-from vai.kernels.program import KV_BYTES, Program, StepArgs
+from vai.kernels.program import KV_BYTES, PlanLine, Program, StepArgs
 from vai.rom.image import BLOCK_TYPES, VECTOR, Part, StoredTensor, TensorTable
 
 BLOCK_ROWS = 16
@@ -54,7 +54,9 @@ class NativePlan:
         self._native = native
         self._instructions = instructions
 
-    def forward(self, step: StepArgs, pool: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def forward(
+        self, step: StepArgs, pool: NDArray[np.uint8], seconds: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float32]:
         """Run one step: logits [R, vocabulary], valid until the next call. One thread at a time.
 
         Raises BadRequest if the step fits not the model, its pages or itself; then nothing was written. Unavailable in
@@ -71,11 +73,16 @@ class NativePlan:
                 list(step.block_tables),
                 step.output_rows,
                 pool,
+                seconds,
             )
         except ValueError as error:
             raise BadRequest(str(error)) from error
         except RuntimeError as error:
             raise Unavailable(f"The step cannot run here: {error}.") from error
+
+    def describe(self) -> list[PlanLine]:
+        """See program.Plan."""
+        return [instruction.described() for instruction in self._instructions]
 
     def lines(self) -> list[str]:
         """One line for each instruction: what it does, the image's bytes it reads, the Program lines it came from."""
@@ -177,6 +184,7 @@ class _Instruction:
     blocks: int = 0
     text: str = ""
     image_bytes: int = 0
+    products: int = 0  # multiply-adds with weights for one row
     phase: int = -1
     barrier: bool = False
 
@@ -184,6 +192,10 @@ class _Instruction:
     def by_rows(self) -> bool:
         """Whether a worker that did its rows here may go on with the same rows in the next instruction."""
         return self.kind not in ("linear", "gated", "attention", "rows")
+
+    def described(self) -> PlanLine:
+        floats = "packed" not in self.areas
+        return PlanLine(self.kind, self.text, tuple(self.lines), self.image_bytes, self.products, floats, self.outputs)
 
     def __str__(self) -> str:
         origin = ",".join(str(line) for line in self.lines)
@@ -483,6 +495,7 @@ class _Fuser:
             text=text,
             image_bytes=image_bytes,
         )
+        self._made[-1].products = BLOCK_ROWS * read_blocks * stored.columns
 
     def _quantized(self, index: int, value: str, group: int) -> _Slot:
         """The packed codes of a value in groups of `group` columns; made here where its norm did not make them."""

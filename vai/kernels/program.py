@@ -177,8 +177,8 @@ class Plan(Protocol):
     ) -> NDArray[np.float32]:
         """Run one step and return the logits [R, vocabulary], valid until the next call.
 
-        `pool` is the whole scratchpad; the step's pages in it are written. `seconds`, one for each of `describe`, gets the
-        time of each added. Releases the interpreter lock.
+        `pool` is the whole scratchpad; the step's pages in it are written. `seconds`, one for each of `describe`, gets
+        the time of each added. Releases the interpreter lock.
         """
         ...
 

@@ -1,0 +1,218 @@
+"""Whole models beside llama.cpp: decode steps of 1, 4, 8 and 16 rows and prompts of 96, 512 and 4,096 tokens.
+
+Run: python bench/decode.py FILE.gguf... --peers FOLDER, where FOLDER has llama-bench and llama-batched-bench. VAI runs
+the forward pass of its Plan, llama.cpp its own programs with default settings and with repacking off; the same files,
+the same threads, in turns: VAI, the one, VAI, the other, and again, so that VAI's samples enclose each of theirs. What
+both leave out: sampling and text. Each of VAI's samples has the ceiling measured beside it: reading for decode, integer
+products for prompts. Medians with their spread, a ratio to the better of the two settings, then one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vai.burn.burn import burn
+from vai.cli.bench.stand import warm
+from vai.cli.bench.switch import cpu_name
+from vai.kernels import ceilings, table
+from vai.kernels.program import MAX_ROWS, PAGE_TOKENS, StepArgs
+from vai.models.decoder import build
+from vai.models.spec import Spec
+from vai.rom import segment
+
+DECODE, PREFILL, LONG = (1, 4, 8, 16), (96, 512), 4096
+CONTEXT, STEPS = 32, 16  # tokens before the first decode step, and how many steps
+SETTINGS = {"default": ([], []), "no repack": (["--repack", "0"], ["--no-repack"])}
+
+Samples = dict[str, dict[str, list[float]]]  # work -> who -> tokens/s
+
+
+class Vai:
+    """One file, burned and lowered."""
+
+    def __init__(self, file: Path, root: Path, threads: int, isa: str | None) -> None:
+        self.image = segment.attach(root, burn(file, root, threads=threads).digest)
+        segment.collapse(self.image)
+        self.program = build(Spec.from_bytes(self.image.spec))
+        self.workers, self.isa = table.make_workers(threads), isa or table.isa()
+        self.plan = table.lower(
+            self.program, self.image, max_rows=MAX_ROWS, max_sequences=max(DECODE), workers=self.workers, isa=self.isa
+        )
+        self.page = self.program.groups[0].page_bytes("bf16")
+        self.pool = np.zeros(self.page * (LONG // PAGE_TOKENS), np.uint8)
+        self.data = np.frombuffer(self.image.data, np.uint8)
+        self.weight_bytes = sum(line.image_bytes for line in self.plan.describe() if line.products)
+        self.products = sum(line.products for line in self.plan.describe() if not line.outputs)
+
+    def step(self, rows: int, sequences: int, context: int) -> StepArgs:
+        """`sequences` of `rows` rows each, every one with `context` tokens before."""
+        pages = self.pool.nbytes // self.page // sequences
+        positions = np.tile(np.arange(context, context + rows, dtype=np.int32), sequences)
+        return StepArgs(
+            tokens=(np.arange(rows * sequences, dtype=np.int32) * 31 + context) % self.program.vocabulary,
+            positions=positions,
+            seq_start=np.arange(0, rows * sequences + 1, rows, dtype=np.int32),
+            context=np.full(sequences, context, np.int32),
+            block_tables=(np.arange(sequences * pages, dtype=np.int64).reshape(sequences, pages) * self.page,),
+            output_rows=np.arange(rows - 1, rows * sequences, rows, dtype=np.int32),
+        )
+
+    def decode(self, rows: int) -> float:
+        """Tokens/s of STEPS steps."""
+        began = time.perf_counter()
+        for i in range(STEPS):
+            self.plan.forward(self.step(1, rows, CONTEXT + i), self.pool)
+        return rows * STEPS / (time.perf_counter() - began)
+
+    def prefill(self, tokens: int) -> float:
+        """Tokens/s of one prompt, in chunks as the engine makes them."""
+        began = time.perf_counter()
+        for first in range(0, tokens, MAX_ROWS):
+            self.plan.forward(self.step(min(MAX_ROWS, tokens - first), 1, first), self.pool)
+        return tokens / (time.perf_counter() - began)
+
+    def run(self, samples: Samples, shares: dict[str, list[float]], prompts: tuple[int, ...], decode: bool) -> None:
+        """One sample of each work, and its share of the ceiling measured just after it."""
+        for rows in DECODE if decode else ():
+            speed = self.decode(rows)
+            samples[f"decode {rows}"]["VAI"].append(speed)
+            read = ceilings.read_rate(self.workers, self.isa, self.data)
+            shares[f"decode {rows}"].append(speed / rows * self.weight_bytes / read)
+        for tokens in prompts:
+            speed = self.prefill(tokens)
+            samples[f"prefill {tokens}"]["VAI"].append(speed)
+            rate = ceilings.multiply_rate(self.workers, self.isa, integers=True)
+            shares[f"prefill {tokens}"].append(speed * self.products / rate)
+
+
+def output_of(words: list[str]) -> list[dict[str, Any]]:
+    """The JSON lines that a peer's program prints."""
+    found = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [json.loads(line) for line in found if line.startswith("{")]
+
+
+class Peer:
+    """llama.cpp with one setting."""
+
+    def __init__(self, folder: Path, file: Path, threads: int, setting: str) -> None:
+        bench, batched = SETTINGS[setting]
+        self.setting = setting
+        self.bench = [f"{folder}/llama-bench", "-m", f"{file}", "-t", f"{threads}", "-n", "0", "-r", "1", *bench]
+        self.batched = [f"{folder}/llama-batched-bench", "-m", f"{file}", "-t", f"{threads}", *batched]
+        self.batched += ["-c", "2048", "-b", "2048", "-ub", "512", "-npp", str(CONTEXT), "-ntg", str(STEPS)]
+        self.batched += ["-npl", ",".join(map(str, DECODE))]
+
+    def run(self, samples: Samples, prompts: tuple[int, ...], decode: bool) -> None:
+        """One sample of each work."""
+        if decode:
+            for found in output_of([*self.batched, "--output-format", "jsonl"]):
+                samples[f"decode {found['pl']}"][self.setting].append(found["speed_tg"])
+        if prompts:
+            cold = ["--no-warmup"] if LONG in prompts else []  # a warm-up is a whole prompt
+            for found in output_of([*self.bench, "-p", ",".join(map(str, prompts)), "-o", "jsonl", *cold]):
+                samples[f"prefill {found['n_prompt']}"][self.setting].append(found["avg_ts"])
+
+    def flags(self) -> dict[str, str]:
+        """What was run, without machine paths."""
+        return {"decode": " ".join(self.batched[3:]), "prefill": " ".join(self.bench[3:])}
+
+
+def measure(
+    file: Path, folder: Path, threads: int, isa: str | None, until: float, rounds: int, long: bool
+) -> dict[str, Any]:
+    """All works of one file: `rounds` rounds, or as many as begin before `until` on the clock."""
+    warm(file)
+    samples: Samples = defaultdict(lambda: defaultdict(list))
+    shares: dict[str, list[float]] = defaultdict(list)
+    peers = [Peer(folder, file, threads, setting) for setting in SETTINGS]
+    with tempfile.TemporaryDirectory(prefix="vai-bench-decode-", dir="/dev/shm") as place:
+        vai = Vai(file, Path(place) / "root", threads, isa)
+        vai.decode(1), vai.prefill(64)
+        for done in range(rounds):
+            if done and time.monotonic() > until:
+                break
+            for peer in peers:
+                vai.run(samples, shares, PREFILL, decode=True)
+                peer.run(samples, PREFILL, decode=True)
+        vai.run(samples, shares, PREFILL, decode=True)
+        if long:
+            best = max(peers, key=lambda peer: statistics.median(samples[f"prefill {PREFILL[-1]}"][peer.setting]))
+            vai.run(samples, shares, (LONG,), decode=False)
+            best.run(samples, (LONG,), decode=False)
+            vai.run(samples, shares, (LONG,), decode=False)
+        isa_used = vai.isa
+        vai.image.close()
+    return {
+        "file": file.name,
+        "bytes": file.stat().st_size,
+        "isa": isa_used,
+        "flags": {peer.setting: peer.flags() for peer in peers},
+        "samples": {work: dict(by) for work, by in samples.items()},
+        "shares": dict(shares),
+    }
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    return f"{statistics.median(values):7.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def show(found: dict[str, Any]) -> None:
+    print(f"\n{found['file']}, {found['bytes'] / 1e6:.0f} MB, VAI on {found['isa']}")
+    for setting, flags in found["flags"].items():
+        for work, words in flags.items():
+            print(f"  llama.cpp {setting}, {work}: {words}")
+    print(f"{'tokens/s':<14}{'VAI':<26}{'of ceiling':<12}{'llama.cpp default':<26}{'no repack':<26}to the better")
+    for work, by in found["samples"].items():
+        peers = [statistics.median(by[setting]) for setting in SETTINGS if by.get(setting)]
+        ratio = f"{statistics.median(by['VAI']) / max(peers):.2f}x" if peers else "-"
+        share = f"{statistics.median(found['shares'][work]):.0%}"
+        cells = [spread(by.get(setting, [])) for setting in SETTINGS]
+        print(f"{work:<14}{spread(by['VAI']):<26}{share:<12}{cells[0]:<26}{cells[1]:<26}{ratio}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--peers", type=Path, required=True, help="folder of llama.cpp's programs")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa", help="force a lower instruction set on our side")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=9.0, help="when no other round of a file begins")
+    parser.add_argument("--long", action="store_true", help=f"also {LONG} tokens, of the first file")
+    given = parser.parse_args()
+    began = time.monotonic()
+    print(f"{cpu_name()}, {given.threads} threads, up to {given.rounds} rounds")
+    results = []
+    for number, file in enumerate(given.files, 1):
+        until = began + 60 * given.minutes * (number - 0.5) / len(given.files)
+        results.append(
+            measure(file, given.peers, given.threads, given.isa, until, given.rounds, given.long and number == 1)
+        )
+        show(results[-1])
+    answer = {
+        "bench": "decode",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": cpu_name(),
+        "threads": given.threads,
+        "context": CONTEXT,
+        "steps": STEPS,
+        "files": results,
+    }
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

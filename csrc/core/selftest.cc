@@ -1,0 +1,113 @@
+#include "core/selftest.h"
+
+#include <cerrno>
+#include <csignal>
+#include <cstring>
+#include <initializer_list>
+
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+namespace vai {
+namespace {
+
+constexpr int kRows = 3, kColumns = 256, kBlocks = 2, kOutputs = 16 * kBlocks;
+constexpr int kHeads = 4, kHeadDim = 32, kTokens = 40;
+constexpr size_t kWeightBytes = kBlocks * 16384;  // F32: 256 columns of 16 rows
+constexpr size_t kPage = 2 * kPageTokens * kHeadDim * sizeof(float);
+
+// What one implementation makes of the inputs. Static: a forked child of a process with threads must not allocate.
+struct Outputs {
+  uint8_t narrow[4096], wide[4096];
+  float normal[kRows * kColumns], gated[kRows * kColumns], products[kBlockTypes][kRows * kOutputs];
+  float mixed[kRows * kHeads * kHeadDim], probabilities[kColumns], maximum;
+};
+Outputs found[2];
+struct Inputs {
+  float x[kRows * kColumns], y[kRows * kColumns];
+  alignas(64) uint8_t weights[kWeightBytes], pages[2 * kPage];
+  float scratch[attention_scratch(64, kHeadDim)];
+} in;
+
+void fill() {
+  uint32_t state = 1;
+  auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 8; };
+  for (float* each : {in.x, in.y})
+    for (int i = 0; i < kRows * kColumns; ++i) each[i] = (float(next() & 0xffff) - 32768.0f) * 0.0001f;
+  // Whatever these are read as, they are finite: a byte below 0x40 is the upper one of any float.
+  for (auto& byte : in.weights) byte = uint8_t(next() & 0x3f);
+  for (auto& byte : in.pages) byte = uint8_t(next() & 0x3f);
+}
+
+void run(const Isa& isa, Outputs& out) {
+  NormArgs norm{};
+  norm.x = in.x, norm.ldx = kColumns, norm.rows = kRows, norm.columns = kColumns, norm.weight = in.y, norm.epsilon = 1e-6f;
+  norm.out = out.normal, norm.ldo = kColumns, norm.packed32 = out.narrow, norm.packed256 = out.wide, norm.row_block = kRows;
+  isa.norm(norm, 0, kRows);
+  for (int type = 0; type < kBlockTypes; ++type) {
+    const int group = layout(BlockType(type)).group;
+    LinearArgs linear{};
+    linear.weight = {in.weights, BlockType(type), kColumns, 0, 1};
+    linear.rows = kRows, linear.packed = group == kWideGroup ? out.wide : out.narrow, linear.x = in.x, linear.ldx = kColumns;
+    if (!group) linear.packed = nullptr;
+    linear.out = out.products[type], linear.ldo = kOutputs;
+    // As many rows to a record as this implementation reads at once.
+    if (isa.row_block(kRows) == kRows) isa.linear(linear, 0, kBlocks);
+  }
+  GluArgs glu{};
+  glu.gate = in.x, glu.up = in.y, glu.ldg = glu.ldu = glu.ldo = kColumns, glu.columns = kColumns, glu.out = out.gated;
+  isa.glu(glu, 0, kRows);
+  static const int64_t table[2] = {0, kPage};
+  static const int32_t positions[kRows] = {kTokens - 2, kTokens - 1, kTokens}, sequences[kRows] = {};
+  static const RowTile tile{0, kRows};
+  for (KvType type : {KvType::kBf16, KvType::kF32}) {
+    AttentionArgs attention{};
+    attention.pages = {in.pages, table, 2, 0, 1, kHeadDim, type};
+    attention.q = in.x, attention.ldq = kColumns, attention.out = out.mixed, attention.ldo = kHeads * kHeadDim;
+    attention.heads = kHeads, attention.scale = 0.2f, attention.positions = positions, attention.sequence_of_row = sequences;
+    attention.tiles = &tile, attention.context = 64;
+    isa.attention(attention, 0, in.scratch);
+  }
+  isa.probabilities({in.x, kColumns, 0.7f, out.probabilities}, &out.maximum);
+}
+
+// In the child: what it will exit with.
+char verdict(const Isa& isa, const Isa& portable) {
+  for (int signal : {SIGILL, SIGSEGV, SIGBUS, SIGFPE, SIGTRAP}) std::signal(signal, SIG_DFL);
+  sigset_t none;
+  sigemptyset(&none);
+  sigprocmask(SIG_SETMASK, &none, nullptr);
+  const rlimit no_core{0, 0};
+  setrlimit(RLIMIT_CORE, &no_core);
+  fill();
+  run(portable, found[0]);
+  run(isa, found[1]);
+  return std::memcmp(&found[0], &found[1], sizeof(Outputs)) == 0 ? 'y' : 'n';
+}
+
+}  // namespace
+
+const char* self_test(const Isa& isa, const Isa& portable) {
+  int ends[2];
+  if (pipe(ends) != 0) return "it cannot be tried: the process has no descriptors left";
+  const pid_t child = fork();
+  if (child == 0) {
+    const char answer = verdict(isa, portable);
+    _exit(write(ends[1], &answer, 1) == 1 ? 0 : 1);
+  }
+  close(ends[1]);
+  char answer = 0;  // stays so where the child ends before it can say anything
+  ssize_t count = -1;
+  if (child > 0)
+    do count = read(ends[0], &answer, 1);
+    while (count < 0 && errno == EINTR);
+  close(ends[0]);
+  if (child < 0) return "it cannot be tried: the machine gives no process";
+  while (waitpid(child, nullptr, 0) < 0 && errno == EINTR) {
+  }
+  if (answer == 'y') return nullptr;
+  return answer == 'n' ? "it computes other bits than the portable implementation" : "its instructions end the process";
+}
+
+}  // namespace vai
