@@ -60,12 +60,15 @@ class StopStrings:
 class Detokenizer:
     """One answer: feed its ids in order, get text pieces whose sum is the tokenizer's decoding of all ids.
 
-    Control tokens are not shown. Bytes that never become UTF-8 come out as U+FFFD. After a stop string nothing more
-    comes out, and `stopped` is that string.
+    Control tokens are not shown, but for those in `shown`. Bytes that never become UTF-8 come out as U+FFFD. After a
+    stop string nothing more comes out, and `stopped` is that string.
     """
 
-    def __init__(self, tokenizer: TokenBytes, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: TokenBytes, stops: Sequence[str] = (), *, shown: frozenset[int] = frozenset()
+    ) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = StopStrings(stops)
 
@@ -74,8 +77,8 @@ class Detokenizer:
         return self._stops.found
 
     def feed(self, tokens: Sequence[int]) -> str:
-        shown = b"".join(self._tokenizer.token_bytes(id) for id in tokens if not self._tokenizer.is_control(id))
-        return self._stops.feed(self._decoder.decode(shown))
+        shown = (id for id in tokens if id in self._shown or not self._tokenizer.is_control(id))
+        return self._stops.feed(self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, shown))))
 
     def finish(self) -> str:
         """What was held back, at the end of the answer."""

@@ -199,6 +199,28 @@ class _Generation(Extension):
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
+class _Arguments(dict[str, Any]):
+    """Arguments of a call: an object for templates that write it as JSON, a text for those that join it to others."""
+
+    def __str__(self) -> str:
+        return _to_json(self)
+
+    def __add__(self, other: str) -> str:
+        return str(self) + other
+
+    def __radd__(self, other: str) -> str:
+        return other + str(self)
+
+
+def _with_arguments(messages: list[dict[str, Any]]) -> None:
+    """Make the arguments of all calls what either kind of template takes."""
+    for message in messages:
+        for call in message.get("tool_calls") or () if isinstance(message, dict) else ():
+            function = call.get("function") if isinstance(call, dict) else None
+            if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+                function["arguments"] = _Arguments(function["arguments"])
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """Jinja as Hugging Face's chat templates expect it."""
     environment = ImmutableSandboxedEnvironment(
@@ -236,6 +258,7 @@ def _render(compiled: Callable[[str], Source], source: str, variables: Mapping[s
     pieces: list[str] = []
     size = 0
     try:
+        _with_arguments(variables["messages"])
         for piece in compiled(source).generate(variables):
             size += len(piece)
             if size > MAX_OUTPUT:

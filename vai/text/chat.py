@@ -1,0 +1,288 @@
+"""A conversation as the ids of a prompt, in the model's own chat format, and how the answer to it is read.
+
+Templates that know tools get them. For the others there is the form that Hermes 2 Pro made common, because many
+models have seen it, and because it needs no token of its own: the functions and one example of a call in the system
+message, calls in what the assistant said, results in what the user says next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+
+from vai.errors import BadRequest, NotSupported
+from vai.text import structural
+from vai.text.grammar import GrammarSpec
+from vai.text.parsers import CALL_ID, Hermes, Mistral, Parser, detect
+from vai.text.template import ChatFields, Template
+from vai.text.tokenizer import Tokenizer
+from vai.text.tools import Tools, too_deep
+
+Message = Mapping[str, Any]
+ROLES = frozenset({"system", "user", "assistant", "tool"})
+# One of these characters, which no text has any use for, breaks up control tokens in what users write.
+_MARKERS = [chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF0100))]
+_THINK = ("<think>", "</think>")
+_TAKES_TOOLS = re.compile(r"\btools\b")
+# Templates that tell an absent content from an empty one.
+_KNOWS_NO_CONTENT = re.compile(r"(?<!reasoning_)content['\"]?\]? is (?:not )?none")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How an answer is read. Without a family and thinking it is all content.
+
+    shown: control tokens that are part of what is read. grammar: what makes the answer the calls that were asked for.
+    """
+
+    family: type[Parser] | None = None
+    tools: Tools | None = None
+    thinks: bool = False
+    thinking: bool = False
+    shown: frozenset[int] = field(default=frozenset())
+    grammar: GrammarSpec | None = None
+
+    def parser(self) -> Parser | None:
+        """What reads one answer; None where there is nothing to take apart."""
+        if self.family is None and not self.thinks:
+            return None
+        functions = self.tools.functions if self.tools is not None else ()
+        return (self.family or Parser)(functions, thinks=self.thinks, thinking=self.thinking)
+
+    def call_id(self) -> str:
+        """An id for a call, as the family's template takes it back."""
+        if self.family is not None and issubclass(self.family, Mistral):
+            return _mistral_id(secrets.token_hex(16))
+        return f"call_{secrets.token_hex(12)}"
+
+
+class ChatPrompt(NamedTuple):
+    """The ids of a conversation up to where the model's turn begins, and how that turn is read."""
+
+    ids: list[int]
+    reading: Reading
+
+
+class Chat:
+    """One model's chat format: its template, or `template.PLAIN_CHAT` where it has none.
+
+    A template that writes no calls in a format of parsers.py is refused with tools if it takes any, by name.
+    """
+
+    def __init__(self, name: str, tokenizer: Tokenizer, fields: ChatFields, *, system: str | None = None) -> None:
+        """`system`: the system message of conversations that have none."""
+        self._name = name
+        self._tokenizer = tokenizer
+        self._system = system
+        self._template = Template(fields.chat_template)
+        source = self._template.source
+        self._family = detect(source)
+        self._takes_tools = _TAKES_TOOLS.search(source) is not None
+        self._writes_calls = "tool_calls" in source
+        self._thinks = "</think>" in source
+        self._without_content = None if _KNOWS_NO_CONTENT.search(source) else ""
+        self._variables = {"bos_token": fields.bos_token, "eos_token": fields.eos_token, "add_generation_prompt": True}
+
+    def prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> ChatPrompt:
+        """The prompt for a conversation in which the model may call `tools`.
+
+        Control tokens are those of the template; spelled out in a message or a tool they stay text. Raises BadRequest
+        for messages of no known shape, and where the template refuses them; NotSupported for tools that the model's
+        format has no way for.
+        """
+        if tools is not None and self._takes_tools and self._family is None:
+            raise NotSupported(
+                f"The chat template of '{self._name}' takes tools, but the format in which the model then writes its "
+                "calls is not known here; leave 'tools' out, or give the name another template.",
+                param="tools",
+            )
+        family = self._family or Hermes
+        plain = [_plain_message(message, number) for number, message in enumerate(messages)]
+        if self._system is not None and not any(message["role"] == "system" for message in plain):
+            plain.insert(0, {"role": "system", "content": self._system})
+        offered = [] if tools is None else tools.rendered()
+        marker = _unused_marker([*plain, *offered])
+        safe = [{**self._disarmed(message, marker), "role": message["role"]} for message in plain]
+        offered = self._disarmed(offered, marker)
+        variables: dict[str, Any] = {}
+        if offered and self._takes_tools:
+            variables["tools"] = offered
+        elif offered:
+            safe = _described(safe, offered, family)
+        if self._writes_calls:
+            safe = [self._called(message) for message in safe]
+        else:
+            safe = _spelled_out(safe, family)
+        text = self._template.render(safe, **self._variables, **variables)
+        ids = self._tokenizer.encode(text, parse_special=True, marker=marker)
+        return ChatPrompt(ids, self._reading(tools, family, text))
+
+    def close(self) -> None:
+        """End the template's process."""
+        self._template.close()
+
+    def _reading(self, tools: Tools | None, family: type[Parser], prompt: str) -> Reading:
+        thinking = self._thinks and prompt.rstrip().endswith(_THINK[0])
+        marks = (*(family.markers if tools is not None else ()), *(_THINK if self._thinks else ()))
+        control = {mark: id for mark in marks if (id := self._control(mark)) is not None}
+        shown = frozenset(control.values())
+        if tools is None:
+            return Reading(thinks=self._thinks, thinking=thinking, shown=shown)
+        lark = structural.grammar(family, tools, control, thinking=thinking)
+        grammar = None if lark is None else GrammarSpec("structural", lark)
+        return Reading(family, tools, self._thinks, thinking, shown, grammar)
+
+    def _control(self, mark: str) -> int | None:
+        """The control token that is spelled so, if there is one."""
+        ids = self._tokenizer.encode(mark, parse_special=True, add_bos=False)
+        return ids[0] if len(ids) == 1 and self._tokenizer.is_control(ids[0]) else None
+
+    def _called(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message with calls as templates expect it."""
+        known = dict(message)
+        if "tool_calls" in message:
+            known["content"] = message["content"] or self._without_content
+        if self._family is not None and issubclass(self._family, Mistral):
+            if "tool_calls" in message:
+                calls = message["tool_calls"]
+                known["tool_calls"] = [{**call, "id": _mistral_id(str(call.get("id", "")))} for call in calls]
+            if "tool_call_id" in message:
+                known["tool_call_id"] = _mistral_id(str(message["tool_call_id"]))
+        return known
+
+    def _disarmed(self, value: Any, marker: str) -> Any:
+        """The same value with no control token in any text of it."""
+        if isinstance(value, str):
+            return self._tokenizer.disarm(value, marker)
+        if isinstance(value, Mapping):
+            return {
+                self._tokenizer.disarm(str(key), marker): self._disarmed(item, marker) for key, item in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [self._disarmed(item, marker) for item in value]
+        return value
+
+
+def _plain_message(message: Message, number: int) -> dict[str, Any]:
+    """A message as chat templates expect it: a known role, its content as one text, the arguments of its calls as
+    objects where they are. Raises BadRequest.
+    """
+    where = f"messages[{number}]"
+    if not isinstance(message, Mapping):
+        raise BadRequest(f"{where} must have a role and content.", param=where)
+    role = "system" if message.get("role") == "developer" else message.get("role")
+    if role not in ROLES:
+        raise BadRequest(f"{where} must have a role of {', '.join(sorted(ROLES))}.", param=where)
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
+            raise BadRequest(f"{where}.content must be a text or a list of text parts.", param=where)
+        content = "".join(map(str, texts))
+    if not isinstance(content, str | None):
+        raise BadRequest(f"{where}.content must be a text or a list of text parts.", param=where)
+    plain = {**message, "role": role, "content": content or ""}
+    calls = plain.pop("tool_calls", None)
+    if calls:
+        plain["tool_calls"] = _plain_calls(calls, f"{where}.tool_calls")
+    if too_deep(plain):
+        raise BadRequest(f"{where} is nested too deeply.", param=where)
+    return plain
+
+
+def _plain_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list | tuple):
+        raise BadRequest(f"{where} must be a list of calls.", param=where)
+    plain = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRequest(f"{where} must have functions with a name and arguments.", param=where)
+        arguments = _object(function.get("arguments"))
+        plain.append({"type": "function", **call, "function": {**function, "arguments": arguments}})
+    return plain
+
+
+def _object(arguments: Any) -> Any:
+    """The arguments that JSON text spells. What is no object stays what it is: a model wrote it, and sees it again."""
+    if arguments in (None, ""):
+        return {}
+    if isinstance(arguments, str):
+        try:
+            value = msgspec.json.decode(arguments)
+        except (msgspec.DecodeError, RecursionError):
+            return arguments
+        return value if isinstance(value, dict) and not too_deep(value) else arguments
+    return arguments
+
+
+def _unused_marker(texts: list[dict[str, Any]]) -> str:
+    try:
+        text = msgspec.json.encode(texts).decode()
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise BadRequest(f"The messages cannot be written as JSON text: {error}.", param="messages") from None
+    for marker in _MARKERS:
+        if marker not in text:
+            return marker
+    raise BadRequest("The messages are full of characters that stand for nothing; send text.", param="messages")
+
+
+def _mistral_id(id: str) -> str:
+    """An id as Mistral's templates insist on: nine letters and digits. Others are replaced, each always by the same."""
+    return id if re.fullmatch("[a-zA-Z0-9]{9}", id) else hashlib.sha256(id.encode()).hexdigest()[:9]
+
+
+# --- templates that know no tools -------------------------------------------------------------------------------------
+
+
+def _described(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]], family: type[Parser]
+) -> list[dict[str, Any]]:
+    """The messages with the tools in the system message, which is made where there is none."""
+    lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    example = _written(family, "FUNCTION", '{"ARGUMENT": "VALUE"}')
+    text = (
+        "# Tools\n\nYou may call functions to help with the request. These are described as JSON, one a line:\n"
+        f"<tools>\n{lines}\n</tools>\n\nTo call a function, answer in exactly this form, once for each call:\n{example}"
+    )
+    if messages and messages[0]["role"] == "system":
+        first = {**messages[0], "content": f"{messages[0]['content']}\n\n{text}".lstrip("\n")}
+        return [first, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _written(family: type[Parser], name: str, arguments: str) -> str:
+    """One call as the family writes it."""
+    head = family.head.replace("NAME", name, 1).replace(CALL_ID, _mistral_id(name))
+    return f"{family.opening}{head}{arguments}{family.tail}{family.closing}"
+
+
+def _spelled_out(messages: list[dict[str, Any]], family: type[Parser]) -> list[dict[str, Any]]:
+    """The messages with calls as text of the assistant's and their results as one message of the user's."""
+    plain: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] == "tool":
+            result = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if plain and plain[-1].get("results"):
+                plain[-1]["content"] += f"\n{result}"
+            else:
+                plain.append({"role": "user", "content": result, "results": True})
+            continue
+        written = [
+            _written(family, call["function"]["name"], _json(call["function"]["arguments"]))
+            for call in message.get("tool_calls", ())
+        ]
+        content = "\n".join(piece for piece in (message["content"], *written) if piece)
+        plain.append({key: value for key, value in message.items() if key != "tool_calls"} | {"content": content})
+    return [{key: value for key, value in message.items() if key != "results"} for message in plain]
+
+
+def _json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
