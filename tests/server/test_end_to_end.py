@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -518,3 +520,124 @@ def test_the_key_comes_through_a_descriptor_and_a_stop_is_clean(place: tuple[Pat
         assert KEY.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 0
+
+
+# --- structured output ---
+
+PERSON = {
+    "type": "object",
+    "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 150}, "sex": {"enum": ["f", "m", None]}},
+    "required": ["age", "sex"],
+    "additionalProperties": False,
+}
+AS_PERSON: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+
+
+def is_person(text: str) -> bool:
+    found = json.loads(text)
+    return found.keys() == {"age", "sex"} and 0 <= found["age"] <= 150 and found["sex"] in ("f", "m", None)
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-qwen2"])
+def test_a_chat_answers_in_json_that_satisfies_its_schema(system: System, model: str) -> None:
+    asked = {"response_format": AS_PERSON, "temperature": 1, "max_tokens": 400}
+    many = chat(system, model=model, n=8, seed=3, **asked)
+    for choice in many.choices:
+        assert choice.finish_reason == "stop" and is_person(choice.message.content)
+    assert len({choice.message.content for choice in many.choices}) > 4
+    for seed in range(8):
+        pieces = chat(system, model=model, seed=seed, stream=True, **asked)
+        assert is_person("".join(piece.choices[0].delta.content or "" for piece in pieces))
+    one = chat(system, model=model, seed=3, **asked)
+    assert one.choices[0].message.content == many.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [
+        ({"guided_regex": "[a-f]{3}-[0-9]+x"}, "[a-f]{3}-[0-9]+x"),
+        ({"structured_outputs": {"regex": "(ab|c){2,4}"}}, "(ab|c){2,4}"),
+        ({"guided_choice": ["yes", "no", "naïve\n"]}, "yes|no|naïve\n"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+        ({"grammar": 'root ::= "<" [a-z]{2,3} ">" root?'}, "(<[a-z]{2,3}>)+"),
+        ({"guided_grammar": 'start: "(" start ")" | "x"'}, r"\(*x\)*"),
+        (
+            {"json_schema": {"type": "array", "items": {"enum": [1, 22]}, "maxItems": 2}},
+            r"\[\s*((1|22)(\s*,\s*(1|22))?\s*)?\]",
+        ),
+    ],
+)
+def test_a_completion_matches_what_it_must(system: System, constraint: dict[str, Any], pattern: str) -> None:
+    found = complete(system, n=4, temperature=1, max_tokens=300, extra_body=constraint)
+    for choice in found.choices:
+        assert choice.finish_reason == "length" or re.fullmatch(pattern, choice.text), choice.text
+    assert any(choice.finish_reason == "stop" for choice in found.choices)
+
+
+def test_what_limits_other_answers_limits_those_under_a_grammar(system: System) -> None:
+    constraint = {"guided_regex": "(ab)*"}
+    short = complete(system, temperature=1, max_tokens=3, seed=1, extra_body=constraint)
+    assert short.choices[0].finish_reason in ("length", "stop") and short.usage.completion_tokens <= 3
+    stopped = complete(system, temperature=0, max_tokens=50, stop=["b"], extra_body={"guided_regex": "ab[0-9]{9}"})
+    assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == ("a", "stop")
+    # The grammar is stronger: it allows nothing but the end where min_tokens would hold that off.
+    ended = complete(system, temperature=1, max_tokens=50, extra_body={"guided_choice": ["a"], "min_tokens": 20})
+    assert (ended.choices[0].text, ended.choices[0].finish_reason) == ("a", "stop")
+    forever = {"guided_regex": "[ab]*", "min_tokens": 40}
+    assert complete(system, temperature=1, max_tokens=60, extra_body=forever).usage.completion_tokens >= 40
+    ignoring = {"guided_choice": ["yes", "no"], "ignore_eos": True}
+    assert complete(system, max_tokens=50, extra_body=ignoring).choices[0].text in ("yes", "no")
+
+
+def test_logprobs_under_a_grammar_are_the_models_own(system: System) -> None:
+    free = complete(system, temperature=0, max_tokens=1, logprobs=5)
+    held = complete(system, temperature=0, max_tokens=1, logprobs=5, extra_body={"guided_regex": "[0-9]{30}"})
+    assert held.choices[0].text.isdigit()
+    assert held.choices[0].logprobs.top_logprobs == free.choices[0].logprobs.top_logprobs
+    assert held.choices[0].logprobs.token_logprobs[0] <= free.choices[0].logprobs.token_logprobs[0]
+
+
+def test_neighbours_of_a_constrained_answer_keep_their_bits(system: System) -> None:
+    asked = {"temperature": 1, "seed": 5, "max_tokens": 60, "logprobs": 3, "extra_body": {"ignore_eos": True}}
+    alone = complete(system, **asked)
+    held = {"guided_regex": "[a-z0-9 ]{200}"}
+    with ThreadPoolExecutor(8) as threads:
+        others = [threads.submit(complete, system, max_tokens=60, temperature=1, extra_body=held) for _ in range(4)]
+        again = [threads.submit(complete, system, **asked) for _ in range(4)]
+        for answer in again:
+            assert answer.result().choices[0].text == alone.choices[0].text
+            assert answer.result().choices[0].logprobs == alone.choices[0].logprobs
+        assert all(re.fullmatch("[a-z0-9 ]*", other.result().choices[0].text) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "named"),
+    [
+        ({"guided_json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        ({"guided_regex": "(?=a)b"}, "look-around"),
+        ({"guided_regex": "(" * 50_000 + "a" + ")" * 50_000}, "regex"),
+        ({"guided_grammar": "root ::= missing"}, "missing"),
+        (
+            {"grammar": "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(20_000)) + 'r20000: "a"\n'},
+            "more than it may",
+        ),
+    ],
+)
+def test_a_grammar_that_cannot_be_used_is_a_bad_request_at_once(system: System, constraint: Any, named: str) -> None:
+    began = time.monotonic()
+    for streamed in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            list(complete(system, stream=streamed, extra_body=constraint))
+        assert named in caught.value.message
+    assert time.monotonic() - began < 20
+    assert complete(system).choices[0].text
+
+
+def test_a_client_that_leaves_a_constrained_answer_leaves_nothing_behind(system: System) -> None:
+    for _ in range(5):
+        stream = complete(
+            system, stream=True, max_tokens=4000, extra_body={"guided_regex": "(?s:.*)", "min_tokens": 4000}
+        )
+        next(iter(stream))
+        stream.close()
+    until(system.idle)

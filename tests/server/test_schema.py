@@ -14,6 +14,7 @@ from vai.server import schema
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
 
 
 def chat(**fields: Any) -> schema.ChatRequest:
@@ -27,12 +28,7 @@ def text(**fields: Any) -> schema.CompletionRequest:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("functions", [{"name": "f"}]),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
         ("audio", {"voice": "x"}),
         ("modalities", ["text", "audio"]),
         ("web_search_options", {}),
@@ -41,7 +37,6 @@ def text(**fields: Any) -> schema.CompletionRequest:
         ("store", True),
         ("service_tier", "priority"),
         ("chat_template_kwargs", {"enable_thinking": False}),
-        ("structured_outputs", {"regex": "a"}),
         ("skip_special_tokens", False),
     ],
 )
@@ -125,6 +120,14 @@ def test_what_is_harmless_or_asks_for_nothing_is_taken() -> None:
         ("cache_salt", 3),
         ("cache_prompt", "no"),
         ("cache_prompt", 0),
+        ("session_id", ""),
+        ("session_id", "x" * 257),
+        ("cache_control", "ephemeral"),
+        ("cache_control", {"type": "forever"}),
+        ("cache_control", {"type": "ephemeral", "ttl": 300}),
+        ("cache_control", {"type": "ephemeral", "ttl": "5 minutes"}),
+        ("cache_control", {"type": "ephemeral", "ttl": "25h"}),
+        ("cache_control", {"type": "ephemeral", "scope": "all"}),
     ],
 )
 def test_a_value_out_of_bounds_is_refused_by_name(field: str, value: Any) -> None:
@@ -245,8 +248,11 @@ def test_messages_become_role_and_text() -> None:
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "messages[0].content[0].type",
         ),
-        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages[0].role"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "function", "name": "f", "content": "x"}, "messages[0].role"),
+        ({"role": "tool", "content": "x"}, "messages[0].tool_call_id"),
+        ({"role": "tool", "tool_call_id": "1"}, "messages[0].content"),
+        ({"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}, "messages[0].function_call"),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "messages[0].tool_calls"),
         ({"role": "user"}, "messages[0].content"),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
     ],
@@ -255,6 +261,90 @@ def test_a_message_that_cannot_be_rendered_names_its_place(message: dict[str, An
     with pytest.raises(BadRequest) as caught:
         schema.plain_messages(chat(messages=[message]).messages)
     assert caught.value.param == param
+
+
+def test_calls_and_their_results_become_messages_for_a_template() -> None:
+    request = chat(
+        messages=[
+            {"role": "assistant", "content": None, "tool_calls": [CALL | {"index": 0}], "reasoning_content": "hm"},
+            {"role": "tool", "content": [{"type": "text", "text": "sunny"}], "tool_call_id": "call_1"},
+            {"role": "assistant", "content": "It is sunny.", "tool_calls": None},
+        ]
+    )
+    assert schema.plain_messages(request.messages) == [
+        {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "hm"},
+        {"role": "tool", "content": "sunny", "tool_call_id": "call_1"},
+        {"role": "assistant", "content": "It is sunny."},
+    ]
+
+
+def function(name: str = "f", **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"x": schema}}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [function("")]}, "tools[0].function.name"),
+        ({"tools": [function("x" * 129)]}, "tools[0].function.name"),
+        ({"tools": [function("f\n")]}, "tools[0].function.name"),
+        ({"tools": [function('f"}')]}, "tools[0].function.name"),
+        ({"tools": [function("<|im_end|>")]}, "tools[0].function.name"),
+        ({"tools": [function("f"), function("g"), function("f")]}, "tools[2].function.name"),
+        ({"tools": [function(f"f{i}") for i in range(129)]}, "tools"),
+        ({"tools": [function(parameters=nested(60))]}, "tools[0].function.parameters"),
+        ({"tools": [function(parameters=nested(300))]}, "tools[0].function.parameters"),
+        ({"tools": [function(parameters={"type": "string"})]}, "tools[0].function.parameters.type"),
+        ({"tools": [function(parameters=[])]}, "tools[0].function.parameters"),
+        ({"tools": [function(parameters={"x": "y" * (1 << 16)})]}, "tools[0].function.parameters"),
+        ({"tools": [function(description="y" * (1 << 17))]}, "tools[0].function.description"),
+        ({"tools": [function(colour="red")]}, "tools[0].function.colour"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0]"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [function()], "tool_choice": "always"}, "tool_choice"),
+        ({"tools": [function()], "tool_choice": function("g")}, "tool_choice"),
+        ({"tools": [function()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": function()}, "tool_choice"),
+    ],
+)
+def test_tools_that_cannot_be_offered_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        schema.tools_of(chat(**fields))
+    assert caught.value.param is not None
+    assert caught.value.param.startswith(param)
+    assert len(caught.value.message) < 400
+
+
+def test_tools_and_choices_are_read() -> None:
+    tools = [function("get", parameters={"properties": {}}, description="d"), function("a.b-c_D9")]
+    offers = {
+        choice: schema.tools_of(chat(tools=tools, tool_choice=choice)) for choice in ("auto", "none", "required", None)
+    }
+    assert offers["none"] is None
+    assert offers["auto"] == offers[None]
+    assert offers["auto"] is not None
+    assert not offers["auto"].required
+    assert offers["required"] is not None
+    assert offers["required"].required
+    named = schema.tools_of(chat(tools=tools, tool_choice=function("get")))
+    assert named is not None
+    assert (named.required, named.name, named.parallel) == (True, "get", False)
+    single = schema.tools_of(chat(tools=tools, parallel_tool_calls=False))
+    assert single is not None
+    assert not single.parallel
+    assert named.rendered()[0] == {
+        "type": "function",
+        "function": {"name": "get", "description": "d", "parameters": {"type": "object", "properties": {}}},
+    }
+    assert schema.tools_of(chat(tools=[], tool_choice="none")) is schema.tools_of(chat()) is None
 
 
 FIELDS = sorted({*schema.ChatRequest.__struct_fields__, *schema.CompletionRequest.__struct_fields__, "unknown"})
@@ -278,7 +368,9 @@ def test_extreme_values_are_read_or_refused_with_the_field_named(fields: dict[st
     body = json.dumps(base | fields).encode()
     try:
         if base is CHAT:
-            schema.plain_messages(schema.decode_chat(body).messages)
+            request = schema.decode_chat(body)
+            schema.plain_messages(request.messages)
+            schema.tools_of(request)
         else:
             schema.prompts(schema.decode_completion(body))
     except BadRequest as error:

@@ -214,7 +214,10 @@ class Grammars:
     def _started(self) -> _ForkServer:
         """The fork server, started by whoever needs it first, or again where it died."""
         with self._starting:
-            if self._server is None or not self._server.alive:
+            if self._server is not None and not self._server.alive:
+                self._server.end()
+                self._server = None
+            if self._server is None:
                 self._server = _ForkServer(*self._sections())
             return self._server
 
@@ -251,8 +254,8 @@ class _Grammar:
             answer = self._exchange(ASK.pack(what, number, token))
         if answer is None:
             raise BadRequest(
-                f"The answer cannot go on under its grammar: its next token takes more than {MASK_SECONDS:g} s of "
-                f"processor time or {MEMORY >> 20} MB to find."
+                f"The answer cannot go on under its grammar: to find its next token takes more than {MASK_SECONDS:g} s "
+                f"of processor time, or {MEMORY >> 20} MB."
             )
         return answer
 
@@ -278,8 +281,8 @@ class _Grammar:
         answer = self._exchange(LENGTH.pack(len(body)) + body)
         if answer is None:
             self._refusal = (
-                f"The grammar takes more than the {COMPILE_SECONDS:g} s of processor time or the {MEMORY >> 20} MB "
-                "that compiling it may take; make it smaller."
+                f"The grammar takes more than it may to compile: {COMPILE_SECONDS:g} s of processor time, "
+                f"{MEMORY >> 20} MB, or too deep a nesting. Make it smaller."
             )
         elif answer[0] == FAILED:
             self._refusal = f"The grammar cannot be used: {_sentence(answer[1])}."

@@ -143,7 +143,7 @@ class Grammar:
     def _mask(self, matcher: LLMatcher) -> tuple[int, bytes]:
         bits = b"" if matcher.is_stopped() else matcher.compute_bitmask()
         if matcher.is_error():
-            return FAILED, _short(matcher.get_error()).encode()
+            return FAILED, _reason(matcher).encode()
         if matcher.is_stopped():
             return FINISHED, b""
         shown = int.from_bytes(bits, "little") & ((1 << self._size) - 1)
@@ -169,6 +169,11 @@ def _library_text(spec: GrammarSpec) -> str:
     if spec.kind == "ebnf" and (found := _SETTINGS.search(spec.value)):
         raise ValueError(f"the setting '{found[1]}' of a rule is not supported")
     return spec.value
+
+
+def _reason(matcher: LLMatcher) -> str:
+    error = matcher.get_error().removesuffix("<non-verbose/>")
+    return "no answer can satisfy it" if error.startswith("NoExtension") else _short(error)
 
 
 def _short(text: str) -> str:
