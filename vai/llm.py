@@ -11,14 +11,16 @@ import hashlib
 import os
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic, TypedDict, TypeVar, Unpack, cast, overload
 
 import msgspec
 
@@ -35,24 +37,46 @@ from vai.errors import (
     VaiError,
     by_code,
 )
-from vai.request import MAX_CHOICES, Output, Request, SamplingParams, Timing, TokenLogprob
+from vai.request import MAX_CHOICES, Output, Request, SamplingParams, Speculate, Timing, TokenLogprob
 from vai.rom import segment
 from vai.rom.registry import Name, Registry
-from vai.text.detokenizer import Detokenizer
-from vai.text.template import Template, chat_fields
+from vai.telemetry import Stages, Stopwatch
+from vai.text.chat import Chat, ChatPrompt, Message
+from vai.text.chat import Reading as Reading
+from vai.text.grammar import Grammars
+from vai.text.grammar import GrammarSpec as GrammarSpec
+from vai.text.reader import Piece, Reader
+from vai.text.template import chat_fields
 from vai.text.tokenizer import Tokenizer
+from vai.text.tools import MAX_TOOLS as MAX_TOOLS
+from vai.text.tools import ToolCall as ToolCall
+from vai.text.tools import ToolChoice as ToolChoice
+from vai.text.tools import ToolList as ToolList
+from vai.text.tools import Tools as Tools
+from vai.text.tools import offered as offered
+from vai.text.tools import read_choice, read_tools
+from vai.text.tools import whole_calls as whole_calls
 
 INLINE_CHARACTERS = 2048  # longer texts are encoded off the event loop
 TOKENIZERS = 16  # kept, the least recently used go first; 50 MB each at 150,000 tokens
 MODELS = 32
-ROLES = frozenset({"system", "user", "assistant", "tool"})
+# Masks are made by other processes; a thread waits for each, apart from those that are busy with texts.
+_mask_threads = ThreadPoolExecutor(32, thread_name_prefix="masks")
 DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # what a checkpoint or a name may recommend
-# One of these characters, which no text has any use for, breaks up control tokens in what users write.
-_MARKERS = [chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF0100))]
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
-Message = Mapping[str, Any]
+
+
+class How(TypedDict, total=False):
+    """What a request may say to the engine beside prompt and sampling; what each means says `request.Request`."""
+
+    cache: bool
+    cache_salt: str
+    session: str
+    retain: float | None
+    priority: int
+    speculate: Speculate
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +97,13 @@ class Delta:
     """What one step added to an answer. Texts add up to the answer; `text` may lag behind `token_ids`, because half
     characters and possible beginnings of stop strings are held back.
 
+    In a chat, `text` is for the user; beside it come `reasoning` and the pieces of tool `calls`, and with a call the
+    finish is "tool_calls" where it was "stop".
     logprobs: one for each id where asked for, else empty. finish: None until the last delta, then "stop", "length" or
     "abort". completion_tokens counts the whole answer so far. seed: what the engine draws with, once known.
+    fingerprint: what the answer's bits depend on. guessed, accepted: tokens that this step verified (Speculate), and
+    those of them in `token_ids`. timing, stages: with the last; the engine's part, and all that is
+    known here: no loader or preprocessor but the engine's and, of an `LLM`, its own.
     """
 
     text: str
@@ -86,11 +115,19 @@ class Delta:
     cached_tokens: int = 0
     seed: int | None = None
     timing: Timing | None = None
+    fingerprint: str = ""
+    stages: Stages | None = None
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    guessed: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer: its text and ids, why it ended ("stop", "length", "abort"), and what it took."""
+    """A whole answer: its text and ids, why it ended ("stop", "tool_calls", "length", "abort"), what it took, and what
+    its bits depend on.
+    """
 
     text: str
     token_ids: list[int]
@@ -100,6 +137,12 @@ class Completion:
     cached_tokens: int
     seed: int | None
     timing: Timing | None
+    fingerprint: str
+    stages: Stages
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    guessed: int = 0
+    accepted: int = 0
 
     @classmethod
     def of(cls, deltas: Sequence[Delta]) -> Completion:
@@ -114,6 +157,12 @@ class Completion:
             cached_tokens=last.cached_tokens,
             seed=last.seed,
             timing=last.timing,
+            fingerprint=last.fingerprint,
+            stages=last.stages or Stages(),
+            reasoning="".join(delta.reasoning for delta in deltas),
+            tool_calls=whole_calls(call for delta in deltas for call in delta.calls),
+            guessed=sum(delta.guessed for delta in deltas),
+            accepted=sum(delta.accepted for delta in deltas),
         )
 
 
@@ -145,6 +194,7 @@ class _Overrides(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     system: str | None = None
     defaults: dict[str, float] = {}
     context: int | None = None
+    draft: str | None = None  # the name (or digest) of a smaller model that guesses for it
 
 
 def _read_facts(root: Path, digest: str) -> tuple[int, _Sizes]:
@@ -154,6 +204,11 @@ def _read_facts(root: Path, digest: str) -> tuple[int, _Sizes]:
         return created, msgspec.json.decode(segment.read_sections(root, digest, "spec")["spec"], type=_Sizes)
     except msgspec.MsgspecError as error:
         raise CorruptImage(f"The spec of image {digest[:12]} cannot be read: {error}. Burn the model again.") from None
+
+
+def _read_tokenizer(root: Path, digest: str) -> tuple[bytes, bytes]:
+    sections = segment.read_sections(root, digest, "tokenizer", "template")
+    return sections["tokenizer"], sections["template"]
 
 
 def _overrides(name: Name) -> _Overrides:
@@ -171,12 +226,18 @@ class Words:
     """Everything about one model that is text: tokenizer, chat template, system prompt, recommended sampling."""
 
     def __init__(
-        self, card: ModelCard, tokenizer: Tokenizer, sections: Mapping[str, bytes], overrides: _Overrides
+        self,
+        card: ModelCard,
+        tokenizer: Tokenizer,
+        grammars: Grammars,
+        sections: Mapping[str, bytes],
+        overrides: _Overrides,
     ) -> None:
         """`sections`: template, defaults and spec of the image. Raises MalformedFile."""
         chat = chat_fields(sections["template"])
         self.card = card
         self.tokenizer = tokenizer
+        self.grammars = grammars
         self.vocabulary = msgspec.json.decode(sections["spec"], type=_Sizes).vocabulary
         if tokenizer.vocabulary > self.vocabulary:
             raise MalformedFile(
@@ -184,26 +245,16 @@ class Words:
                 "they are not of one checkpoint."
             )
         self.eog: tuple[int, ...] = tuple(sorted(tokenizer.eog))
+        self.draft = overrides.draft
         self.defaults = _recommended(card.name, sections["defaults"], overrides)
-        self._system = overrides.system
         self.rendering = asyncio.Lock()  # a slow template holds up one thread, and its own model's chats only
-        self._template = Template(chat.chat_template if overrides.template is None else overrides.template)
-        self._variables = {"bos_token": chat.bos_token, "eos_token": chat.eos_token, "add_generation_prompt": True}
+        if overrides.template is not None:
+            chat = msgspec.structs.replace(chat, chat_template=overrides.template)
+        self._chat = Chat(card.name, tokenizer, chat, system=overrides.system)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation in the model's chat format, up to where the model's turn begins.
-
-        Control tokens are those of the template; spelled out in a message they stay text. Raises BadRequest for
-        messages of no known shape, and where the template refuses them. Images without a template use
-        `template.PLAIN_CHAT`.
-        """
-        plain = [_plain_message(message, number) for number, message in enumerate(messages)]
-        if self._system is not None and not any(message["role"] == "system" for message in plain):
-            plain.insert(0, {"role": "system", "content": self._system})
-        marker = _unused_marker(plain)
-        safe = [{**self._disarmed(message, marker), "role": message["role"]} for message in plain]
-        prompt = self._template.render(safe, **self._variables)
-        return self.tokenizer.encode(prompt, parse_special=True, marker=marker)
+    def chat(self, messages: Sequence[Message], tools: Tools | None = None) -> ChatPrompt:
+        """The prompt for a conversation, and how its answer is read. See `Chat.prompt`."""
+        return self._chat.prompt(messages, tools)
 
     def sampling(self, **given: Any) -> SamplingParams:
         """Parameters with the model's recommendations under what is given, ending where the model ends its turn.
@@ -223,8 +274,8 @@ class Words:
         sampling: SamplingParams,
         choice: int = 0,
         *,
-        cache: bool = True,
-        cache_salt: str = "",
+        constrained: bool = False,
+        **how: Unpack[How],
     ) -> Request:
         """The engine's request for a prompt, checked. Raises BadRequest, ContextTooLong."""
         if not ids:
@@ -247,25 +298,13 @@ class Words:
             tokens=list(ids),
             sampling=sampling,
             choice=choice,
-            cache=cache,
-            cache_salt=cache_salt,
+            constrained=constrained,
+            **how,
         )
 
     def close(self) -> None:
         """End the template's process."""
-        self._template.close()
-
-    def _disarmed(self, value: Any, marker: str) -> Any:
-        """The same value with no control token in any text of it."""
-        if isinstance(value, str):
-            return self.tokenizer.disarm(value, marker)
-        if isinstance(value, Mapping):
-            return {
-                self.tokenizer.disarm(str(key), marker): self._disarmed(item, marker) for key, item in value.items()
-            }
-        if isinstance(value, list | tuple):
-            return [self._disarmed(item, marker) for item in value]
-        return value
+        self._chat.close()
 
 
 def _recommended(name: str, section: bytes, overrides: _Overrides) -> dict[str, float]:
@@ -279,36 +318,6 @@ def _recommended(name: str, section: bytes, overrides: _Overrides) -> dict[str, 
     return {key: getattr(checked, key) for key in chosen}
 
 
-def _plain_message(message: Message, number: int) -> dict[str, Any]:
-    """A message as chat templates expect it: a known role, and its content as one text. Raises BadRequest."""
-    where = f"messages[{number}]"
-    if not isinstance(message, Mapping):
-        raise BadRequest(f"{where} must have a role and content.", param=where)
-    role = "system" if message.get("role") == "developer" else message.get("role")
-    if role not in ROLES:
-        raise BadRequest(f"{where} must have a role of {', '.join(sorted(ROLES))}.", param=where)
-    content = message.get("content")
-    if isinstance(content, list | tuple):
-        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
-        if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
-            raise BadRequest(f"{where}.content must be a text or a list of text parts.", param=where)
-        content = "".join(map(str, texts))
-    if not isinstance(content, str | None):
-        raise BadRequest(f"{where}.content must be a text or a list of text parts.", param=where)
-    return {**message, "role": role, "content": content or ""}
-
-
-def _unused_marker(messages: list[dict[str, Any]]) -> str:
-    try:
-        text = msgspec.json.encode(messages).decode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadRequest(f"The messages cannot be written as JSON text: {error}.", param="messages") from None
-    for marker in _MARKERS:
-        if marker not in text:
-            return marker
-    raise BadRequest("The messages are full of characters that stand for nothing; send text.", param="messages")
-
-
 def _seeded(sampling: SamplingParams, count: int) -> SamplingParams:
     """The parameters that `count` answers to one prompt share, so with one seed. Raises BadRequest."""
     if not 1 <= count <= MAX_CHOICES:
@@ -318,15 +327,23 @@ def _seeded(sampling: SamplingParams, count: int) -> SamplingParams:
     return msgspec.structs.replace(sampling, seed=secrets.randbits(63))
 
 
+def _held_to(grammar: GrammarSpec | None, reading: Reading | None) -> GrammarSpec | None:
+    """The grammar of an answer: what it must match, or the calls that it must be."""
+    return grammar if reading is None or reading.grammar is None else reading.grammar
+
+
 class _Reply:
     """Turns the engine's outputs for one request into deltas."""
 
-    def __init__(self, words: Words, request: Request, stop: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(words.tokenizer, stop)
+    def __init__(self, words: Words, request: Request, stop: Sequence[str], reading: Reading | None = None) -> None:
+        self._reader = Reader(words.tokenizer, stop, reading)
         self._prompt_tokens = len(request.tokens)
         self._tokens = 0
         self._cached = 0
         self._seed = request.sampling.seed
+        self._fingerprint = ""
+        self._started: tuple[float, Timing] | None = None  # when the first token came, and what it had taken
+        self._postprocessor = 0.0
 
     def take(self, output: Output) -> Delta | None:
         """The next delta, the last one if it has `finish`; None where the output brought nothing to show.
@@ -336,29 +353,100 @@ class _Reply:
         if output.error is not None:
             code, sentence = output.error
             raise by_code(code)(sentence)
-        self._tokens += len(output.tokens)
+        began = time.perf_counter()
+        piece, count = self._read(output)
+        self._tokens += count
         self._cached = max(self._cached, output.cached_tokens)
         self._seed = output.seed if output.seed is not None else self._seed
-        text = self._detokenizer.feed(output.tokens)
-        finish = output.finish
-        if self._detokenizer.stopped is not None:
-            finish = "stop"
-        elif finish is not None:
-            text += self._detokenizer.finish()
-            finish = "stop" if self._detokenizer.stopped is not None else finish
+        self._fingerprint = output.fingerprint or self._fingerprint
+        if output.timing is not None and self._started is None:
+            self._started = began, output.timing
+        finish = output.finish if self._reader.stopped is None else "stop"
+        if finish == "stop" and self._reader.called:
+            finish = "tool_calls"
+        now = time.perf_counter()
+        self._postprocessor += now - began
         if finish is None and not output.tokens:
             return None
+        timing = None if finish is None else self._timing(output, now)
         return Delta(
-            text=text,
-            token_ids=output.tokens,
-            logprobs=output.logprobs,
+            text=piece.text,
+            token_ids=output.tokens[:count],
+            logprobs=output.logprobs[:count],
             finish=finish,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._tokens,
             cached_tokens=self._cached,
             seed=self._seed,
-            timing=output.timing,
+            timing=timing,
+            fingerprint=self._fingerprint,
+            stages=None if timing is None else self._stages(timing),
+            reasoning=piece.reasoning,
+            calls=piece.calls,
+            guessed=output.guessed,
+            accepted=min(output.accepted, count),
         )
+
+    def _read(self, output: Output) -> tuple[Piece, int]:
+        """What an output brings, and how many of its tokens: those behind a stop string are not of the answer."""
+        pieces: list[Piece] = []
+        last = len(output.tokens) - 1
+        for number in range(max(last, 0)):
+            pieces.append(self._reader.feed(output.tokens[number : number + 1]))
+            if self._reader.stopped is not None:
+                break
+        else:
+            pieces.append(self._reader.feed(output.tokens[max(last, 0) :], last=output.finish is not None))
+        return Piece.of(pieces), min(len(pieces), len(output.tokens))
+
+    def _timing(self, output: Output, now: float) -> Timing | None:
+        """The engine's own, or for an answer that a stop string ended here, what it would have been."""
+        if self._started is None or (output.finish is not None and output.timing is not None):
+            return output.timing
+        first, timing = self._started
+        return msgspec.structs.replace(timing, decode=now - first)
+
+    def _stages(self, timing: Timing) -> Stages:
+        return Stages(
+            loader=timing.attach,
+            queue=timing.queued,
+            prefill=timing.prefill,
+            decode=timing.decode,
+            postprocessor=self._postprocessor,
+        )
+
+
+class _Guide:
+    """Keeps one answer to its grammar: behind each token the engine gets the mask of the next."""
+
+    def __init__(self, words: Words, grammar: GrammarSpec, request: Request) -> None:
+        """Compiles the grammar where nobody has. Raises BadRequest, Overloaded, Unavailable."""
+        self._matcher = words.grammars.matcher(grammar, words.vocabulary)
+        self._id = request.id
+        self._position = len(request.tokens)
+
+    @property
+    def bits(self) -> bytes:
+        return self._matcher.bits
+
+    def accept(self, output: Output) -> None:
+        """Go on behind the tokens of an output: the slow part, which may run in any thread. Raises BadRequest."""
+        for token in output.tokens if output.finish is None else ():
+            self._matcher.accept(token)
+            self._position += 1
+
+    def allow(self, output: Output, mask: Callable[[str, int, bytes], None]) -> Output:
+        """Tell the engine what may come next, by `mask`; the output, with the finish "stop" where nothing may."""
+        if output.finish is not None or not output.tokens:
+            return output
+        if self._matcher.finished:
+            return msgspec.structs.replace(output, finish="stop")
+        mask(self._id, self._position, self._matcher.bits)
+        return output
+
+    def close(self) -> None:
+        """The answer is over; another thread, which may still be in `accept`, waits for it."""
+        _mask_threads.submit(self._matcher.close)
 
 
 # --- many models over an engine port ----------------------------------------------------------------------------------
@@ -367,9 +455,10 @@ class _Reply:
 class Model:
     """An opened model: its words, and the engine that answers. Made by `Frontend.open`; belongs to its loop."""
 
-    def __init__(self, words: Words, port: EnginePort) -> None:
+    def __init__(self, words: Words, port: EnginePort, library: Library) -> None:
         self._words = words
         self._port = port
+        self._library = library
         self.card = words.card
         self.eog = words.eog
         self.defaults = words.defaults
@@ -381,9 +470,16 @@ class Model:
         return await asyncio.to_thread(self._words.tokenizer.encode, text, parse_special=True)
 
     async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation, up to where the model's turn begins. See `Words.encode_chat`."""
+        """Ids of a conversation, up to where the model's turn begins."""
+        return (await self.chat(messages)).ids
+
+    async def chat(self, messages: Sequence[Message], tools: Tools | None = None) -> ChatPrompt:
+        """The prompt for a conversation in which the model may call `tools`, and how its answer is read.
+
+        See `text.chat.Chat.prompt`.
+        """
         async with self._words.rendering:
-            return await asyncio.to_thread(self._words.encode_chat, messages)
+            return await asyncio.to_thread(self._words.chat, messages, tools)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without control tokens."""
@@ -397,6 +493,10 @@ class Model:
         """Sampling parameters from the model's recommendations, what is given, and its own end-of-turn ids."""
         return self._words.sampling(**given)
 
+    def speculate(self, kind: str | None = None, most: int | None = None) -> Speculate:
+        """How tokens are guessed for a request; see `Library.speculate`."""
+        return self._library.speculate(self._words, kind, most)
+
     def choices(
         self,
         ids: Sequence[int],
@@ -404,8 +504,9 @@ class Model:
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         *,
-        cache: bool = True,
-        cache_salt: str = "",
+        grammar: GrammarSpec | None = None,
+        reading: Reading | None = None,
+        **how: Unpack[How],
     ) -> list[AsyncGenerator[Delta, None]]:
         """Several answers to one prompt, as `stream` gives one. They share a seed, and the first is that of `stream`.
 
@@ -413,7 +514,8 @@ class Model:
         """
         params = _seeded(self.sampling() if sampling is None else sampling, count)
         return [
-            self.stream(ids, params, stop, choice=choice, cache=cache, cache_salt=cache_salt) for choice in range(count)
+            self.stream(ids, params, stop, choice=choice, grammar=grammar, reading=reading, **how)
+            for choice in range(count)
         ]
 
     async def stream(
@@ -423,28 +525,42 @@ class Model:
         stop: Sequence[str] = (),
         *,
         choice: int = 0,
-        cache: bool = True,
-        cache_salt: str = "",
+        grammar: GrammarSpec | None = None,
+        reading: Reading | None = None,
+        **how: Unpack[How],
     ) -> AsyncGenerator[Delta, None]:
         """The answer to a prompt as it comes. Closing the generator aborts the request.
 
-        `choice`: which of the answers that a seed gives to this prompt. `cache`: the prefix cache may be read and added
-        to, among requests of the same `cache_salt`; the answer is the same without, and the first token later.
-        It ends at one of `sampling.stop_ids` (which `sampling()` sets to the model's own), at a stop string, or where
-        the context is full. Raises BadRequest, ContextTooLong, and what the engine refuses or fails with.
+        `choice`: which of the answers that a seed gives to this prompt. `grammar`: what the whole answer must match; it
+        ends ("stop") where nothing may follow. `reading`: that of the conversation, where the prompt is one. `how`
+        changes when the answer comes, and no token of it. It ends at one of `sampling.stop_ids` (which `sampling()`
+        sets to the model's own), at a stop string, or where the context is full. Raises BadRequest, ContextTooLong, and
+        what the engine refuses or fails with.
         """
         params = self.sampling() if sampling is None else sampling
-        request = self._words.request(ids, params, choice, cache=cache, cache_salt=cache_salt)
-        reply = _Reply(self._words, request, stop)
-        outputs = cast(AsyncGenerator[Output, None], self._port.generate(request))
+        grammar = _held_to(grammar, reading)
+        if "speculate" not in how:
+            how["speculate"] = self.speculate()
+        request = self._words.request(ids, params, choice, constrained=grammar is not None, **how)
+        reply = _Reply(self._words, request, stop, reading)
+        loop, guide = asyncio.get_running_loop(), None
+        if grammar is not None:
+            guide = await loop.run_in_executor(_mask_threads, _Guide, self._words, grammar, request)
+        first = () if guide is None else (guide.bits,)
+        outputs = cast(AsyncGenerator[Output, None], self._port.generate(request, *first))
         try:
             async for output in outputs:
+                if guide is not None:
+                    await loop.run_in_executor(_mask_threads, guide.accept, output)
+                    output = guide.allow(output, self._port.mask)
                 delta = reply.take(output)
                 if delta is not None:
                     yield delta
                     if delta.finish is not None:
                         return
         finally:
+            if guide is not None:
+                guide.close()
             await outputs.aclose()
         raise Unavailable("The engine went away before the answer was complete; send the request again.")
 
@@ -506,6 +622,7 @@ class Library:
         self._root = root
         self._registry = Registry(root, names)
         self._tokenizers: _Shared[bytes, Tokenizer] = _Shared(TOKENIZERS)
+        self._grammars: _Shared[bytes, Grammars] = _Shared(TOKENIZERS, Grammars.close)
         self._words: _Shared[Hashable, Words] = _Shared(MODELS, Words.close)
         self._facts: _Shared[tuple[str, int], tuple[int, _Sizes]] = _Shared(256)
 
@@ -523,10 +640,46 @@ class Library:
         found = self._find(name)
         return self._words.get(self._key(found), lambda: self._read(found))
 
+    def speculate(self, words: Words, kind: str | None = None, most: int | None = None) -> Speculate:
+        """How tokens are guessed for a request: in this `kind` ("off", "ngram", "draft"), else by the draft model that
+        the name has, where it is resident, else by lookup; `most` at a time, 0 for none.
+
+        Raises BadRequest where the name has no draft model or one of another tokenizer, Unavailable where it is not
+        resident and `kind` asks for it.
+        """
+        most = Speculate().max_tokens if most is None else most
+        if kind == "off" or most == 0:
+            return Speculate()
+        if kind == "ngram" or (kind is None and words.draft is None):
+            return Speculate(kind="ngram", max_tokens=most)
+        if words.draft is None:
+            raise BadRequest(f"The model '{words.card.name}' has no draft model; leave the kind of guesses open.")
+        try:
+            return Speculate(kind="draft", draft=self.draft(words, words.draft), max_tokens=most)
+        except (ModelNotFound, Unavailable):
+            if kind is None:  # it will be there, or not: the answer is the same
+                return Speculate(kind="ngram", max_tokens=most)
+            raise
+
+    def draft(self, words: Words, name: str) -> str:
+        """The digest of a model that can guess for another. Raises ModelNotFound, Unavailable, BadRequest."""
+        digest = self._find(name).digest or ""
+        own, other = (
+            segment.read_header(self._root, each).sections["tokenizer"] for each in (words.card.digest, digest)
+        )
+        if own.sha256 != other.sha256:
+            raise BadRequest(
+                f"The model '{name}' cannot guess for '{words.card.name}': their tokenizers differ. Choose a smaller "
+                "model of the same family.",
+                param="draft",
+            )
+        return digest
+
     def close(self) -> None:
         """Let everything go."""
         self._words.clear()
         self._tokenizers.clear()
+        self._grammars.clear()
 
     def _find(self, text: str) -> Name:
         try:
@@ -547,7 +700,8 @@ class Library:
         tokenizer, template = sections["tokenizer"], sections["template"]
         key = hashlib.sha256(tokenizer).digest() + hashlib.sha256(template).digest()
         made = self._tokenizers.get(key, lambda: Tokenizer.from_sections(tokenizer, template))
-        return Words(self._card(name), made, sections, _overrides(name))
+        grammars = self._grammars.get(key, lambda: Grammars(partial(_read_tokenizer, self._root, digest)))
+        return Words(self._card(name), made, grammars, sections, _overrides(name))
 
     def _card(self, name: Name) -> ModelCard:
         digest = name.digest or ""
@@ -579,7 +733,7 @@ class Frontend:
         words = self._library.opened(name)
         if words is None:
             words = await asyncio.to_thread(self._library.open, name)
-        return Model(words, self._port)
+        return Model(words, self._port, self._library)
 
     async def close(self) -> None:
         """End the processes that render templates."""
@@ -595,8 +749,9 @@ class LLM:
     """A resident model answered by an engine in this process, over the shared bytes: no copy of the weights is made.
 
     name: a name, a digest, or its first 8 digits. root, names, threads, kv_bytes, isa: default to the configuration of
-    this process. One thread uses it at a time; a forked child cannot use it at all. A context manager.
-    Raises ModelNotFound, Unavailable, NotEnoughRoom.
+    this process. draft: a smaller resident model with the same tokenizer that guesses tokens ahead; the answers are the
+    same without. One thread uses it at a time; a forked child cannot use it at all. A context manager.
+    Raises ModelNotFound, Unavailable, NotEnoughRoom, BadRequest for a draft model that cannot be.
     """
 
     def __init__(
@@ -608,6 +763,7 @@ class LLM:
         threads: int | None = None,
         kv_bytes: int | None = None,
         isa: str | None = None,
+        draft: str | None = None,
     ) -> None:
         from vai.engine.engine import Engine
         from vai.scratchpad.pages import map_pool
@@ -616,10 +772,14 @@ class LLM:
         self._root = settings.root if root is None else Path(root)
         self._pid = os.getpid()
         self._turn = threading.Lock()
-        with ExitStack() as undo:
+        self._watch = Stopwatch()  # what the next answer has taken before it is asked for
+        with ExitStack() as undo, self._watch.loading():
             self._library = Library(self._root, settings.names if names is None else Path(names))
             undo.callback(self._library.close)
             self._words = self._library.open(name)
+            self._speculate = self._library.speculate(self._words)
+            if draft is not None:
+                self._speculate = Speculate(kind="draft", draft=self._library.draft(self._words, draft))
             size = kv_bytes or settings.kv_bytes or memory.default_bytes(segment.free_room(self._root).free)
             descriptor = memory.create(size)
             try:
@@ -638,7 +798,8 @@ class LLM:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a raw prompt; control tokens in it count as they are spelled."""
-        return self._words.tokenizer.encode(text, parse_special=True)
+        with self._watch.preparing():
+            return self._words.tokenizer.encode(text, parse_special=True)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without control tokens."""
@@ -650,12 +811,24 @@ class LLM:
 
     @overload
     def generate(
-        self, prompt: list[str] | list[list[int]], sampling: SamplingParams | None = None, *, stop: Sequence[str] = ()
+        self,
+        prompt: list[str] | list[list[int]],
+        sampling: SamplingParams | None = None,
+        *,
+        stop: Sequence[str] = (),
+        grammar: GrammarSpec | None = None,
+        **how: Unpack[How],
     ) -> list[Completion]: ...
 
     @overload
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, stop: Sequence[str] = ()
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        stop: Sequence[str] = (),
+        grammar: GrammarSpec | None = None,
+        **how: Unpack[How],
     ) -> Completion: ...
 
     def generate(
@@ -664,21 +837,34 @@ class LLM:
         sampling: SamplingParams | None = None,
         *,
         stop: Sequence[str] = (),
+        grammar: GrammarSpec | None = None,
+        **how: Unpack[How],
     ) -> Completion | list[Completion]:
         """Complete a prompt (a text, or token ids), or several together: then a list in their order.
 
         sampling None: `sampling()`. Given parameters are taken as they are, with the model's end-of-turn ids added.
+        grammar: what every answer must match; one ends where nothing may follow. how: see `How`.
         """
         if isinstance(prompt, str) or all(isinstance(id, int) for id in prompt):
-            return self._complete([cast(Prompt, prompt)], sampling, stop)[0]
-        return self._complete(cast(Sequence[Prompt], prompt), sampling, stop)
+            return self._complete([cast(Prompt, prompt)], sampling, stop, grammar=grammar, **how)[0]
+        return self._complete(cast(Sequence[Prompt], prompt), sampling, stop, grammar=grammar, **how)
 
     def chat(
-        self, messages: Sequence[Message], sampling: SamplingParams | None = None, *, stop: Sequence[str] = ()
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingParams | None = None,
+        *,
+        stop: Sequence[str] = (),
+        grammar: GrammarSpec | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: Any = None,
+        parallel_tool_calls: bool = True,
+        **how: Unpack[How],
     ) -> Completion:
-        """The model's turn in a conversation."""
-        self._check_process()
-        return self._complete([self._words.encode_chat(messages)], sampling, stop)[0]
+        """The model's turn in a conversation. tools, tool_choice: as in OpenAI's API; calls are in `tool_calls`."""
+        offer = offered(read_tools(tools), read_choice(tool_choice), parallel_tool_calls)
+        prompt = self._prompt(messages, offer, constrained=grammar is not None)
+        return self._complete([prompt.ids], sampling, stop, grammar=grammar, reading=prompt.reading, **how)[0]
 
     def choices(
         self,
@@ -687,14 +873,16 @@ class LLM:
         sampling: SamplingParams | None = None,
         *,
         stop: Sequence[str] = (),
+        grammar: GrammarSpec | None = None,
+        **how: Unpack[How],
     ) -> list[Completion]:
         """Several answers, 1 to 16, to a text, token ids, or a conversation: the first is what `generate` would give.
 
         They share the seed. Each stays the same however many are asked for.
         """
-        ids = self._ids(prompt)
+        ids, reading = self._prompt(prompt, constrained=grammar is not None)
         params = _seeded(self.sampling() if sampling is None else sampling, count)
-        return self._complete([ids] * count, params, stop, range(count))
+        return self._complete([ids] * count, params, stop, range(count), grammar, reading, **how)
 
     def stream(
         self,
@@ -702,10 +890,17 @@ class LLM:
         sampling: SamplingParams | None = None,
         *,
         stop: Sequence[str] = (),
+        grammar: GrammarSpec | None = None,
+        **how: Unpack[How],
     ) -> Iterator[Delta]:
         """The answer as it comes, to a text, token ids, or a conversation. Closing the iterator ends the request."""
-        for _, delta in self._run([self._ids(prompt)], sampling, stop):
+        ids, reading = self._prompt(prompt, constrained=grammar is not None)
+        for _, delta in self._run([ids], sampling, stop, grammar=grammar, reading=reading, **how):
             yield delta
+
+    def end_session(self, session: str, cache_salt: str = "") -> int:
+        """Free the pages that only the conversations of a session have read; how many."""
+        return self._engine.end_session(session, cache_salt)
 
     def close(self) -> None:
         """Give back the lease and the scratchpad."""
@@ -718,13 +913,20 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _ids(self, prompt: Prompt | Sequence[Message]) -> Sequence[int]:
+    def _prompt(
+        self, prompt: Prompt | Sequence[Message], tools: Tools | None = None, *, constrained: bool = False
+    ) -> ChatPrompt:
+        """Ids, and how the answer is read: whole where it is to match a grammar of the caller's."""
         self._check_process()
         if isinstance(prompt, str):
-            return self.encode(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            return self._words.encode_chat(cast(Sequence[Message], prompt))
-        return cast(Sequence[int], prompt)
+            return ChatPrompt(self.encode(prompt), Reading())
+        if not prompt or not isinstance(prompt[0], Mapping):
+            return ChatPrompt(list(cast(Sequence[int], prompt)), Reading())
+        if constrained and tools is not None:
+            raise BadRequest("An answer cannot both match a grammar and call tools; leave one of them out.")
+        with self._watch.preparing():
+            ids, reading = self._words.chat(cast(Sequence[Message], prompt), tools)
+        return ChatPrompt(ids, Reading() if constrained else reading)
 
     def _complete(
         self,
@@ -732,9 +934,12 @@ class LLM:
         sampling: SamplingParams | None,
         stop: Sequence[str],
         choices: Sequence[int] | None = None,
+        grammar: GrammarSpec | None = None,
+        reading: Reading | None = None,
+        **how: Unpack[How],
     ) -> list[Completion]:
         answers: list[list[Delta]] = [[] for _ in prompts]
-        for index, delta in self._run(prompts, sampling, stop, choices):
+        for index, delta in self._run(prompts, sampling, stop, choices, grammar, reading, **how):
             answers[index].append(delta)
         return [Completion.of(deltas) for deltas in answers]
 
@@ -744,39 +949,64 @@ class LLM:
         sampling: SamplingParams | None,
         stop: Sequence[str],
         choices: Sequence[int] | None = None,
+        grammar: GrammarSpec | None = None,
+        reading: Reading | None = None,
+        **how: Unpack[How],
     ) -> Iterator[tuple[int, Delta]]:
         """(index of the prompt, delta) until every answer is complete. Whatever ends it early aborts the rest.
 
         `choices`: for each prompt, which of the answers that a seed gives to it; the first where None.
         """
         self._check_process()
+        grammar = _held_to(grammar, reading)
         params = self.sampling() if sampling is None else self._with_end_of_turn(sampling)
+        how.setdefault("speculate", self._speculate)
         requests = [
-            self._words.request(self.encode(prompt) if isinstance(prompt, str) else prompt, params, choice)
+            self._words.request(
+                self.encode(prompt) if isinstance(prompt, str) else prompt,
+                params,
+                choice,
+                constrained=bool(grammar),
+                **how,
+            )
             for prompt, choice in zip(prompts, choices or [0] * len(prompts), strict=True)
         ]
-        replies = {request.id: (index, _Reply(self._words, request, stop)) for index, request in enumerate(requests)}
+        replies = {
+            request.id: (index, _Reply(self._words, request, stop, reading)) for index, request in enumerate(requests)
+        }
+        spent, self._watch = self._watch, Stopwatch()
         if not self._turn.acquire(blocking=False):
             raise BadRequest("This LLM is answering already; finish or close that answer, or make a second LLM.")
+        guides: dict[str, _Guide] = {}
         try:
             for request in requests:
+                if grammar is not None:
+                    guides[request.id] = _Guide(self._words, grammar, request)
                 self._engine.submit(request)
+                if grammar is not None:
+                    self._engine.mask(request.id, len(request.tokens), guides[request.id].bits)
             while replies:
                 for output in self._engine.step():
                     if output.id not in replies:
-                        continue  # it ended by a stop string; this is its abort
+                        continue  # it ended by a stop string or its grammar; this is its abort
                     index, reply = replies[output.id]
+                    if grammar is not None:
+                        guides[output.id].accept(output)
+                        output = guides[output.id].allow(output, self._engine.mask)
                     delta = reply.take(output)
                     if delta is None:
                         continue
                     if delta.finish is not None:
                         del replies[output.id]
-                        if output.finish is None:
-                            self._engine.abort(output.id)
+                        self._engine.abort(output.id)
+                    if delta.stages is not None:
+                        delta = replace(delta, stages=spent.around(delta.stages))
                     yield index, delta
         finally:
             for identity in replies:
                 self._engine.abort(identity)
+            for guide in guides.values():
+                guide.close()
             self._turn.release()
 
     def _with_end_of_turn(self, sampling: SamplingParams) -> SamplingParams:

@@ -68,6 +68,7 @@ class Script:
         self.seen: list[tuple[list[int], SamplingParams, list[str]]] = []
         self.hows: list[dict[str, Any]] = []
         self.engine_alive = True
+        self.ended: list[tuple[str, str]] = []
         self.loaded = False
         self.empty = False
         self.engine_pid = next(_pids)
@@ -164,10 +165,17 @@ class Port:
             pid=self._script.engine_pid,
             pool_bytes=200,
             pool_used=50,
+            pool_cached=40,
+            pool_pinned=30,
+            adopted_pages=7,
             native_seconds=9.0,
             host_seconds=0.25,
             models=models,
         )
+
+    async def end_session(self, session: str, cache_salt: str) -> int:
+        self._script.ended.append((session, cache_salt))
+        return 3
 
     async def switches(self) -> Any:
         return SimpleNamespace(switched=[0.003])

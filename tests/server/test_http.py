@@ -414,6 +414,10 @@ def test_without_a_daemon_an_absent_model_is_503_saying_what_to_run(
         ({"cache_prompt": False, "cache_salt": None}, {"cache": False, "cache_salt": ""}),
         ({"priority": -3}, {"priority": -3}),
         ({"priority": 7}, {"priority": 7}),
+        ({}, {"session": "", "retain": None}),
+        ({"session_id": "a", "cache_control": {"type": "ephemeral"}}, {"session": "a", "retain": 300}),
+        ({"cache_control": {"type": "ephemeral", "ttl": "1h"}}, {"session": "", "retain": 3600}),
+        ({"cache_control": {"type": "ephemeral", "ttl": "0s"}}, {"retain": 0}),
     ],
 )
 def test_how_a_request_is_to_be_treated_reaches_the_engine(
@@ -423,6 +427,22 @@ def test_how_a_request_is_to_be_treated_reaches_the_engine(
     assert served.post("/v1/completions", TEXT | asked).status_code == 200
     assert len(served.script.hows) == 2
     assert all(told.items() <= how.items() for how in served.script.hows)
+
+
+def test_pages_are_kept_as_long_as_any_part_of_a_message_asks_for(served: Served) -> None:
+    ttls = [("long", "5400s"), ("short", "5m")]
+    parts = [{"type": "text", "text": text, "cache_control": {"type": "ephemeral", "ttl": ttl}} for text, ttl in ttls]
+    messages = [{"role": "system", "content": parts}, {"role": "user", "content": "hi"}]
+    assert served.post("/v1/chat/completions", CHAT | {"messages": messages}).status_code == 200
+    assert served.script.hows[-1]["retain"] == 5400
+
+
+def test_a_session_is_ended_by_name(served: Served) -> None:
+    answer = served.request("DELETE", "/v1/sessions/agent/7?cache_salt=mine")
+    assert answer.json() == {"id": "agent/7", "pages_freed": 3, "deleted": True, "object": "session"}
+    assert served.script.ended == [("agent/7", "mine")]
+    assert served.request("DELETE", "/v1/sessions/" + "x" * 257).status_code == 400
+    assert served.request("GET", "/v1/sessions/agent").status_code == 405
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])

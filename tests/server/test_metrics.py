@@ -127,6 +127,8 @@ def test_the_engine_is_asked_at_each_scrape(fresh: Served) -> None:
     assert value(fresh, "vai_engine_host_cpu_seconds_total") == 0.25
     assert value(fresh, "vllm:kv_cache_usage_perc", model_name="tiny") == 0.25
     assert value(fresh, "vllm:num_preemptions_total", model_name="tiny") == 5
+    assert value(fresh, "vai_kv_pinned_bytes") == 30
+    assert (value(fresh, "vai_kv_cached_bytes"), value(fresh, "vai_kv_adopted_pages")) == (40, 7)
     assert value(fresh, "vai_engine_up") == 1
     before, after = value(fresh, "vai_model_switch_seconds_count"), value(fresh, "vai_model_switch_seconds_count")
     assert after == before + 1

@@ -106,6 +106,11 @@ def _rest(found: dict[str, Any]) -> list[str]:
             f"{size(engine['pool_cached'])} cached, {size(engine['pool_free'])} free, {busy} requests "
             f"({engine['isa']}, {engine['threads']} threads)"
         )
+        if engine["adopted_pages"] or engine["pool_pinned"]:
+            lines.append(
+                f"Pages kept: {engine['adopted_pages']:,} taken over from the engine before, "
+                f"{size(engine['pool_pinned'])} pinned by clients"
+            )
     return [*lines, f"Room for more: {size(found['room']['free'])} ({found['room']['limit']})"]
 
 

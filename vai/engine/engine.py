@@ -192,6 +192,7 @@ class Engine:
         for digest in [entry.digest for entry in self._bank.entries()]:
             self._scheduler.forget(digest)
             self._bank.release(digest)
+        self._pages.headers.close()
 
     def _run(self, batch: Batch) -> None:
         """Forward, sample, commit. A step that fails ends the requests in it, not the engine."""

@@ -50,6 +50,10 @@ class PageHeaders:
         self._slabs = memory.nbytes // SLAB
         self._generation = 0
 
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._bytes.release()
+
     def cut(self, slab: int, slabs: int, image: str, group: int, page_bytes: int) -> None:
         """`slabs` slabs are cut into new pages, none of them sealed."""
         for each in range(slab, slab + slabs):

@@ -23,16 +23,18 @@ from starlette.types import ASGIApp
 
 from vai.daemon import protocol as daemon
 from vai.errors import BadRequest, ModelNotFound, Unavailable, VaiError
-from vai.request import SamplingParams
+from vai.request import MAX_SALT, MAX_SESSION, SamplingParams
 from vai.server import schema
+from vai.server.caching import SessionEnded
 from vai.server.guard import Guard, Hosts, error_response, read_body, status_phrase
 from vai.server.metrics import TEXT_FORMAT, Engine, Metrics
 from vai.server.render import Answer, ChatAnswer, TextAnswer
 from vai.server.stream import EventStream, interleave, until_gone
+from vai.server.structured import grammar_of
 from vai.telemetry import Stopwatch
 
 if TYPE_CHECKING:
-    from vai.llm import Delta, Frontend, Model
+    from vai.llm import Delta, Frontend, Model, Reading
 
 HEALTH_SECONDS = 4.0  # an engine that says nothing this long is not healthy
 COMPLETION_TOKENS = 16  # `max_tokens` of /v1/completions where the client names none, as in OpenAI's
@@ -56,6 +58,7 @@ class Routes:
             Route("/v1/models/{name:path}", self.model),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/sessions/{session:path}", self.end_session, methods=["DELETE"]),
             Route("/health", self.health),
             Route("/readyz", self.health),
             Route("/livez", self.live),
@@ -80,6 +83,13 @@ class Routes:
                 return _json(entry)
         known = ", ".join(entry.id for entry in entries) or "none; load one: vai load FILE"
         raise ModelNotFound(f"There is no model '{name[:128]}'. Models here: {known}.", param="model")
+
+    async def end_session(self, request: Request) -> Response:
+        """Free what only this session has read. `cache_salt`, as in its requests, stands in the query."""
+        session, salt = request.path_params["session"], request.query_params.get("cache_salt", "")
+        if len(session) > MAX_SESSION or len(salt) > MAX_SALT:
+            raise BadRequest(f"A session id has at most {MAX_SESSION} characters, a salt {MAX_SALT}.")
+        return _json(SessionEnded(session, await self._engine.end_session(session, salt)))
 
     async def live(self, request: Request) -> Response:
         """The event loop answers."""
@@ -125,13 +135,14 @@ class Routes:
         with watch.preparing():
             asked = schema.decode_chat(body)
             messages = schema.plain_messages(asked.messages)
+            tools = schema.tools_of(asked)
         with watch.loading():
             model = await self._open(asked.model)
         with watch.preparing():
-            ids = await model.encode_chat(messages)
+            ids, reading = await model.chat(messages, tools)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = _sampling(asked, model, asked.max_completion_tokens or asked.max_tokens, logprobs)
-        return await _respond(request, self._metrics, watch, asked, model, [ids], sampling, ChatAnswer)
+        return await _respond(request, self._metrics, watch, asked, model, [ids], sampling, ChatAnswer, reading=reading)
 
     async def completions(self, request: Request) -> Response | EventStream:
         body, watch = await read_body(request.scope, request.receive), Stopwatch()
@@ -257,9 +268,10 @@ async def _respond(
     sampling: SamplingParams,
     kind: type[Answer],
     echo: Sequence[str] = (),
+    reading: Reading | None = None,
 ) -> Response | EventStream:
     """Generate every choice for every prompt, and carry the answer to the client as it asked for it."""
-    options = asked.stream_options
+    options, grammar, retain = asked.stream_options, grammar_of(asked), schema.retain(asked)
     answer = kind(
         model,
         [len(prompt) for prompt in prompts],
@@ -282,7 +294,11 @@ async def _respond(
                 stop,
                 cache=asked.cache_prompt is not False,
                 cache_salt=asked.cache_salt or "",
+                session=asked.session_id or "",
+                retain=retain,
                 priority=asked.priority or 0,
+                reading=reading,
+                grammar=grammar,
             )
         ]
     )

@@ -83,6 +83,12 @@ class _Status(Protocol):
     @property
     def pool_used(self) -> int: ...
     @property
+    def pool_cached(self) -> int: ...
+    @property
+    def pool_pinned(self) -> int: ...
+    @property
+    def adopted_pages(self) -> int: ...
+    @property
     def native_seconds(self) -> float: ...
     @property
     def host_seconds(self) -> float: ...
@@ -101,6 +107,8 @@ class Engine(Protocol):
     async def status(self) -> _Status: ...
 
     async def switches(self) -> _Switches: ...
+
+    async def end_session(self, session: str, cache_salt: str) -> int: ...
 
 
 class _Image(NamedTuple):
@@ -157,6 +165,7 @@ class Metrics:
         """The same deltas, counted as they pass. Left early, the request counts as aborted."""
         began = last = time.monotonic()
         made, finish, end = 0, "abort", None
+        between, generated = self._between.labels(model), self._generated.labels(model)  # a lookup costs a lock
         try:
             async with aclosing(deltas) as items:
                 async for delta in items:
@@ -165,10 +174,11 @@ class Metrics:
                         self._prompt.labels(model).inc(prompt_tokens)
                         self._queried.labels(model).inc(prompt_tokens)
                         self._hit.labels(model).inc(delta.cached_tokens)
+                        self._first.labels(model).observe(now - began)
+                    elif new:
+                        between.observe((now - last) / new)
                     if new:
-                        latency = self._between if made else self._first
-                        latency.labels(model).observe((now - last) / new if made else now - began)
-                        self._generated.labels(model).inc(new)
+                        generated.inc(new)
                         made, last = made + new, now
                     if delta.finish is not None:
                         finish, end = delta.finish, delta
@@ -259,7 +269,14 @@ def _of_engine(status: _Status | None, names: dict[str, str]) -> list[Metric]:
     host = CounterMetricFamily(
         "vai_engine_host_cpu_seconds", "CPU time of the engine beside computing.", value=status.host_seconds
     )
-    return [up, running, waiting, usage, preempted, native, host]
+    pool = [
+        GaugeMetricFamily("vai_kv_cached_bytes", "Scratchpad that the prefix cache keeps.", value=status.pool_cached),
+        GaugeMetricFamily("vai_kv_pinned_bytes", "Scratchpad kept at a client's wish.", value=status.pool_pinned),
+        GaugeMetricFamily(
+            "vai_kv_adopted_pages", "Cached pages taken over from the engine before.", value=status.adopted_pages
+        ),
+    ]
+    return [up, running, waiting, usage, preempted, native, host, *pool]
 
 
 def _files(root: Path, names: dict[str, str]) -> tuple[list[_Image], int]:

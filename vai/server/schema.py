@@ -14,9 +14,11 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from vai.errors import BadRequest, NotSupported, VaiError
+from vai.llm import MAX_TOOLS, ToolChoice, ToolList, Tools, offered
 from vai.request import (
     MAX_CHOICES,
     MAX_LOGPROBS,
+    MAX_PRIORITY,
     MAX_SALT,
     MAX_STOP_IDS,
     LogitBias,
@@ -24,6 +26,8 @@ from vai.request import (
     RepetitionPenalty,
     TokenId,
 )
+from vai.server.caching import CacheControl, SessionId, retain_of
+from vai.server.structured import Constrained
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
@@ -35,6 +39,7 @@ _SHOWN = 80  # characters of a client's own words that an error message repeats
 ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
 Harmless = Annotated[str, Meta(max_length=1 << 16)] | None
 Anything = msgspec.Raw | UnsetType
+CallId = Annotated[str, Meta(max_length=256)]
 Tokens = Annotated[int, Meta(ge=1, le=1 << 24)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stop = (
@@ -48,7 +53,7 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     include_obfuscation: bool | None = None
 
 
-class Common(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Common(Constrained, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Fields that both kinds of request have. None is the same as absent, as in the OpenAI clients."""
 
     model: ModelName
@@ -71,6 +76,10 @@ class Common(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     logit_bias: LogitBias | None = None
     cache_prompt: bool | None = None  # llama.cpp's word: false neither reads the prefix cache nor adds to it
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT)] | None = None  # vLLM's: whose prefix cache
+    cache_control: CacheControl | None = None
+    session_id: SessionId | None = None
+    stages: bool | None = None  # ours: the answer says what each stage of the request took
+    priority: Annotated[int, Meta(ge=-MAX_PRIORITY, lt=MAX_PRIORITY)] | None = None  # vLLM's: lower goes first
     # Harmless whatever they say.
     user: Harmless = None
     metadata: dict[str, str] | None = None
@@ -79,8 +88,6 @@ class Common(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     # Taken with the value that asks for nothing, else refused: REFUSED below.
     service_tier: Harmless = None
     skip_special_tokens: bool | None = None
-    priority: int | None = None
-    structured_outputs: Anything = UNSET
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -93,6 +100,23 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     file: Anything = UNSET
     refusal: Anything = UNSET
     prompt_cache_breakpoint: Anything = UNSET
+    cache_control: CacheControl | None = None
+
+
+class PastFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a model called: arguments are JSON text, unless it wrote something else."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=1024)]
+    arguments: Annotated[str, Meta(max_length=1 << 20)]
+
+
+class PastCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A call in an earlier turn. `index` is there where a client kept what was streamed."""
+
+    id: CallId
+    function: PastFunction
+    type: Literal["function"] = "function"
+    index: int | None = None
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -102,16 +126,12 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     content: str | Annotated[list[Part], Meta(min_length=1, max_length=MAX_PARTS)] | None = None
     name: Annotated[str, Meta(max_length=256)] | None = None
     refusal: str | None = None
-    tool_calls: list[msgspec.Raw] | None = None
+    tool_calls: Annotated[list[PastCall], Meta(max_length=MAX_TOOLS)] | None = None
     function_call: Anything = UNSET
-    tool_call_id: str | None = None
+    tool_call_id: CallId | None = None
     audio: Anything = UNSET
     annotations: list[msgspec.Raw] | None = None
     reasoning_content: str | None = None
-
-
-class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
-    type: Annotated[str, Meta(max_length=64)]
 
 
 class ChatRequest(Common, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -124,11 +144,10 @@ class ChatRequest(Common, frozen=True, forbid_unknown_fields=True, kw_only=True)
     parallel_tool_calls: bool | None = None
     verbosity: Harmless = None
     store: bool | None = None
-    tools: list[msgspec.Raw] | None = None
-    tool_choice: Anything = UNSET
+    tools: ToolList | None = None
+    tool_choice: ToolChoice | None = None
     functions: list[msgspec.Raw] | None = None
     function_call: Anything = UNSET
-    response_format: ResponseFormat | None = None
     modalities: list[str] | None = None
     reasoning_effort: Harmless = None
     chat_template_kwargs: dict[str, msgspec.Raw] | None = None
@@ -175,14 +194,9 @@ _REFUSED: dict[str, Callable[[Any], bool]] = {
     "best_of": _equal(1),
     "service_tier": _one_of("auto", "default"),
     "skip_special_tokens": _equal(True),
-    "priority": _equal(0),
-    "structured_outputs": _null,
     "store": _equal(False),
-    "tools": _empty,
-    "tool_choice": _one_of("none", "auto"),
     "functions": _empty,
     "function_call": _one_of("none", "auto"),
-    "response_format": lambda value: value.type == "text",
     "modalities": _equal([], ["text"]),
     "reasoning_effort": _one_of("none"),
     "chat_template_kwargs": _empty,
@@ -195,7 +209,6 @@ _REFUSED: dict[str, Callable[[Any], bool]] = {
     "suffix": _empty,
 }
 _REFUSED_IN_MESSAGE: dict[str, Callable[[Any], bool]] = {
-    "tool_calls": _empty,
     "function_call": _null,
     "audio": _null,
 }
@@ -274,17 +287,45 @@ def decode_completion(body: bytes) -> CompletionRequest:
     return request
 
 
-def plain_messages(messages: list[Message]) -> list[dict[str, str]]:
+def tools_of(request: ChatRequest) -> Tools | None:
+    """The functions on offer; None where the model is to call nothing. Raises BadRequest."""
+    return offered(request.tools, request.tool_choice, request.parallel_tool_calls)
+
+
+def retain(request: ChatRequest | CompletionRequest) -> int | None:
+    """Seconds for which the pages of a request are kept after it; None where it does not say."""
+    parts = [request.cache_control]
+    if isinstance(request, ChatRequest):
+        contents = (message.content for message in request.messages if isinstance(message.content, list))
+        parts += [part.cache_control for content in contents for part in content]
+    return retain_of(parts)
+
+
+def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
     """Messages with their content as one text each. Raises BadRequest or NotSupported."""
     return [_plain(message, f"messages[{number}].") for number, message in enumerate(messages)]
 
 
-def _plain(message: Message, prefix: str) -> dict[str, str]:
-    if message.role in ("tool", "function"):
-        raise NotSupported(f"Messages of role '{message.role}' are not supported.", param=prefix + "role")
+def _plain(message: Message, prefix: str) -> dict[str, Any]:
+    if message.role == "function":
+        raise NotSupported("Messages of role 'function' are not supported; send role 'tool'.", param=prefix + "role")
     _refuse(message, _REFUSED_IN_MESSAGE, prefix)
-    plain = {"role": str(message.role), "content": _text(message, prefix)}
-    return plain if message.name is None else plain | {"name": message.name}
+    if message.role == "tool" and message.tool_call_id is None:
+        raise BadRequest("A message of role 'tool' needs the 'tool_call_id'.", param=prefix + "tool_call_id")
+    if message.role != "assistant" and message.tool_calls:
+        raise BadRequest("Only a message of role 'assistant' has 'tool_calls'.", param=prefix + "tool_calls")
+    plain: dict[str, Any] = {"role": str(message.role), "content": _text(message, prefix)}
+    if message.role == "assistant":
+        calls = [_plain_call(call) for call in message.tool_calls or ()]
+        plain |= {"tool_calls": calls, "reasoning_content": message.reasoning_content}
+    elif message.role == "tool":
+        plain["tool_call_id"] = message.tool_call_id
+    return {key: value for key, value in (plain | {"name": message.name}).items() if value not in (None, [])}
+
+
+def _plain_call(call: PastCall) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": call.function.arguments}
+    return {"id": call.id, "type": call.type, "function": function}
 
 
 def _text(message: Message, prefix: str) -> str:
@@ -378,10 +419,34 @@ class CompletionLogprobs(msgspec.Struct):
     text_offset: list[int] = []
 
 
+class CalledFunction(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A function and its arguments as JSON text; in a stream the name once, the arguments in pieces."""
+
+    arguments: str
+    name: str | None = None
+
+
+class MadeCall(msgspec.Struct, frozen=True):
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
+class CallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A piece of the `index`th call; `id` and `type` come with the first."""
+
+    index: int
+    function: CalledFunction
+    id: str | None = None
+    type: str | None = None
+
+
 class AnswerMessage(msgspec.Struct, frozen=True):
-    content: str
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[MadeCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -400,6 +465,7 @@ class Chat(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    stages: dict[str, float] | UnsetType = UNSET
     object: str = "chat.completion"
 
 
@@ -419,12 +485,15 @@ class Completion(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage | UnsetType | None = UNSET
+    stages: dict[str, float] | UnsetType = UNSET
     object: str = "text_completion"
 
 
 class AnswerDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallDelta] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -443,6 +512,7 @@ class ChatChunk(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    stages: dict[str, float] | UnsetType = UNSET
     object: str = "chat.completion.chunk"
 
 
