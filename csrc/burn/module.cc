@@ -1,11 +1,14 @@
-// vai.burn._pack: checkpoint rows -> the ROM's tiles with the proof in the same pass, and tiles -> rows.
+// vai.burn._pack: checkpoint rows -> the ROM's tiles with the proof in the same pass, tiles -> rows, and the two other
+// loops of a burn that are hot: the hashes of chunks, and the hundred thousands of strings of a vocabulary.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
+#include "sha256.h"
 #include "tiles.h"
 
 namespace nb = nanobind;
@@ -172,6 +175,52 @@ nb::bytes unpack(const std::string& type, bool vector, nb::handle stored, std::s
   return nb::steal<nb::bytes>(raw);
 }
 
+bool can_hash() {
+#if defined(__x86_64__)
+  return has_sha256();
+#else
+  return false;
+#endif
+}
+
+nb::bytes hash_each([[maybe_unused]] nb::handle data, std::size_t piece) {
+  if (!can_hash()) throw std::runtime_error("this processor has no instructions for SHA-256");
+  require(piece > 0, "no such piece");
+#if defined(__x86_64__)
+  const Buffer from(data, PyBUF_SIMPLE);
+  const std::size_t count = from.size() / piece + (from.size() % piece != 0);
+  PyObject* raw = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(count * kDigest));
+  if (raw == nullptr) throw nb::python_error();
+  auto* out = reinterpret_cast<std::uint8_t*>(PyBytes_AS_STRING(raw));
+  {
+    const nb::gil_scoped_release release;
+    sha256_each(from.data(), from.size(), piece, out);
+  }
+  return nb::steal<nb::bytes>(raw);
+#endif
+}
+
+// GGUF strings (a little-endian 64-bit length before each) at bytes [position, end) of a buffer.
+nb::tuple strings(nb::handle buffer, std::size_t position, std::size_t end, std::size_t count, std::size_t limit) {
+  const Buffer from(buffer, PyBUF_SIMPLE);
+  require(position <= end && end <= from.size() && count <= (end - position) / sizeof(std::uint64_t), "no such range");
+  auto list = nb::steal<nb::list>(PyList_New(static_cast<Py_ssize_t>(count)));
+  if (!list.is_valid()) throw nb::python_error();
+  for (std::size_t i = 0; i < count; ++i) {
+    std::uint64_t length = 0;
+    if (end - position < sizeof length) throw nb::index_error("the file ends");
+    std::memcpy(&length, from.data() + position, sizeof length);
+    position += sizeof length;
+    if (length > limit || length > end - position) throw nb::value_error(std::to_string(length).c_str());
+    const char* text = reinterpret_cast<const char*>(from.data() + position);
+    PyObject* decoded = PyUnicode_DecodeUTF8(text, static_cast<Py_ssize_t>(length), nullptr);
+    if (decoded == nullptr) throw nb::python_error();
+    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), decoded);
+    position += length;
+  }
+  return nb::make_tuple(list, position);
+}
+
 }  // namespace
 
 NB_MODULE(_pack, m) {
@@ -185,4 +234,10 @@ NB_MODULE(_pack, m) {
         "Whether the whole stored tensor holds this part bit for bit: the proof that fill() makes, on its own.");
   m.def("unpack", &unpack, nb::arg("type"), nb::arg("vector"), nb::arg("stored"), nb::arg("rows"), nb::arg("columns"),
         nb::arg("first_block"), nb::arg("block_step"), "The source bytes of a part, from the whole stored tensor.");
+  m.def("can_hash", &can_hash, "Whether this processor has instructions for SHA-256, and with them hash_each.");
+  m.def("hash_each", &hash_each, nb::arg("data"), nb::arg("piece"),
+        "SHA-256 of each `piece` bytes of `data`, the last being what is left, one after the other.");
+  m.def("strings", &strings, nb::arg("buffer"), nb::arg("position"), nb::arg("end"), nb::arg("count"), nb::arg("limit"),
+        "(`count` GGUF strings from `position` on, where the last one ends). IndexError where they go past `end`,\n"
+        "ValueError with the length of a string over `limit` or the end, UnicodeDecodeError for what is not UTF-8.");
 }

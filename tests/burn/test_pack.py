@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vai.burn import _pack
+from vai.burn.burn import chunk_hashes
 from vai.rom.image import BLOCK_TYPES, tensor_bytes
 
 Bytes = NDArray[np.uint8]
@@ -351,6 +353,29 @@ def test_the_proof_of_a_vector_sees_every_single_bit(type: str) -> None:
     assert _pack.proved(type, True, raw.data, 13, 1, 0, 1, out.data)
 
 
+# --- hashes -----------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.binary(max_size=700), piece=st.integers(1, 300))
+def test_pieces_are_hashed_in_order_as_the_standard_library_hashes_them(data: bytes, piece: int) -> None:
+    expected = [hashlib.sha256(data[at : at + piece]).digest() for at in range(0, len(data), piece)]
+    assert chunk_hashes(memoryview(data), piece, native=False) == expected
+    if _pack.can_hash():
+        assert chunk_hashes(memoryview(data), piece, native=True) == expected
+        assert chunk_hashes(memoryview(data * 40), piece * 41, native=True) == [
+            hashlib.sha256((data * 40)[at : at + piece * 41]).digest() for at in range(0, 40 * len(data), piece * 41)
+        ]
+    else:
+        with pytest.raises(RuntimeError):
+            _pack.hash_each(data, piece)
+
+
+def test_a_piece_of_nothing_is_refused() -> None:
+    with pytest.raises((ValueError, RuntimeError)):
+        _pack.hash_each(b"abc", 0)
+
+
 # --- hostile arguments ------------------------------------------------------------------------------------------------
 
 
@@ -389,3 +414,27 @@ def test_stored_bytes_that_are_too_short_are_refused() -> None:
         _pack.unpack("Q4_0", False, bytes(576), 16, 64, 1, 1)
     with pytest.raises(BufferError):
         _pack.fill("Q4_0", False, source("Q4_0", 16, 64).data, 16, 64, 0, 1, 0, bytes(576))  # read-only
+
+
+@pytest.mark.parametrize(
+    ("position", "end", "count", "limit", "error"),
+    [
+        (0, 27, 2, 99, None),
+        (0, 27, 3, 99, IndexError),  # there are two
+        (0, 26, 2, 99, ValueError),  # the end is within the second
+        (0, 27, 2, 5, ValueError),  # which has six bytes
+        (0, 28, 2, 99, ValueError),  # longer than the buffer
+        (28, 27, 0, 99, ValueError),
+        (0, 27, 1 << 61, 99, ValueError),
+        (1, 27, 1, 99, ValueError),  # a length of 2^56 and more
+    ],
+)
+def test_strings_are_read_inside_their_bounds(
+    position: int, end: int, count: int, limit: int, error: type[Exception] | None
+) -> None:
+    raw = b"".join(len(text).to_bytes(8, "little") + text for text in ("gröe".encode(), b"sechs!"))
+    if error is None:
+        assert _pack.strings(raw, position, end, count, limit) == (["gröe", "sechs!"], 27)
+    else:
+        with pytest.raises(error):
+            _pack.strings(raw, position, end, count, limit)

@@ -85,12 +85,16 @@ def sections(
     return {**made, **changed}
 
 
-def burn(root: Path, seed: int = 0, scale: int = 1, announce: object = None, **changed: bytes) -> str:
+def burn(
+    root: Path, seed: int = 0, scale: int = 1, announce: object = None, huge_pages: bool = True, **changed: bytes
+) -> str:
     """Burn a toy with random weights of this seed; the digest. `announce(point)` is called on the way."""
     say = announce if callable(announce) else lambda point: None
     tensors, data_bytes = toy_tensors(scale)
     plan = form.layout({k: len(v) for k, v in sections(b"", tensors, data_bytes, **changed).items()}, data_bytes)
-    with segment.Partial(root, file_bytes=plan.file_bytes, data_offset=plan.data_offset) as partial:
+    with segment.Partial(
+        root, file_bytes=plan.file_bytes, data_offset=plan.data_offset, huge_pages=huge_pages
+    ) as partial:
         say("allocated")
         weights = random.Random(seed)
         for tensor in tensors:

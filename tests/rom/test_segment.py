@@ -608,7 +608,7 @@ def test_metadata_is_read_without_a_lease(root: Path) -> None:
 
 
 def test_a_collapsed_image_is_read_through_huge_pages_by_a_fresh_mapping(shared_memory: Path) -> None:
-    with segment.attach(shared_memory / "root", burn(shared_memory / "root", scale=4)) as image:
+    with segment.attach(shared_memory / "root", burn(shared_memory / "root", scale=4, huge_pages=False)) as image:
         whole = image.header.data_bytes // form.DATA_ALIGN * form.DATA_ALIGN
         assert segment.huge_share(image) == 0
         expected = whole / image.header.data_bytes
@@ -616,6 +616,69 @@ def test_a_collapsed_image_is_read_through_huge_pages_by_a_fresh_mapping(shared_
         assert segment.huge_share(image) == pytest.approx(expected)
         assert segment.resident_share(image) == 1
         segment.verify(image)
+
+
+@pytest.fixture
+def whatever_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Huge pages even where small ones would be faster at this moment."""
+    monkeypatch.setattr(segment, "SMALL_PAGES_SECONDS", 1.0)
+
+
+def test_an_image_is_burned_into_huge_pages_where_the_kernel_has_them(
+    shared_memory: Path, whatever_they_cost: None
+) -> None:
+    with segment.attach(shared_memory / "root", burn(shared_memory / "root", scale=4)) as image:
+        whole = image.header.data_bytes // form.DATA_ALIGN * form.DATA_ALIGN
+        assert segment.huge_share(image) == pytest.approx(whole / image.header.data_bytes)
+        segment.verify(image)
+
+
+@pytest.mark.parametrize("step", [4 << 20, 64 << 20])
+def test_a_window_is_the_data_itself_where_it_has_huge_pages(
+    step: int, shared_memory: Path, whatever_they_cost: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the last 4 MiB of data, whose end no huge page fits."""
+    monkeypatch.setattr(segment, "ALLOCATION_STEP", step)
+    with segment.Partial(shared_memory / "root", file_bytes=(12 << 20) + 4096, data_offset=2 << 20) as partial:
+        for start in (0, 6 << 20):
+            window = partial.window(start, 4 << 20)
+            assert window is not None
+            window[-3:] = b"end"
+            assert partial.data[start : start + (4 << 20)] == bytes((4 << 20) - 3) + b"end"
+        assert partial.window(6 << 20, (4 << 20) + 1) is None
+        partial.write(memoryview(b"tail"), 10 << 20)
+        assert bytes(partial.data[(10 << 20) - 1 :]) == b"dtail".ljust(4097, b"\0")
+        with pytest.raises(ValueError, match="outside the data area"):
+            partial.window(10 << 20, 4097)
+        assert partial.path.stat().st_blocks * 512 == (12 << 20) + 4096
+
+
+def test_there_is_no_window_where_the_filesystem_has_no_huge_pages_or_none_are_wanted(
+    root: Path, shared_memory: Path
+) -> None:
+    with segment.Partial(root, file_bytes=8 << 20, data_offset=2 << 20) as partial:
+        assert partial.window(0, 2 << 20) is None
+    wanted = segment.Partial(shared_memory / "root", file_bytes=8 << 20, data_offset=2 << 20, huge_pages=False)
+    with wanted as partial:
+        assert partial.window(0, 2 << 20) is None
+
+
+def test_huge_pages_that_cost_more_than_small_ones_are_not_waited_for(
+    shared_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment, "SMALL_PAGES_SECONDS", 0.0)
+    with segment.Partial(shared_memory / "root", file_bytes=32 << 20, data_offset=2 << 20) as partial:
+        assert partial.window(0, 8 << 20) is not None
+        assert partial.window(8 << 20, 2 << 20) is None
+        assert not any(partial.data), "what is no huge page is there as well"
+
+
+def test_a_window_ends_with_its_burn(shared_memory: Path) -> None:
+    partial = segment.Partial(shared_memory / "root", file_bytes=8 << 20, data_offset=2 << 20)
+    with partial:
+        pass
+    with pytest.raises(Unavailable, match="burn has ended"):
+        partial.window(0, 1)
 
 
 def test_collapsing_where_the_filesystem_cannot_changes_nothing(root: Path) -> None:

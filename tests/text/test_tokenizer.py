@@ -18,9 +18,10 @@ from reference_bpe import byte_level as reference_byte_level
 from reference_bpe import sentence_piece as reference_sentence_piece
 
 from vai.errors import BadRequest, MalformedFile, UnsupportedModel
+from vai.text.fields import read
 from vai.text.pretokenizers import PRETOKENIZERS
 from vai.text.template import template_section
-from vai.text.tokenizer import PROBE, Tokenizer, tokenizer_section
+from vai.text.tokenizer import PROBE, Tokenizer, probe_tokens, tokenizer_section
 
 MARKER = "\ufdd0"
 TEXTS = [
@@ -314,6 +315,37 @@ def test_an_unknown_pretokenizer_is_refused_by_name() -> None:
         tokenizer_section(byte_level("brand-new"))
 
 
+def test_a_token_that_garbles_texts_is_refused() -> None:
+    """It is matched in raw text, and comes back as what the alphabet of byte-level BPE has its characters for."""
+    fields = byte_level(size=600)
+    fields[GGML + "token_type"][-2] = 4  # user-defined
+    tokenizer_section(fields)
+    fields[GGML + "tokens"][-2] = "fé"
+    with pytest.raises(MalformedFile, match="does not give back the text it encodes"):
+        tokenizer_section(fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [*map(byte_level, sorted(CUTS)), sentence_piece(), sentence_piece(unknown_token_id=None)]
+)
+def test_a_tokenizer_is_proven_on_every_token_that_the_whole_of_it_uses(fields: dict[str, Any]) -> None:
+    used = set(tokenizer_of(fields).encode(PROBE, add_bos=False))
+    tokens = probe_tokens(read(fields))
+    assert len(used) > 100
+    assert used <= set(tokens.values())
+    assert all(fields[GGML + "tokens"][id] == token for token, id in tokens.items())
+
+
+def test_the_vocabulary_stands_in_the_order_of_ids_with_any_characters_in_it() -> None:
+    odd = ['""', '\\"', "a b", "\n", "\x00", "é\u2028", "𝔘", " "]
+    fields = byte_level(size=600)
+    fields[GGML + "tokens"][300 : 300 + len(odd)] = odd
+    fields[GGML + "merges"] = []
+    document = json.loads(tokenizer_section(fields))
+    assert list(document["model"]["vocab"].items()) == [(t, i) for i, t in enumerate(fields[GGML + "tokens"])]
+    assert [tokenizer_of(fields).token_bytes(i) for i in (300, 301, 306)] == [b'""', b'\\"', "𝔘".encode()]
+
+
 @pytest.mark.parametrize("pre", [None, "default", ""])
 def test_a_file_that_does_not_say_how_to_split_is_refused_rather_than_guessed_at(pre: str | None) -> None:
     with pytest.raises(UnsupportedModel, match=r"tokenizer\.ggml\.pre"):
@@ -332,7 +364,7 @@ def test_the_section_has_the_same_bytes_on_every_machine() -> None:
     tokens = [*byte_level(size=259)["tokenizer.ggml.tokens"][:256], "th", "the", "<|end|>"]
     fields = {"tokens": tokens, "merges": ["t h", "th e"], "token_type": [1] * 258 + [3], "eos_token_id": 258}
     section = tokenizer_section(byte_level("qwen2", 259, **fields))
-    assert hashlib.sha256(section).hexdigest() == "c66cb5b8ae2644454dd72e331660bd856c17a687e72c7ac4f443b270c994f06a"
+    assert hashlib.sha256(section).hexdigest() == "6096aab489f73d5fbffa8174fb7564083e8421c4d1d6e13dd8da0481d00c9358"
     template = template_section({**byte_level("qwen2", 259, **fields), "tokenizer.chat_template": "{{ 'é' }}"})
     assert template == (
         b'{"add_bos":false,"bos":null,"bos_token":"","chat_template":"{{ \'\xc3\xa9\' }}","eog":[258],"eos":258,'

@@ -1,4 +1,6 @@
-"""Types of the native packers (csrc/burn/module.cc)."""
+"""Types of the burner's native code (csrc/burn/module.cc)."""
+
+from mmap import mmap
 
 def fill(
     type: str,
@@ -30,3 +32,8 @@ def unpack(
     first_block: int,
     block_step: int,
 ) -> bytes: ...
+def can_hash() -> bool: ...
+def hash_each(data: memoryview | bytes, piece: int) -> bytes: ...
+def strings(
+    buffer: memoryview | bytes | mmap, position: int, end: int, count: int, limit: int
+) -> tuple[list[str], int]: ...

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
+from vai.burn import _pack
 from vai.errors import BadRequest, MalformedFile, ModelNotFound, UnsupportedModel
 
 MAGIC = b"GGUF"
@@ -198,26 +199,18 @@ def _scalar(cursor: _Cursor, kind: int, what: str) -> Scalar:
 
 
 def _strings(cursor: _Cursor, count: int, what: str) -> list[str]:
-    """`count` strings. The loop is the reader's hottest: a vocabulary has some hundred thousand of them."""
-    buffer, position, end, unpack = cursor.buffer, cursor.position, cursor.end, _U64.unpack_from
-    out: list[str] = []
-    append = out.append
+    """`count` strings, in native code: a vocabulary has some hundred thousand of them."""
     try:
-        for _ in range(count):
-            start = position + 8
-            if start > end:
-                raise MalformedFile(f"The file ends inside {what}; it is truncated, fetch it again.")
-            (length,) = unpack(buffer, position)
-            position = start + length
-            if position > end or length > MAX_STRING_BYTES:
-                raise MalformedFile(
-                    f"A string in {what} says it has {length} bytes: more than there are, or than is sane."
-                )
-            append(buffer[start:position].decode())
+        strings, cursor.position = _pack.strings(cursor.buffer, cursor.position, cursor.end, count, MAX_STRING_BYTES)
+    except IndexError:
+        raise MalformedFile(f"The file ends inside {what}; it is truncated, fetch it again.") from None
     except UnicodeDecodeError:
         raise MalformedFile(f"A string in {what} is not valid UTF-8.") from None
-    cursor.position = position
-    return out
+    except ValueError as length:
+        raise MalformedFile(
+            f"A string in {what} says it has {length} bytes: more than there are, or than is sane."
+        ) from None
+    return strings
 
 
 def _array(cursor: _Cursor, what: str) -> Value:

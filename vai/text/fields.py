@@ -15,6 +15,7 @@ MAX_TOKENS = 1 << 20
 MAX_MERGES = 1 << 22
 MAX_TOKEN_CHARACTERS = 1 << 10  # of one token; real ones end near 256
 MAX_TEMPLATE_CHARACTERS = 1 << 20
+_TOGETHER = 1 << 12  # texts whose encoding is tried in one go
 
 # Texts that end a turn whatever id the file declares (GGUF files often name only one of several).
 END_OF_GENERATION = frozenset(
@@ -30,12 +31,14 @@ UTF8_BYTES = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}  # the ot
 class TokenizerFields(NamedTuple):
     """A GGUF tokenizer: `kind` "gpt2" (byte-level BPE) or "llama" (SentencePiece BPE); tokens are unique and not empty.
 
-    `merges` (gpt2) are pairs in rank order; `scores` (llama) one a token; `pre` is None for llama.
+    `ids` has the id of every token, in their order; `merges` (gpt2) are pairs in rank order, of tokens and making a
+    token; `scores` (llama) one a token; `pre` is None for llama.
     """
 
     kind: str
     pre: Pretokenizer | None
     tokens: list[str]
+    ids: dict[str, int]
     types: list[int]
     scores: list[float]
     merges: list[tuple[str, str]]
@@ -58,25 +61,27 @@ def read(fields: Mapping[str, object]) -> TokenizerFields:
         raise UnsupportedModel("The file has no tokenizer (tokenizer.ggml.model); VAI serves text models only.")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedModel(f"The tokenizer kind '{kind}' is not supported yet; gpt2 and llama are.")
-    tokens = _tokens(fields)
+    ids = _tokens(fields)
+    tokens = list(ids)
     types = _types(fields, len(tokens))
     pre = _pretokenizer(fields, len(tokens)) if kind == "gpt2" else None
-    bos = _id(fields, "bos", tokens) or _spelled("<s>", kind, tokens, types)
-    eos = _id(fields, "eos", tokens) or _spelled("</s>", kind, tokens, types)
+    bos = _id(fields, "bos", len(tokens)) or _spelled("<s>", kind, ids, types)
+    eos = _id(fields, "eos", len(tokens)) or _spelled("</s>", kind, ids, types)
     add_bos = _flag(fields, "tokenizer.ggml.add_bos_token", pre.add_bos if pre else True)
     checked = TokenizerFields(
         kind=kind,
         pre=pre,
         tokens=tokens,
+        ids=ids,
         types=types,
         scores=_scores(fields, len(tokens)) if kind == "llama" else [],
-        merges=_merges(fields, tokens) if kind == "gpt2" else [],
+        merges=_merges(fields, ids) if kind == "gpt2" else [],
         add_space_prefix=_flag(fields, "tokenizer.ggml.add_space_prefix", kind == "llama"),
         add_bos=add_bos and bos is not None,
         bos=bos.id if bos else None,
         eos=eos.id if eos else None,
-        unknown=unknown.id if (unknown := _id(fields, "unknown", tokens)) else None,
-        eog=_eog(fields, tokens, types, eos),
+        unknown=unknown.id if (unknown := _id(fields, "unknown", len(tokens))) else None,
+        eog=_eog(fields, ids, types, eos),
         chat_template=_text(fields, "tokenizer.chat_template", MAX_TEMPLATE_CHARACTERS),
     )
     _check_bytes(checked)
@@ -122,21 +127,32 @@ def _array(fields: Mapping[str, object], key: str, limit: int) -> list[object] |
     return list(listed)
 
 
-def _tokens(fields: Mapping[str, object]) -> list[str]:
+def _texts(listed: list[object], key: str, limit: int, what: str) -> list[str]:
+    """All of `listed`, which must be texts of at most `limit` characters. What is said of one text is asked of all at
+    once where that can be: there are some hundred thousand."""
+    texts = [text for text in listed if isinstance(text, str)]
+    if len(texts) != len(listed) or max(map(len, texts), default=0) > limit:
+        wrong = next(i for i, text in enumerate(listed) if not isinstance(text, str) or len(text) > limit)
+        raise MalformedFile(f"{key}[{wrong}] must be a text{what}.")
+    for start in range(0, len(texts), _TOGETHER):
+        _encodable("".join(texts[start : start + _TOGETHER]), key)
+    return texts
+
+
+def _tokens(fields: Mapping[str, object]) -> dict[str, int]:
+    """The id of every token, in their order."""
     key = "tokenizer.ggml.tokens"
     listed = _array(fields, key, MAX_TOKENS)
     if not listed:
         raise MalformedFile(f"{key} is missing or empty.")
-    tokens: list[str] = []
-    for index, token in enumerate(listed):
-        if not isinstance(token, str) or len(token) > MAX_TOKEN_CHARACTERS:
-            raise MalformedFile(f"{key}[{index}] must be a text of at most {MAX_TOKEN_CHARACTERS:,} characters.")
-        tokens.append(_encodable(token, f"{key}[{index}]") or f"[EMPTY_{index}]")
-    if len(set(tokens)) != len(tokens):
-        seen: set[str] = set()
-        twice = next(token for token in tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value] # set.add is None, so false
+    tokens = _texts(listed, key, MAX_TOKEN_CHARACTERS, f" of at most {MAX_TOKEN_CHARACTERS:,} characters")
+    if "" in tokens:
+        tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
+    ids = dict(zip(tokens, range(len(tokens)), strict=True))
+    if len(ids) != len(tokens):
+        twice = next(token for index, token in enumerate(tokens) if ids[token] != index)
         raise MalformedFile(f"{key} has {twice!r} twice; every token needs its own text.")
-    return tokens
+    return ids
 
 
 def _types(fields: Mapping[str, object], count: int) -> list[int]:
@@ -144,8 +160,8 @@ def _types(fields: Mapping[str, object], count: int) -> list[int]:
     listed = _array(fields, key, MAX_TOKENS)
     if listed is None:
         return [NORMAL] * count
-    types = [kind for kind in listed if type(kind) is int and 0 <= kind <= BYTE]
-    if len(types) != len(listed) or len(types) != count:
+    types = [kind for kind in listed if type(kind) is int]
+    if len(listed) != count or len(types) != count or not set(types) <= set(range(BYTE + 1)):
         raise MalformedFile(f"{key} must have {count:,} entries from 0 to {BYTE}, one for each token.")
     return types
 
@@ -159,51 +175,47 @@ def _scores(fields: Mapping[str, object], count: int) -> list[float]:
     return scores
 
 
-def _merges(fields: Mapping[str, object], tokens: list[str]) -> list[tuple[str, str]]:
+def _merges(fields: Mapping[str, object], ids: Mapping[str, int]) -> list[tuple[str, str]]:
     key = "tokenizer.ggml.merges"
     listed = _array(fields, key, MAX_MERGES)
     if listed is None:
         raise MalformedFile(f"{key} is missing; a byte-level BPE tokenizer cannot work without it.")
-    known = set(tokens)
     merges: list[tuple[str, str]] = []
-    for index, merge in enumerate(listed):
-        if not isinstance(merge, str) or len(merge) > 2 * MAX_TOKEN_CHARACTERS + 1:
-            raise MalformedFile(f"{key}[{index}] must be a text: two tokens with a space between them.")
-        left, _, right = merge[1:].partition(" ")  # the first character may itself be a space
-        left = merge[:1] + left
-        if left not in known or right not in known or left + right not in known:
+    for index, merge in enumerate(
+        _texts(listed, key, 2 * MAX_TOKEN_CHARACTERS + 1, ": two tokens with a space between them")
+    ):
+        left, _, right = merge.partition(" ")
+        if not left:  # the first character may itself be a space
+            left, _, right = merge[1:].partition(" ")
+            left = merge[:1] + left
+        if left not in ids or right not in ids or left + right not in ids:
             raise MalformedFile(f"{key}[{index}], {merge!r}, joins or makes a token that the vocabulary does not have.")
         merges.append((left, right))
     return merges
 
 
-def _id(fields: Mapping[str, object], name: str, tokens: list[str]) -> _Id | None:
+def _id(fields: Mapping[str, object], name: str, count: int) -> _Id | None:
     key = f"tokenizer.ggml.{name}_token_id"
     value = fields.get(key)
     if value is None or value in (-1, 0xFFFFFFFF):  # both are written for "none"
         return None
-    if type(value) is not int or not 0 <= value < len(tokens):
-        raise MalformedFile(f"{key} must be the id of one of {len(tokens):,} tokens, not {value!r}.")
+    if type(value) is not int or not 0 <= value < count:
+        raise MalformedFile(f"{key} must be the id of one of {count:,} tokens, not {value!r}.")
     return _Id(value)
 
 
-def _spelled(text: str, kind: str, tokens: list[str], types: list[int]) -> _Id | None:
+def _spelled(text: str, kind: str, ids: Mapping[str, int], types: list[int]) -> _Id | None:
     """SentencePiece files may leave bos and eos unnamed. They are taken only from a control token spelled so:
     a default id once made Qwen2 start every prompt with a comma.
     """
-    if kind != "llama" or text not in tokens:
+    if kind != "llama" or text not in ids:
         return None
-    index = tokens.index(text)
-    return _Id(index) if types[index] == CONTROL else None
+    return _Id(ids[text]) if types[ids[text]] == CONTROL else None
 
 
-def _eog(fields: Mapping[str, object], tokens: list[str], types: list[int], eos: _Id | None) -> list[int]:
-    named = [eos, _id(fields, "eot", tokens), _id(fields, "eom", tokens)]
-    spelled = {
-        index
-        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if token in END_OF_GENERATION and kind in (CONTROL, USER_DEFINED)
-    }
+def _eog(fields: Mapping[str, object], ids: Mapping[str, int], types: list[int], eos: _Id | None) -> list[int]:
+    named = [eos, _id(fields, "eot", len(ids)), _id(fields, "eom", len(ids))]
+    spelled = {ids[text] for text in END_OF_GENERATION if text in ids and types[ids[text]] in (CONTROL, USER_DEFINED)}
     return sorted(spelled | {checked.id for checked in named if checked})
 
 
@@ -230,8 +242,7 @@ def _check_bytes(fields: TokenizerFields) -> None:
     """Every text must have an encoding: all bytes of UTF-8 as tokens, or (SentencePiece) an unknown token."""
     if fields.kind == "llama" and fields.unknown is not None:
         return
-    known = set(fields.tokens)
     spelled = byte_letters() if fields.kind == "gpt2" else tuple(f"<0x{byte:02X}>" for byte in range(256))
-    missing = [byte for byte in sorted(UTF8_BYTES) if spelled[byte] not in known]
+    missing = [byte for byte in sorted(UTF8_BYTES) if spelled[byte] not in fields.ids]
     if missing:
         raise MalformedFile(f"The vocabulary has no token for byte {missing[0]:#04x}, so some texts have no encoding.")

@@ -7,6 +7,7 @@ score with byte fallback (`llama`).
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,9 @@ from vai.rom.image import canonical_json
 from vai.text.fields import CONTROL, NORMAL, USER_DEFINED, TokenizerFields, read
 from vai.text.pretokenizers import Pretokenizer
 from vai.text.template import chat_fields
-from vai.text.vocabulary import byte_letters
+from vai.text.vocabulary import byte_letters, spell
+
+_Json = dict[str, Any]
 
 SPACE = "▁"  # how SentencePiece spells a space
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -36,20 +39,34 @@ PROBE = (
 def tokenizer_section(fields: Mapping[str, object] | TokenizerFields) -> bytes:
     """The tokenizer section of a GGUF file's `tokenizer.*` fields, read already or not.
 
-    Canonical tokenizer.json, proven on a probe text.
+    Canonical tokenizer.json, its vocabulary in the order of ids, proven on a probe text.
 
     Raises MalformedFile where the fields contradict themselves, UnsupportedModel for kinds and pre-tokenizers that VAI
     does not have.
     """
     checked = fields if isinstance(fields, TokenizerFields) else read(fields)
-    document = _sentence_piece(checked) if checked.pre is None else _byte_level(checked, checked.pre)
-    section = canonical_json(document)
-    _prove(_load(section), checked)
-    return section
+    if checked.pre is None:
+        frame, model, merges = *_sentence_piece(checked), _merges_by_score(checked)
+    else:
+        frame, model, merges = *_byte_level(checked, checked.pre), checked.merges
+    _prove(checked, frame, model, merges)
+    return _document(frame, model, checked.ids, merges)
 
 
-def _prove(tokenizer: _Tokenizer, fields: TokenizerFields) -> None:
-    """Encoding and decoding must give a text back, unless the vocabulary has an unknown token to lose it in."""
+_Merges = Sequence[tuple[str, str]]
+
+
+def _prove(fields: TokenizerFields, frame: _Json, model: _Json, merges: _Merges) -> None:
+    """The library must take the tokenizer, and encoding and decoding give a text back, unless the vocabulary has an
+    unknown token to lose it in.
+
+    Asked of those tokens alone that may occur in this text, and their merges. Of the rest the library asks nothing that
+    `read` has not checked; taking all of it would cost half a second for 150,000 tokens, more than packing the weights
+    of a small model.
+    """
+    ids = probe_tokens(fields)
+    used = [(left, right) for left, right in merges if left in ids and right in ids and left + right in ids]
+    tokenizer = _load(_document(frame, model, ids, used))
     if fields.kind == "llama" and fields.unknown is not None:
         return
     [encoding] = tokenizer.encode_batch_fast([PROBE], add_special_tokens=False)
@@ -58,85 +75,104 @@ def _prove(tokenizer: _Tokenizer, fields: TokenizerFields) -> None:
         raise MalformedFile("The file's tokenizer does not give back the text it encodes; the vocabulary is damaged.")
 
 
-def _document(fields: TokenizerFields, **parts: Any) -> dict[str, Any]:
-    """The frame both kinds share. Control and user-defined tokens are matched in raw text, before anything else."""
+def probe_tokens(fields: TokenizerFields) -> dict[str, int]:
+    """The tokens that encoding PROBE may meet: its parts as the vocabulary spells them, single bytes, and those that
+    stand apart. No merge makes anything else on the way."""
+    text = unicodedata.normalize("NFC", PROBE)
+    spelled = f"{SPACE}{text.replace(' ', SPACE)}" if fields.pre is None else spell(text.encode())
+    lengths = {len(token) for token in fields.tokens}
+    parts = {spelled[at : at + length] for length in lengths for at in range(len(spelled) - length + 1)}
+    parts.update(f"<0x{byte:02X}>" for byte in range(256))
+    parts.update(fields.tokens[index] for index in _added(fields))
+    if fields.unknown is not None:
+        parts.add(fields.tokens[fields.unknown])
+    return {token: fields.ids[token] for token in sorted(parts) if token in fields.ids}
+
+
+def _added(fields: TokenizerFields) -> list[int]:
+    """Ids of control and user-defined tokens, which are matched in raw text, before anything else."""
+    return [index for index, kind in enumerate(fields.types) if kind in (CONTROL, USER_DEFINED)]
+
+
+def _document(frame: _Json, model: _Json, ids: Mapping[str, int], merges: _Merges) -> bytes:
+    """A tokenizer.json. The two large parts are written apart: sorting a vocabulary takes longer than all the rest."""
+    vocabulary = json.dumps(ids, separators=(",", ":"), ensure_ascii=False).encode()
+    parts = {key: canonical_json(value) for key, value in model.items()}
+    whole = _object({**parts, "vocab": vocabulary, "merges": canonical_json(merges)})
+    return _object({**{key: canonical_json(value) for key, value in frame.items()}, "model": whole})
+
+
+def _object(parts: Mapping[str, bytes]) -> bytes:
+    """A JSON object of values that are written already."""
+    return b"{%s}" % b",".join(b'"%s":%s' % (key.encode(), parts[key]) for key in sorted(parts))
+
+
+def _frame(fields: TokenizerFields, **parts: Any) -> _Json:
+    """All but the model, of both kinds."""
     added = [
         {
             "id": index,
-            "content": token,
+            "content": fields.tokens[index],
             "single_word": False,
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": kind == CONTROL,
+            "special": fields.types[index] == CONTROL,
         }
-        for index, (token, kind) in enumerate(zip(fields.tokens, fields.types, strict=True))
-        if kind in (CONTROL, USER_DEFINED)
+        for index in _added(fields)
     ]
     head = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
     return {**head, **parts}
 
 
-def _model(fields: TokenizerFields, merges: Sequence[tuple[str, str]], **settings: Any) -> dict[str, Any]:
+def _model(**settings: Any) -> _Json:
+    """The model without its vocabulary and merges."""
     return {
         "type": "BPE",
         "dropout": None,
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         **settings,
-        "vocab": {token: index for index, token in enumerate(fields.tokens)},
-        "merges": [[left, right] for left, right in merges],
     }
 
 
-def _byte_level(fields: TokenizerFields, pre: Pretokenizer) -> dict[str, Any]:
-    splits: list[dict[str, Any]] = [
+def _byte_level(fields: TokenizerFields, pre: Pretokenizer) -> tuple[_Json, _Json]:
+    splits: list[_Json] = [
         {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
         for expression in pre.passes
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return _document(
+    frame = _frame(
         fields,
         normalizer={"type": "NFC"} if pre.nfc else None,
         pre_tokenizer={"type": "Sequence", "pretokenizers": [*splits, byte_level]},
         post_processor=None,
         decoder=byte_level,
-        model=_model(
-            fields,
-            fields.merges,
-            unk_token=None,
-            fuse_unk=False,
-            byte_fallback=False,
-            ignore_merges=pre.ignore_merges,
-        ),
     )
+    model = _model(unk_token=None, fuse_unk=False, byte_fallback=False, ignore_merges=pre.ignore_merges)
+    return frame, model
 
 
-def _sentence_piece(fields: TokenizerFields) -> dict[str, Any]:
+def _sentence_piece(fields: TokenizerFields) -> tuple[_Json, _Json]:
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
-    restore: list[dict[str, Any]] = [
+    restore: list[_Json] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     prefix = fields.add_space_prefix
-    return _document(
+    frame = _frame(
         fields,
         normalizer={"type": "Sequence", "normalizers": [prepend, replace] if prefix else [replace]},
         pre_tokenizer=None,
         post_processor=None,
         decoder={"type": "Sequence", "decoders": [*restore, strip] if prefix else restore},
-        model=_model(
-            fields,
-            _merges_by_score(fields),
-            unk_token=None if fields.unknown is None else fields.tokens[fields.unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-            ignore_merges=False,
-        ),
     )
+    unknown = None if fields.unknown is None else fields.tokens[fields.unknown]
+    model = _model(unk_token=unknown, fuse_unk=True, byte_fallback=True, ignore_merges=False)
+    return frame, model
 
 
 def _merges_by_score(fields: TokenizerFields) -> list[tuple[str, str]]:

@@ -97,7 +97,7 @@ def burn_all(stand: Stand, files: list[Path]) -> dict[str, str]:
     named = {}
     for file in files:
         warm(file)
-        burned = burn(file, stand.root, threads=2)
+        burned = burn(file, stand.root, threads=2, huge_pages=False)
         name = file.stem
         stand.registry().put(Name(name=name, source=str(file), recipe={}, digest=burned.digest, overrides={}))
         named[name] = burned.digest
