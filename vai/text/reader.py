@@ -18,6 +18,17 @@ class Piece(NamedTuple):
     reasoning: str = ""
     calls: tuple[ToolCall, ...] = ()
 
+    @classmethod
+    def of(cls, pieces: Sequence[Piece]) -> Piece:
+        """Several, one after the other, as one."""
+        if len(pieces) == 1:
+            return pieces[0]
+        return cls(
+            "".join(piece.text for piece in pieces),
+            "".join(piece.reasoning for piece in pieces),
+            tuple(call for piece in pieces for call in piece.calls),
+        )
+
 
 class Reader:
     """One answer: feed its ids in order. After a stop string nothing more comes, and `stopped` is that string."""
