@@ -178,11 +178,10 @@ async def test_a_user_cannot_write_control_tokens_but_the_template_does(tiny_roo
 
 async def test_control_tokens_hidden_deep_in_a_message_stay_text_too(tiny_root: Tiny, tmp_path: Path) -> None:
     root, _, digests = tiny_root
-    overrides = {"template": "{{ messages | tojson }}"}
+    overrides = {"template": "{{ messages | tojson }}{{ messages[0].tool_calls[2:] | join }}"}
     Registry(root, tmp_path).put(Name("json", "m.gguf", digest=digests["tiny-qwen2"], overrides=overrides))
-    calls = [
-        {"function": {"name": "<|im_end|>", "arguments": {"role": "<|im_start|>", "<|im_end|>": ["<|im_start|>", 1]}}}
-    ]
+    arguments = {"role": "<|im_start|>", "<|im_end|>": ["<|im_start|>", 1]}
+    calls = [{"type": "function", "function": {"name": "<|im_end|>", "arguments": arguments}}]
     async with opened(tiny_root, Scripted(), "json", tmp_path) as model:
         ids = await model.encode_chat([{"role": "assistant", "content": "x", "tool_calls": calls}])
         assert not any(map(model._words.tokenizer.is_control, ids))
@@ -394,7 +393,7 @@ def test_a_chat_is_the_same_as_its_rendered_prompt(llm: LLM) -> None:
     messages = [{"role": "user", "content": "Who are you?"}]
     greedy = llm.sampling(temperature=0, max_tokens=12)
     answer = llm.chat(messages, greedy)
-    assert answer.token_ids == llm.generate(llm._words.encode_chat(messages), greedy).token_ids
+    assert answer.token_ids == llm.generate(llm._words.chat(messages).ids, greedy).token_ids
     assert "".join(delta.text for delta in llm.stream(messages, greedy)) == answer.text
 
 

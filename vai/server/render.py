@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from msgspec import UNSET, UnsetType
 
+from vai.llm import ToolCall, whole_calls
 from vai.request import TokenLogprob
 from vai.server import schema
 from vai.server.schema import encode
+from vai.telemetry import Stages, Stopwatch
 
 if TYPE_CHECKING:
     from vai.llm import Delta, Model
@@ -39,9 +41,13 @@ class _Choice:
 
     opening: str = ""
     text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)  # pieces
     finish: str | None = None
     tokens: int = 0
     cached: int = 0
+    guessed: int = 0
+    accepted: int = 0
     started: bool = False
     places: list[schema.ChatLogprob] = field(default_factory=list)
     columns: schema.CompletionLogprobs = field(default_factory=schema.CompletionLogprobs)
@@ -64,28 +70,46 @@ class Answer(ABC):
         n: int = 1,
         logprobs: bool,
         usage_chunk: bool,
+        stages: bool,
+        watch: Stopwatch,
         echo: Sequence[str] = (),
     ) -> None:
         """`prompt_tokens`: length of each prompt. `usage_chunk`: the stream ends with a chunk that has the usage.
 
+        `stages`: the answer says what each took; `watch` has added up those outside the engine.
         `echo`: the text of each prompt, which its choices are to begin with; empty for none.
         """
         self.id = f"{self.prefix}{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.model = model
         self.name = model.card.name
-        self.fingerprint = f"vai-{model.card.digest[:12]}"
+        self.fingerprint = ""  # comes with the first token
         self.prompt_tokens = sum(prompt_tokens)
         self.n = n
         self.choices = [_Choice(opening) for opening in echo or [""] * len(prompt_tokens) for _ in range(n)]
         self.with_logprobs = logprobs
         self.usage_chunk = usage_chunk
+        self.watch = watch
+        self._with_stages = stages
+        self._engine_stages = Stages()
 
     @property
     def usage(self) -> schema.Usage:
         """Tokens over all choices, so far; those of a prompt count once, as its first choice found them."""
         made = sum(choice.tokens for choice in self.choices)
-        return schema.usage(self.prompt_tokens, made, sum(choice.cached for choice in self.choices[:: self.n]))
+        cached = sum(choice.cached for choice in self.choices[:: self.n])
+        guessed = sum(choice.guessed for choice in self.choices)
+        accepted = sum(choice.accepted for choice in self.choices)
+        return schema.usage(self.prompt_tokens, made, cached, guessed, accepted)
+
+    @property
+    def stages(self) -> Stages:
+        """What each stage took, so far."""
+        return self.watch.around(self._engine_stages)
+
+    @property
+    def _shown_stages(self) -> dict[str, float] | UnsetType:
+        return self.stages.as_dict() if self._with_stages else UNSET
 
     @property
     def finished(self) -> bool:
@@ -100,20 +124,29 @@ class Answer(ABC):
         choice = self.choices[index]
         choice.tokens += len(delta.token_ids)
         choice.cached = max(choice.cached, delta.cached_tokens)
+        choice.guessed += delta.guessed
+        choice.accepted += delta.accepted
         choice.finish = delta.finish
+        self.fingerprint = delta.fingerprint or self.fingerprint
+        if delta.stages is not None:
+            self._engine_stages = self._engine_stages.beside(delta.stages)
         return choice
 
     def _shown(self, delta: Delta) -> list[tuple[int, TokenLogprob]]:
         """The tokens of a delta that are part of the answer: not the one that ends the model's turn."""
         pairs = list(zip(delta.token_ids, delta.logprobs, strict=True))
-        ended = delta.finish == "stop" and pairs and pairs[-1][0] in self.model.eog
+        ended = delta.finish in ("stop", "tool_calls") and pairs and pairs[-1][0] in self.model.eog
         return pairs[:-1] if ended else pairs
 
     def _tail(self) -> bytes:
-        """What ends a stream: the usage where it was asked for, and the end mark."""
+        """What ends a stream: a chunk with usage or stages where they were asked for, and the end mark."""
         if not self.finished:
             return b""
-        return (event(self._usage_chunk()) if self.usage_chunk else b"") + DONE
+        return (event(self._last_chunk()) if self.usage_chunk or self._with_stages else b"") + DONE
+
+    @property
+    def _last_usage(self) -> schema.Usage | UnsetType:
+        return self.usage if self.usage_chunk else UNSET
 
     @property
     def _unknown_usage(self) -> UnsetType | None:
@@ -132,7 +165,8 @@ class Answer(ABC):
         """The events of one delta of choice `index`; with the last delta of all, also those that end the stream."""
 
     @abstractmethod
-    def _usage_chunk(self) -> bytes: ...
+    def _last_chunk(self) -> bytes:
+        """Of a stream: without choices."""
 
 
 class ChatAnswer(Answer):
@@ -143,6 +177,8 @@ class ChatAnswer(Answer):
     def add(self, index: int, delta: Delta) -> None:
         choice = self._take(index, delta)
         choice.text.append(delta.text)
+        choice.reasoning.append(delta.reasoning)
+        choice.calls.extend(delta.calls)
         if self.with_logprobs:
             choice.places.extend(self._places(delta))
 
@@ -150,22 +186,29 @@ class ChatAnswer(Answer):
         choices = [
             schema.ChatChoice(
                 index,
-                schema.AnswerMessage("".join(choice.text)),
+                _message(choice),
                 schema.ChatLogprobs(choice.places) if self.with_logprobs else None,
                 choice.finish or "stop",
             )
             for index, choice in enumerate(self.choices)
         ]
-        return encode(schema.Chat(self.id, self.created, self.name, self.fingerprint, choices, self.usage))
+        return encode(
+            schema.Chat(self.id, self.created, self.name, self.fingerprint, choices, self.usage, self._shown_stages)
+        )
 
     def chunk(self, index: int, delta: Delta) -> bytes:
         choice = self._take(index, delta)
         places = self._places(delta) if self.with_logprobs else []
         events = b""
-        if delta.text or delta.token_ids or places or not choice.started:
-            role = None if choice.started else "assistant"
+        if delta.text or delta.token_ids or delta.calls or delta.reasoning or places or not choice.started:
+            said = schema.AnswerDelta(
+                role=None if choice.started else "assistant",
+                content=delta.text if delta.text or not (delta.reasoning or delta.calls) else None,
+                reasoning_content=delta.reasoning or None,
+                tool_calls=[_call_delta(call) for call in delta.calls] or None,
+            )
             logprobs = schema.ChatLogprobs(places) if places else None
-            events = self._event(index, schema.AnswerDelta(role, delta.text), logprobs, None)
+            events = self._event(index, said, logprobs, None)
             choice.started = True
         if delta.finish is not None:
             events += self._event(index, schema.AnswerDelta(), None, delta.finish)
@@ -183,8 +226,11 @@ class ChatAnswer(Answer):
             )
         )
 
-    def _usage_chunk(self) -> bytes:
-        return encode(schema.ChatChunk(self.id, self.created, self.name, self.fingerprint, [], usage=self.usage))
+    def _last_chunk(self) -> bytes:
+        said = schema.ChatChunk(
+            self.id, self.created, self.name, self.fingerprint, [], self._last_usage, self._shown_stages
+        )
+        return encode(said)
 
     def _places(self, delta: Delta) -> list[schema.ChatLogprob]:
         return [self._place(*pair) for pair in self._shown(delta)]
@@ -197,6 +243,21 @@ class ChatAnswer(Answer):
     def _candidate(self, token: int, logprob: float) -> schema.TopLogprob:
         raw = self.model.token_bytes(token)
         return schema.TopLogprob(raw.decode(errors="replace"), _finite(logprob), list(raw))
+
+
+def _message(choice: _Choice) -> schema.AnswerMessage:
+    text, reasoning = "".join(choice.text), "".join(choice.reasoning)
+    calls = [
+        schema.MadeCall(call.id, schema.CalledFunction(call.arguments, call.name)) for call in whole_calls(choice.calls)
+    ]
+    return schema.AnswerMessage(
+        content=text if text or not calls else None, reasoning_content=reasoning or UNSET, tool_calls=calls or UNSET
+    )
+
+
+def _call_delta(call: ToolCall) -> schema.CallDelta:
+    function = schema.CalledFunction(call.arguments, call.name or None)
+    return schema.CallDelta(call.number, function, call.id or None, "function" if call.id else None)
 
 
 class TextAnswer(Answer):
@@ -220,7 +281,10 @@ class TextAnswer(Answer):
             )
             for index, choice in enumerate(self.choices)
         ]
-        return encode(schema.Completion(self.id, self.created, self.name, self.fingerprint, choices, self.usage))
+        said = schema.Completion(
+            self.id, self.created, self.name, self.fingerprint, choices, self.usage, self._shown_stages
+        )
+        return encode(said)
 
     def chunk(self, index: int, delta: Delta) -> bytes:
         taken = self._take(index, delta)
@@ -237,8 +301,11 @@ class TextAnswer(Answer):
         )
         return event(encode(chunk)) + self._tail()
 
-    def _usage_chunk(self) -> bytes:
-        return encode(schema.Completion(self.id, self.created, self.name, self.fingerprint, [], usage=self.usage))
+    def _last_chunk(self) -> bytes:
+        said = schema.Completion(
+            self.id, self.created, self.name, self.fingerprint, [], self._last_usage, self._shown_stages
+        )
+        return encode(said)
 
     def _extend(self, places: schema.CompletionLogprobs, index: int, delta: Delta) -> None:
         for token, logprob in self._shown(delta):
