@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import shutil
 import socket
 import threading
-import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +25,12 @@ import uvloop
 
 from vai.errors import ModelNotFound, Unavailable
 from vai.request import SamplingParams, Timing, TokenLogprob
+from vai.rom.registry import Name, Registry
 from vai.server.app import build
 from vai.server.protocol import Protocol
 from vai.telemetry import Stages
+
+from .system import System, running_server, start_engine, until
 
 EOG = 255
 CONTEXT = 64
@@ -43,6 +46,8 @@ class Delta:
     finish: str | None = None
     cached_tokens: int = 0
     timing: Timing | None = None
+    guessed: int = 0
+    accepted: int = 0
     fingerprint: str = "vai-of-the-script"
     stages: Stages | None = None
     reasoning: str = ""
@@ -94,6 +99,9 @@ class Model:
 
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode()
+
+    def speculate(self, kind: str | None = None, most: int | None = None) -> tuple[str | None, int | None]:
+        return kind, most
 
     def choices(
         self, ids: list[int], count: int, sampling: SamplingParams, stop: list[str], **how: Any
@@ -213,14 +221,6 @@ class Served:
         return head.encode() + content
 
 
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait for a condition that another process or thread brings about, or fail."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.01)
-
-
 class _QuickProtocol(Protocol):
     """The real protocol with deadlines that a test can wait for."""
 
@@ -303,3 +303,34 @@ def serve(servers: dict[object, _Running], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def served(serve: Callable[..., Served]) -> Served:
     return serve()
+
+
+@pytest.fixture(scope="module")
+def place(tiny_root: tuple[Path, Path, dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(root, names) of our own, so that engine and server roles here meet nobody else's."""
+    root, names, digests = tiny_root
+    base = tmp_path_factory.mktemp("served")
+    shutil.copytree(root / "images", base / "root/images")
+    (base / "root").chmod(0o700)
+    (base / "root/run").mkdir(mode=0o700)
+    registry = Registry(base / "root", base / "names")
+    for name, digest in digests.items():
+        registry.put(Name(name, str(names), digest=digest))
+    return base / "root", base / "names"
+
+
+@pytest.fixture(scope="module")
+def processes(place: tuple[Path, Path]) -> Iterator[System]:
+    root, names = place
+    engine = start_engine(root)
+    with running_server(root, names, "--patience", "0") as (server, port), httpx2.Client(timeout=60) as http:
+        system = System(root, names, engine, server, port, http)
+        yield system
+        system.engine.kill()
+        system.engine.wait()
+
+
+@pytest.fixture
+def system(processes: System) -> System:
+    until(processes.idle)
+    return processes

@@ -283,6 +283,7 @@ async def _respond(
         echo=echo,
     )
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+    speculate = model.speculate(schema.SPECULATION[asked.speculative_type], asked.speculative_n_max)
     deltas = interleave(
         [
             metrics.watch(answer.name, len(prompt), stream)
@@ -297,6 +298,7 @@ async def _respond(
                 session=asked.session_id or "",
                 retain=retain,
                 priority=asked.priority or 0,
+                speculate=speculate,
                 reading=reading,
                 grammar=grammar,
             )

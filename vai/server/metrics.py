@@ -129,6 +129,9 @@ class Metrics:
         self._generated = self._counter("generation_tokens", "Tokens generated.")
         self._queried = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._hit = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._drafts = self._counter("spec_decode_num_drafts", "Steps of a request that verified guessed tokens.")
+        self._drafted = self._counter("spec_decode_num_draft_tokens", "Guessed tokens that were verified.")
+        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Guessed tokens that stood.")
         self._rejected = self._counter("admission_rejections", "Requests refused because too many waited.")
         self._ended = self._counter(
             "request_success", "Requests that ended, by how: stop, length, abort or error.", "finished_reason"
@@ -177,6 +180,10 @@ class Metrics:
                         self._first.labels(model).observe(now - began)
                     elif new:
                         between.observe((now - last) / new)
+                    if delta.guessed:
+                        self._drafts.labels(model).inc()
+                        self._drafted.labels(model).inc(delta.guessed)
+                        self._accepted.labels(model).inc(delta.accepted)
                     if new:
                         generated.inc(new)
                         made, last = made + new, now

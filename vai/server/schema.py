@@ -17,6 +17,7 @@ from vai.errors import BadRequest, NotSupported, VaiError
 from vai.llm import MAX_TOOLS, ToolChoice, ToolList, Tools, offered
 from vai.request import (
     MAX_CHOICES,
+    MAX_GUESSES,
     MAX_LOGPROBS,
     MAX_PRIORITY,
     MAX_SALT,
@@ -78,6 +79,13 @@ class Common(Constrained, frozen=True, forbid_unknown_fields=True, kw_only=True)
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT)] | None = None  # vLLM's: whose prefix cache
     cache_control: CacheControl | None = None
     session_id: SessionId | None = None
+    # llama.cpp's: how tokens are guessed ahead, and how many at a time; 0 for none. The answer is the same.
+    speculative_type: Literal["none", "ngram-simple", "draft"] | None = msgspec.field(
+        default=None, name="speculative.type"
+    )
+    speculative_n_max: Annotated[int, Meta(ge=0, le=MAX_GUESSES)] | None = msgspec.field(
+        default=None, name="speculative.n_max"
+    )
     stages: bool | None = None  # ours: the answer says what each stage of the request took
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, lt=MAX_PRIORITY)] | None = None  # vLLM's: lower goes first
     # Harmless whatever they say.
@@ -168,6 +176,9 @@ class CompletionRequest(Common, frozen=True, forbid_unknown_fields=True, kw_only
     suffix: str | None = None
     best_of: Annotated[int, Meta(ge=1, le=16384)] | None = None
 
+
+# How tokens are guessed, in llama.cpp's words and in ours.
+SPECULATION = {None: None, "none": "off", "ngram-simple": "ngram", "draft": "draft"}
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 
@@ -378,17 +389,27 @@ class PromptDetails(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
 
 
+class CompletionDetails(msgspec.Struct, frozen=True):
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
+
+
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of one request; `cached_tokens` of the prompt were taken from the prefix cache."""
+    """Tokens of one request; `cached_tokens` of the prompt were taken from the prefix cache.
+
+    Tokens that were guessed ahead and stood are among those of the completion, rejected ones are not.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
 
 
-def usage(prompt: int, completion: int, cached: int) -> Usage:
-    return Usage(prompt, completion, prompt + completion, PromptDetails(cached))
+def usage(prompt: int, completion: int, cached: int, guessed: int, accepted: int) -> Usage:
+    details = CompletionDetails(accepted, guessed - accepted)
+    return Usage(prompt, completion, prompt + completion, PromptDetails(cached), details)
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
