@@ -86,6 +86,29 @@ def test_three_streams_of_two_models_do_not_see_their_engines_die(stand) -> None
     stand.until(lambda: stand.requests() == 0)
 
 
+def test_a_conversation_is_found_again_by_the_engine_after_the_one_that_was_killed(stand) -> None:
+    stand.start()
+    asked = {"model": "tiny-qwen2", "prompt": [7 * n % 500 for n in range(700)], "temperature": 0, "max_tokens": 60}
+    with api(stand) as client:
+        first = client.completions.create(**asked, **IGNORE)
+        kill_engine(stand)
+        again = client.completions.create(**asked, **IGNORE)
+        assert first.usage.prompt_tokens_details.cached_tokens == 0
+        assert again.usage.prompt_tokens_details.cached_tokens == 672
+        assert again.choices[0].text == first.choices[0].text
+    assert _metric(stand, "vai_kv_adopted_pages") == (700 + 59) // 32
+
+
+def _metric(stand, name: str) -> float:
+    connection = http.client.HTTPConnection("127.0.0.1", stand.port, timeout=60)
+    try:
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+        return next(float(line.split()[1]) for line in lines if line.split()[0] == name)
+    finally:
+        connection.close()
+
+
 def test_a_stop_string_is_found_across_the_cut(stand) -> None:
     stand.start()
     with api(stand) as client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from vai.daemon import pool as memory
+from vai.daemon.pool import SLAB
 from vai.engine.client import EngineClient
 from vai.engine.engine import Engine
 from vai.engine.resume import FRUITLESS, RETRIES, Answer
@@ -114,6 +117,36 @@ async def test_streams_go_on_where_a_killed_engine_left_them(
     assert len(seeds) == 1
     again = replace(unseeded, sampling=replace(SAMPLED, seed=seeds[0]))
     assert drawn == run(make_engine(root), again)
+
+
+async def test_the_next_engine_finds_the_pages_that_a_killed_one_had_sealed(
+    tiny_root: Root, start_engine: Start, make_engine: Callable[..., Engine]
+) -> None:
+    """kill -9 in mid-answer to a long prompt: what follows computes the unsealed tail, to the same bits."""
+    root, _, digests = tiny_root
+    pool = memory.create(4 * SLAB)
+    over = {"pass_fds": (pool,)}
+    engines = [start_engine(root, "--pool-fd", str(pool), **over)]
+
+    def next_engine() -> None:
+        engines[-1].process.kill()
+        engines[-1].process.wait()
+        engines.append(start_engine(root, "--pool-fd", str(pool), **over))
+
+    long = [7 * n % 500 for n in range(900)]
+    request = Request(id="s", image=digests["tiny-qwen2"], tokens=long, sampling=replace(SAMPLED, max_tokens=80))
+    client = EngineClient(engines[0].socket, patience=30)
+    try:
+        assert await killing(client, request, [40], next_engine) == run(make_engine(root), request)
+        adopted = (await client.status()).adopted_pages
+        assert (900 + 40 - 32) // 32 <= adopted <= (900 + 80) // 32
+        again = [output async for output in client.generate(replace(request, id="again"))]
+        other = [output async for output in client.generate(replace(request, id="o", image=digests["tiny"]))]
+    finally:
+        await client.close()
+        os.close(pool)
+    assert (again[0].cached_tokens, other[0].cached_tokens) == (896, 0)
+    assert [output.tokens for output in again] == [output.tokens for output in run(make_engine(root), request)]
 
 
 async def test_an_engine_asked_to_stop_hands_its_streams_on_too(

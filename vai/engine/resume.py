@@ -62,7 +62,7 @@ class Answer:
             self._tokens += output.tokens
             self._fruitless = 0
         if self._lost:
-            told = {"seed": None, "cached_tokens": 0} if self._admitted else {}
+            told = {"seed": None, "cached_tokens": 0, "fingerprint": None} if self._admitted else {}
             output = replace(output, id=self._request.id, **told)
         if output.seed is not None:
             self._seed, self._admitted = output.seed, True

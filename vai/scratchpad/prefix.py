@@ -76,7 +76,7 @@ class PrefixCache:
 
     def resume(self, image: str, name: Name, keys: Sequence[bytes]) -> Conversation:
         """The conversation that a request begins or goes on with; `keys` are those of its full pages."""
-        return self._retention.resume(image, name, keys, self._pages.get)
+        return self._retention.resume(image, name, keys)
 
     def pause(self, conversation: Conversation, chain: Sequence[CachedPage], retain: float | None) -> None:
         """A request is over, of which `chain` were the pages. `retain`: seconds to pin them; 0: nobody comes back."""

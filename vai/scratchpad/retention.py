@@ -134,10 +134,10 @@ class Retention:
 
     # Conversations
 
-    def resume(self, image: str, name: Name, keys: List[bytes], found: Callable[[bytes], Kept | None]) -> Conversation:
-        """The conversation that a new request goes on with: its session's, or the one whose last page it begins with.
+    def resume(self, image: str, name: Name, keys: List[bytes]) -> Conversation:
+        """The conversation that a new request goes on with: its session's, or the one whose last page is among its own.
 
-        `keys` are those of its pages; `found` gives the page with a key, where there is one.
+        `keys` are those of its pages.
         """
         self._advance()
         if name.session:
@@ -146,7 +146,8 @@ class Retention:
             if conversation is None:
                 conversation = of_session[image] = Conversation(image, name)
         else:
-            conversation = self._continued(keys, found) or Conversation(image, name)
+            known = (self._tails[key] for key in reversed(keys) if key in self._tails)
+            conversation = next(known, None) or Conversation(image, name)
         if conversation in self._paused:
             del self._paused[conversation]
             self._returned(conversation)
@@ -272,17 +273,6 @@ class Retention:
             self.add(page)
 
     # Within
-
-    def _continued(self, keys: List[bytes], found: Callable[[bytes], Kept | None]) -> Conversation | None:
-        for key in reversed(keys):
-            conversation = self._tails.get(key)
-            if conversation is not None:
-                return conversation
-            page = found(key)
-            if page is not None:  # cut off within a conversation, or a beginning that many have
-                conversation = page.conversation
-                return conversation if not page.shared and conversation in self._paused else None
-        return None
 
     def _remember(self, conversation: Conversation) -> None:
         self._paused[conversation] = None
