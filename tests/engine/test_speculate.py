@@ -103,11 +103,15 @@ def test_tokens_and_logprobs_are_those_of_plain_decoding(
     root, _, digests = pair_root
     image, sampling = digests["small"], EVERY[name]
     plain = run(make_engine(root, slabs=4), ask(image, sampling))
-    outputs = run(make_engine(root, slabs=4, clock=frozen), ask(image, sampling, speculate=ways(digests, image)[way]))
+    engine = make_engine(root, slabs=4, clock=frozen)
+    outputs = run(engine, ask(image, sampling, speculate=ways(digests, image)[way]))
     assert told(outputs) == told(plain)
     assert guessed(plain) == (0, 0)
     guesses, stood = guessed(outputs)
     assert guesses > 0
+    assert [(each.guessed, each.accepted) for each in engine.status().models if each.image == image] == [
+        (guesses, stood)
+    ]
     if way == "itself":
         assert len(outputs) < len(plain) / 4
         assert stood >= guesses - MAX_GUESSES  # but for those behind the end of the answer
@@ -420,7 +424,7 @@ def drive(bench: Bench, cost: Callable[[Batch], float], drawn: Callable[[int], i
         for output in bench.scheduler.take_outputs():
             bench.answers.setdefault(output.id, []).extend(output.tokens)
     assert bench.pool.used_bytes == 0
-    return bench.scheduler._speculation.tally("a" * 64)
+    return bench.scheduler.tally("a" * 64)
 
 
 @pytest.mark.parametrize(("seconds_per_row", "least", "most"), [(0.0, 300, 9999), (0.01, 1, 60)])
@@ -430,8 +434,8 @@ def test_guesses_that_mostly_fail_are_given_up_where_they_cost(seconds_per_row: 
     request = submit(bench, noise[:20], 400, Speculate(kind="ngram"))
     tally = drive(bench, lambda batch: 0.02 + seconds_per_row * batch.rows, lambda position: noise[position])
     assert bench.answers[request] == noise[20:420]
-    assert least <= tally.drafted <= most
-    assert tally.accepted < tally.drafted / 2
+    assert least <= tally.guessed <= most
+    assert tally.accepted < tally.guessed / 2
 
 
 def test_a_draft_model_that_is_always_right_is_not_asked_where_it_is_as_slow() -> None:
@@ -448,7 +452,7 @@ def test_a_draft_model_that_is_right_and_quick_makes_most_of_the_answer() -> Non
     tally = drive(bench, lambda batch: 0.005 if batch.drafting else 0.05)
     assert bench.answers[request] == answer(list(range(150)), 300)
     assert tally.accepted > 200
-    assert tally.accepted == tally.drafted
+    assert tally.accepted == tally.guessed
 
 
 def test_a_short_answer_to_a_long_prompt_is_not_worth_a_draft_model() -> None:
@@ -456,7 +460,7 @@ def test_a_short_answer_to_a_long_prompt_is_not_worth_a_draft_model() -> None:
         bench = Bench(slabs=128, max_rows=64)
         submit(bench, [n % 250 for n in range(2000)], count, Speculate(kind="draft", draft="b" * 64), draft="b")
         tally = drive(bench, lambda batch: 0.01 + 0.001 * batch.rows if batch.drafting else 0.05)
-        assert bool(tally.drafted) == guesses
+        assert bool(tally.guessed) == guesses
         drafting = sum(batch.rows for batch in bench.batches if batch.drafting)
         assert (drafting > 2000) == guesses
 

@@ -117,9 +117,9 @@ class Engine:
         self._arrivals += 1
         self._idle = False
         now = self._clock()
-        self._scheduler.add(
-            Sequence(request, entry, arrival=self._arrivals, limit=limit, now=now, draft=draft, attach=attach)
-        )
+        sequence = Sequence(request, entry, arrival=self._arrivals, limit=limit, now=now, draft=draft, attach=attach)
+        self._scheduler.add(sequence)
+        self._held.expect(sequence)
 
     def abort(self, identity: str) -> None:
         """End a request with reason "abort". One that is not there (any more) is fine."""
@@ -140,6 +140,8 @@ class Engine:
             self._scheduler.end(sequence, wrong)
         else:
             sequence.mask = bits
+            self._held.arrived(sequence)
+            self._scheduler.wake(sequence)
 
     def attach(self, image: str) -> None:
         """Attach an image before its first request. Raises ModelNotFound, CorruptImage, WrongVersion."""
@@ -208,6 +210,9 @@ class Engine:
     def _draw_held(self) -> None:
         for places, logits in self._held.take():
             self._scheduler.take(places, self._held.draw(places, logits, self._runner.native))
+        self._held.forget(lambda sequence: self._scheduler.find(sequence.request.id) is sequence)
+        for sequence in self._held.slow():
+            self._scheduler.suspend(sequence)
         for sequence in self._held.overdue():
             self._scheduler.end(sequence, Interrupted("The mask of the next token did not come in time."))
 
@@ -267,6 +272,7 @@ class Engine:
 
     def _model_status(self, entry: Entry) -> ModelStatus:
         running, waiting, tokens, preemptions = self._scheduler.counts(entry.digest)
+        tally = self._scheduler.tally(entry.digest)
         return ModelStatus(
             image=entry.digest,
             running=running,
@@ -274,6 +280,8 @@ class Engine:
             pages=self._pages.held(entry.digest),
             tokens=tokens,
             preemptions=preemptions,
+            guessed=tally.guessed,
+            accepted=tally.accepted,
             attach_seconds=entry.attach_seconds,
             workspace_bytes=entry.plan.workspace_bytes,
         )

@@ -24,7 +24,8 @@ MAX_MASK = 1 << 21  # bytes, for as many tokens as ids can tell apart
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One attached image: its digest, requests running and waiting, pages held, tokens made, seconds to attach, and how
-    often a running request had to give its pages up.
+    often a running request had to give its pages up. Of tokens guessed ahead for its requests: how many were verified,
+    and how many of them stood.
 
     workspace_bytes: what its steps need beside weights and pages; taken from the machine when first touched.
     """
@@ -37,6 +38,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     attach_seconds: float
     workspace_bytes: int
     preemptions: int = 0
+    guessed: int = 0
+    accepted: int = 0
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,7 +26,7 @@ from vai.engine.priority import by_rank, displaced, urgent
 from vai.engine.sampler import Draw
 from vai.engine.select import Entry
 from vai.engine.sequence import Sequence
-from vai.engine.speculate import Pages, Room, Speculation
+from vai.engine.speculate import Pages, Room, Speculation, Tally
 from vai.errors import BadRequest, NotEnoughRoom, Overloaded, VaiError
 from vai.kernels.program import PAGE_TOKENS
 from vai.request import Output
@@ -45,11 +45,15 @@ SMALLEST_CHUNK = 32  # prompt rows that a step may always have, and the size of 
 
 
 class ModelQueue:
-    """The requests of one model in order of rank: `running` have pages, `waiting` have none."""
+    """The requests of one model in order of rank: `running` have pages, `waiting` have none, nor have `sleeping`.
+
+    Those wait for a mask, and for nothing else: they hold nobody up.
+    """
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
         self.waiting: list[Sequence] = []
+        self.sleeping: list[Sequence] = []
         self.running: list[Sequence] = []
         self.served = 0.0  # seconds of steps, set forward after idle times
         self.passed_over_since = 0.0
@@ -89,12 +93,12 @@ class Scheduler:
         identity = sequence.request.id
         if identity in self._by_id:
             raise BadRequest(f"A request with the id '{identity}' is already running.", param="id")
-        waiting = sum(len(queue.waiting) for queue in self._queues.values())
+        waiting = sum(len(queue.waiting) + len(queue.sleeping) for queue in self._queues.values())
         if waiting >= MAX_WAITING:
             raise Overloaded(f"{waiting} requests are waiting already, which is as many as may; try again soon.")
         queue = self._queues.setdefault(sequence.entry.digest, ModelQueue(sequence.entry))
         salt = sequence.request.cache_salt
-        if sum(each.request.cache_salt == salt for each in queue.waiting) >= MAX_WAITING_OF_ONE:
+        if sum(each.request.cache_salt == salt for each in [*queue.waiting, *queue.sleeping]) >= MAX_WAITING_OF_ONE:
             raise Overloaded(
                 f"{MAX_WAITING_OF_ONE} requests for this model are waiting already, which is as many as may of one "
                 "client; try again soon."
@@ -103,7 +107,7 @@ class Scheduler:
         if sequence.request.cache and sequence.entry.owners:
             name = Name(salt, sequence.request.session)
             sequence.conversation = self.cache.resume(sequence.entry.digest, name, sequence.page_keys())
-        insort(queue.waiting, sequence, key=by_rank)
+        self._queue_up(sequence)
 
     def abort(self, identity: str) -> None:
         """End a request now: its pages are free at once. One that is not there (any more) is fine."""
@@ -115,7 +119,7 @@ class Scheduler:
         """Abort every request of a model and forget it; what is cached of it stays."""
         queue = self._queues.get(image)
         if queue is not None:
-            for sequence in [*queue.running, *queue.waiting]:
+            for sequence in [*queue.running, *queue.waiting, *queue.sleeping]:
                 self._end(sequence, "abort")
             del self._queues[image]
             if self._turn is queue:
@@ -139,7 +143,11 @@ class Scheduler:
         queue = self._queues.get(image)
         if queue is None:
             return 0, 0, 0, 0
-        return len(queue.running), len(queue.waiting), queue.tokens, queue.preemptions
+        return len(queue.running), len(queue.waiting) + len(queue.sleeping), queue.tokens, queue.preemptions
+
+    def tally(self, image: str) -> Tally:
+        """What came of the guesses for a model's requests."""
+        return self._speculation.tally(image)
 
     def pick(self) -> Batch | None:
         """The next step, or None where nobody has anything to compute."""
@@ -154,6 +162,17 @@ class Scheduler:
     def find(self, identity: str) -> Sequence | None:
         """An unfinished request."""
         return self._by_id.get(identity)
+
+    def suspend(self, sequence: Sequence) -> None:
+        """Take the pages of one whose mask does not come: others may need them."""
+        self._preempt(sequence)
+
+    def wake(self, sequence: Sequence) -> None:
+        """Its mask has come."""
+        queue = self._queues[sequence.entry.digest]
+        if sequence in queue.sleeping:
+            queue.sleeping.remove(sequence)
+            self._queue_up(sequence)
 
     def end(self, sequence: Sequence, error: VaiError) -> None:
         """End a request by an error."""
@@ -436,11 +455,18 @@ class Scheduler:
     def _running(self) -> List[Sequence]:
         return [each for queue in self._queues.values() for each in queue.running]
 
+    def _queue_up(self, sequence: Sequence) -> None:
+        queue = self._queues[sequence.entry.digest]
+        if sequence.request.constrained and sequence.mask is None:
+            queue.sleeping.append(sequence)
+        else:
+            insort(queue.waiting, sequence, key=by_rank)
+
     def _preempt(self, sequence: Sequence) -> None:
         queue = self._queues[sequence.entry.digest]
         queue.running.remove(sequence)
         queue.preemptions += 1
-        insort(queue.waiting, sequence, key=by_rank)
+        self._queue_up(sequence)
         self._free(sequence)
         self._speculation.pause(sequence)
         sequence.running = False
@@ -467,6 +493,8 @@ class Scheduler:
         queue = self._queues[sequence.entry.digest]
         if sequence.running:
             queue.running.remove(sequence)
+        elif sequence in queue.sleeping:
+            queue.sleeping.remove(sequence)
         else:
             queue.waiting.remove(sequence)
         sequence.running = False

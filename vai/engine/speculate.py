@@ -244,10 +244,10 @@ class Room(NamedTuple):
 
 
 class Tally:
-    """Of one model: steps with guesses in them (one for each request), guesses verified, and those that stood."""
+    """Of one model's requests: guesses that were verified, and those of them that stood."""
 
     def __init__(self) -> None:
-        self.drafts = self.drafted = self.accepted = 0
+        self.guessed = self.accepted = 0
 
 
 class Speculation:
@@ -299,8 +299,7 @@ class Speculation:
         if guesses:
             self._guessers[sequence].judge(len(guesses), len(standing) - 1)
             tally = self.tally(sequence.entry.digest)
-            tally.drafts += 1
-            tally.drafted += len(guesses)
+            tally.guessed += len(guesses)
             tally.accepted += len(standing) - 1
         return standing, len(guesses)
 
