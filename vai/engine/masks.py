@@ -19,7 +19,8 @@ from vai.engine.sequence import Sequence
 from vai.engine.usage import NativeTime
 from vai.errors import BadRequest, VaiError
 
-PATIENCE = 30.0  # seconds that a computed row waits for its mask, before its request ends
+PATIENCE = 30.0  # seconds that a request waits for a mask, before it ends
+GRACE = 0.5  # seconds of them after which a row that waits gives its pages back, to be computed again
 
 Drawn = Draw | VaiError | None  # None: left out
 
@@ -34,52 +35,69 @@ def check(bits: bytes, vocabulary: int) -> BadRequest | None:
 
 
 class Held:
-    """The rows that wait for their masks, longest first. Not thread-safe."""
+    """The sequences whose masks are due, and the rows that wait for them. Not thread-safe."""
 
     def __init__(self, patience: float = PATIENCE, clock: Callable[[], float] = time.perf_counter) -> None:
         self._patience = patience
         self._clock = clock
-        self._since: dict[Sequence, float] = {}
+        self._due: dict[Sequence, float] = {}  # since when
+        self._ready: list[Sequence] = []  # held rows whose masks have come
+
+    def expect(self, sequence: Sequence) -> None:
+        """The mask of its next token is due, if it is constrained."""
+        if sequence.request.constrained:
+            self._due[sequence] = self._clock()
+
+    def arrived(self, sequence: Sequence) -> None:
+        """It has its mask."""
+        self._due.pop(sequence, None)
+        if sequence.held is not None:
+            self._ready.append(sequence)
+
+    def forget(self, alive: Callable[[Sequence], bool]) -> None:
+        """Forget those that have ended."""
+        for sequence in [sequence for sequence in self._due if not alive(sequence)]:
+            del self._due[sequence]
 
     def draw(self, places: List[Place], logits: NDArray[np.float32], native: NativeTime) -> list[Drawn]:
         """Draw a token for each of `places`, whose logits are [R, vocabulary]; keep the rows that have no mask."""
         late = [place.sequence.request.constrained and place.sequence.mask is None for place in places]
-        if not any(late):
-            return list(sample(places, logits, native))
         for row, place in enumerate(places):
             if late[row]:
                 place.sequence.held = logits[row].copy()  # the next step of the model writes over the logits
-                self._since[place.sequence] = self._clock()
+            self.expect(place.sequence)
+        if not any(late):
+            return list(sample(places, logits, native))
         rows = [row for row, is_late in enumerate(late) if not is_late]
         drawn = iter(sample([places[row] for row in rows], logits[rows], native))
         return [None if is_late else next(drawn) for is_late in late]
 
     def take(self) -> list[tuple[list[Place], NDArray[np.float32]]]:
         """The rows whose masks have come, with their logits, for each model; they are kept no longer."""
-        self._forget_gone()
         found: dict[str, list[tuple[Sequence, NDArray[np.float32]]]] = {}
-        for sequence in list(self._since):
-            if sequence.mask is not None and sequence.held is not None:
+        for sequence in self._ready:
+            if sequence.held is not None:  # else it ended, or lost its pages and will be computed again
                 found.setdefault(sequence.entry.digest, []).append((sequence, sequence.held))
                 sequence.held = None
-                del self._since[sequence]
+        self._ready.clear()
         return [
             ([Place(sequence) for sequence, _ in rows], np.stack([row for _, row in rows])) for rows in found.values()
         ]
 
+    def slow(self) -> list[Sequence]:
+        """Those whose rows have waited so long that others should have their pages."""
+        latest = self._clock() - GRACE
+        return [sequence for sequence, since in self._due.items() if sequence.held is not None and since <= latest]
+
     def overdue(self) -> list[Sequence]:
         """Those that have waited longer than they may."""
-        self._forget_gone()
-        oldest = self._clock() - self._patience
-        return [sequence for sequence, since in self._since.items() if since <= oldest]
+        latest = self._clock() - self._patience
+        return [sequence for sequence, since in self._due.items() if since <= latest]
 
     def patience(self) -> float | None:
-        """Seconds until the first of them will have waited too long; None where nobody waits."""
-        self._forget_gone()
-        first = next(iter(self._since.values()), None)
-        return None if first is None else max(0.0, first + self._patience - self._clock())
+        """Seconds until the next of them is slow or overdue; None where nobody waits."""
+        waits = [since + self._wait(sequence) for sequence, since in self._due.items()]
+        return max(0.0, min(waits) - self._clock()) if waits else None
 
-    def _forget_gone(self) -> None:
-        """Those that ended, or lost their pages and will be computed again."""
-        for sequence in [sequence for sequence in self._since if sequence.held is None]:
-            del self._since[sequence]
+    def _wait(self, sequence: Sequence) -> float:
+        return self._patience if sequence.held is None else min(GRACE, self._patience)

@@ -3,8 +3,9 @@
 Models take turns by served cost: the turn goes to the model that has been served least, for a short quantum, so that
 under load the order is A A A B B and not A B A B. Models with requests of the best priority go first, but no model
 waits longer than MAX_WAIT plus a step of each other. Inside a model, every decoding sequence has a row in every step,
-and prompts fill the rest of the step in order of rank (age, less a head start for priority: priority.py), as many of
-their tokens as the model computes in STEP_WHILE_STREAMING (or STEP, where nobody waits for the next token).
+and prompts fill the rest of the step, most of it in order of rank (age, less a head start for priority: priority.py,
+portions.py), as many of their tokens as the model computes in STEP_WHILE_STREAMING (or STEP, where nobody waits for the
+next token).
 
 Pages come from one pool for all models. A full page goes into the prefix cache, where every request that begins the
 same finds it; when nobody reads it any more it stays until its room is needed. Requests are admitted in order of rank
@@ -22,6 +23,7 @@ from collections.abc import Sequence as List
 from itertools import groupby
 
 from vai.engine.batch import Batch, Place
+from vai.engine.portions import Prompt, portions
 from vai.engine.priority import by_rank, displaced, urgent
 from vai.engine.sampler import Draw
 from vai.engine.select import Entry
@@ -269,19 +271,26 @@ class Scheduler:
             fits = self._reserve(sequence, sequence.computed + 1 + len(draft))
             batch.add(sequence, 1, draft if fits else [])
         room = self._prompt_rows(queue, batch.rows)
-        coming: set[bytes] = set()  # keys of the pages that this step goes on with
-        for sequence in queue.running:
-            if room and sequence.uncomputed > 1:
-                self._take_up(sequence)  # what somebody computed since it was admitted
-                key = sequence.next_key
-                if key in coming and self._may_take_up(sequence):
-                    continue  # prompts that begin the same, as the choices of one request do, are computed once
-                if key is not None:
-                    coming.add(key)
-                count = min(room, sequence.uncomputed)
+        prompts = self._prompts(queue) if room else []
+        needs = [Prompt(sequence.uncomputed, sequence.priority) for sequence in prompts]
+        for sequence, count in zip(prompts, portions(needs, room), strict=True):
+            if count:
                 batch.add(sequence, count)
-                room -= count
         return batch
+
+    def _prompts(self, queue: ModelQueue) -> list[Sequence]:
+        """Whose prompts a step may go on with, in order of rank."""
+        prompts: list[Sequence] = []
+        coming: set[bytes] = set()  # keys of the pages that they go on with
+        for sequence in [sequence for sequence in queue.running if sequence.uncomputed > 1]:
+            self._take_up(sequence)  # what somebody computed since it was admitted
+            key = sequence.next_key
+            if key in coming and self._may_take_up(sequence):
+                continue  # prompts that begin the same, as the choices of one request do, are computed once
+            if key is not None:
+                coming.add(key)
+            prompts.append(sequence)
+        return prompts
 
     def _room(self, queue: ModelQueue, ready: List[Sequence]) -> Room:
         """What may join the rows of the decoding sequences in the next step: prompts, and guesses."""
