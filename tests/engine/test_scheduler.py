@@ -441,6 +441,22 @@ def test_prompts_are_cut_to_what_fits_the_time_of_a_step_while_others_stream() -
     assert streaming in bench.finished
 
 
+def test_a_short_prompt_gets_its_first_token_while_a_long_one_is_computed() -> None:
+    bench = Bench()
+    a = model("a", PAGE // 16)
+    stream = bench.submit(a, [1], 400)
+    bench.step()
+    long = bench.submit(a, [2] * 2000, 1)
+    bench.step()
+    short = bench.submit(a, [3] * 20, 1)
+    ends = {}
+    while long not in bench.finished:
+        assert bench.step() is not None
+        ends |= {identity: len(bench.batches) for identity in bench.finished if identity not in ends}
+    assert ends[short] < ends[long] / 5
+    assert len(bench.answers[stream]) == len(bench.batches)  # no step left the stream out
+
+
 def test_an_id_in_use_is_refused() -> None:
     bench = Bench()
     bench.submit(model("a"), [1], 5)
