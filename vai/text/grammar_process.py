@@ -15,8 +15,9 @@ import socket
 from typing import TYPE_CHECKING
 
 import msgspec
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
+from vai.text.gbnf import to_lark
 from vai.text.grammar import (
     ANSWER,
     ASK,
@@ -165,7 +166,7 @@ def _library_text(spec: GrammarSpec) -> str:
         texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(spec.value))
         return f"start: CHOICE\nCHOICE: {texts}\n"
     if spec.kind == "ebnf" and "::=" in spec.value:
-        return grammar_from("gbnf", spec.value)
+        return to_lark(spec.value)
     if spec.kind == "ebnf" and (found := _SETTINGS.search(spec.value)):
         raise ValueError(f"the setting '{found[1]}' of a rule is not supported")
     return spec.value
