@@ -252,9 +252,11 @@ class Words:
             chat = msgspec.structs.replace(chat, chat_template=overrides.template)
         self._chat = Chat(card.name, tokenizer, chat, system=overrides.system)
 
-    def chat(self, messages: Sequence[Message], tools: Tools | None = None) -> ChatPrompt:
+    def chat(
+        self, messages: Sequence[Message], tools: Tools | None = None, content: GrammarSpec | None = None
+    ) -> ChatPrompt:
         """The prompt for a conversation, and how its answer is read. See `Chat.prompt`."""
-        return self._chat.prompt(messages, tools)
+        return self._chat.prompt(messages, tools, content)
 
     def sampling(self, **given: Any) -> SamplingParams:
         """Parameters with the model's recommendations under what is given, ending where the model ends its turn.
@@ -473,13 +475,14 @@ class Model:
         """Ids of a conversation, up to where the model's turn begins."""
         return (await self.chat(messages)).ids
 
-    async def chat(self, messages: Sequence[Message], tools: Tools | None = None) -> ChatPrompt:
-        """The prompt for a conversation in which the model may call `tools`, and how its answer is read.
-
-        See `text.chat.Chat.prompt`.
+    async def chat(
+        self, messages: Sequence[Message], tools: Tools | None = None, content: GrammarSpec | None = None
+    ) -> ChatPrompt:
+        """The prompt for a conversation in which the model may call `tools`, and how its answer is read, the words of
+        which must match `content`. See `text.chat.Chat.prompt`.
         """
         async with self._words.rendering:
-            return await asyncio.to_thread(self._words.chat, messages, tools)
+            return await asyncio.to_thread(self._words.chat, messages, tools, content)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without control tokens."""
@@ -863,7 +866,7 @@ class LLM:
     ) -> Completion:
         """The model's turn in a conversation. tools, tool_choice: as in OpenAI's API; calls are in `tool_calls`."""
         offer = offered(read_tools(tools), read_choice(tool_choice), parallel_tool_calls)
-        prompt = self._prompt(messages, offer, constrained=grammar is not None)
+        prompt = self._prompt(messages, offer, grammar)
         return self._complete([prompt.ids], sampling, stop, grammar=grammar, reading=prompt.reading, **how)[0]
 
     def choices(
@@ -880,7 +883,7 @@ class LLM:
 
         They share the seed. Each stays the same however many are asked for.
         """
-        ids, reading = self._prompt(prompt, constrained=grammar is not None)
+        ids, reading = self._prompt(prompt, None, grammar)
         params = _seeded(self.sampling() if sampling is None else sampling, count)
         return self._complete([ids] * count, params, stop, range(count), grammar, reading, **how)
 
@@ -894,7 +897,7 @@ class LLM:
         **how: Unpack[How],
     ) -> Iterator[Delta]:
         """The answer as it comes, to a text, token ids, or a conversation. Closing the iterator ends the request."""
-        ids, reading = self._prompt(prompt, constrained=grammar is not None)
+        ids, reading = self._prompt(prompt, None, grammar)
         for _, delta in self._run([ids], sampling, stop, grammar=grammar, reading=reading, **how):
             yield delta
 
@@ -914,19 +917,19 @@ class LLM:
         self.close()
 
     def _prompt(
-        self, prompt: Prompt | Sequence[Message], tools: Tools | None = None, *, constrained: bool = False
+        self,
+        prompt: Prompt | Sequence[Message],
+        tools: Tools | None = None,
+        grammar: GrammarSpec | None = None,
     ) -> ChatPrompt:
-        """Ids, and how the answer is read: whole where it is to match a grammar of the caller's."""
+        """Ids, and how the answer is read."""
         self._check_process()
         if isinstance(prompt, str):
             return ChatPrompt(self.encode(prompt), Reading())
         if not prompt or not isinstance(prompt[0], Mapping):
             return ChatPrompt(list(cast(Sequence[int], prompt)), Reading())
-        if constrained and tools is not None:
-            raise BadRequest("An answer cannot both match a grammar and call tools; leave one of them out.")
         with self._watch.preparing():
-            ids, reading = self._words.chat(cast(Sequence[Message], prompt), tools)
-        return ChatPrompt(ids, Reading() if constrained else reading)
+            return self._words.chat(cast(Sequence[Message], prompt), tools, grammar)
 
     def _complete(
         self,

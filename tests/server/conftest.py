@@ -87,7 +87,7 @@ class Model:
     async def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    async def chat(self, messages: list[dict[str, str]], tools: Any) -> tuple[list[int], None]:
+    async def chat(self, messages: list[dict[str, str]], *beside: Any) -> tuple[list[int], None]:
         return list("|".join(f"{m['role']}:{m['content']}" for m in messages).encode()), None
 
     def token_bytes(self, token: int) -> bytes:

@@ -139,7 +139,7 @@ class Routes:
         with watch.loading():
             model = await self._open(asked.model)
         with watch.preparing():
-            ids, reading = await model.chat(messages, tools)
+            ids, reading = await model.chat(messages, tools, grammar_of(asked))
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = _sampling(asked, model, asked.max_completion_tokens or asked.max_tokens, logprobs)
         return await _respond(request, self._metrics, watch, asked, model, [ids], sampling, ChatAnswer, reading=reading)

@@ -19,7 +19,7 @@ import msgspec
 
 from vai.errors import BadRequest, NotSupported
 from vai.text import structural
-from vai.text.grammar import GrammarSpec
+from vai.text.grammar import GrammarSpec, check_schema
 from vai.text.parsers import CALL_ID, Hermes, Mistral, Parser, detect
 from vai.text.template import ChatFields, Template
 from vai.text.tokenizer import Tokenizer
@@ -90,8 +90,11 @@ class Chat:
         self._without_content = None if _KNOWS_NO_CONTENT.search(source) else ""
         self._variables = {"bos_token": fields.bos_token, "eos_token": fields.eos_token, "add_generation_prompt": True}
 
-    def prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> ChatPrompt:
-        """The prompt for a conversation in which the model may call `tools`.
+    def prompt(
+        self, messages: Sequence[Message], tools: Tools | None = None, content: GrammarSpec | None = None
+    ) -> ChatPrompt:
+        """The prompt for a conversation in which the model may call `tools`, and answer with words that match
+        `content`, a JSON schema or any object where there are tools.
 
         Control tokens are those of the template; spelled out in a message or a tool they stay text. Raises BadRequest
         for messages of no known shape, and where the template refuses them; NotSupported for tools that the model's
@@ -122,20 +125,22 @@ class Chat:
             safe = _spelled_out(safe, family)
         text = self._template.render(safe, **self._variables, **variables)
         ids = self._tokenizer.encode(text, parse_special=True, marker=marker)
-        return ChatPrompt(ids, self._reading(tools, family, text))
+        return ChatPrompt(ids, self._reading(tools, content, family, text))
 
     def close(self) -> None:
         """End the template's process."""
         self._template.close()
 
-    def _reading(self, tools: Tools | None, family: type[Parser], prompt: str) -> Reading:
+    def _reading(self, tools: Tools | None, content: GrammarSpec | None, family: type[Parser], prompt: str) -> Reading:
+        if content is not None and tools is None:
+            return Reading(grammar=content)  # it is the whole answer, so there is nothing to take apart
         thinking = self._thinks and prompt.rstrip().endswith(_THINK[0])
         marks = (*(family.markers if tools is not None else ()), *(_THINK if self._thinks else ()))
         control = {mark: id for mark in marks if (id := self._control(mark)) is not None}
         shown = frozenset(control.values())
         if tools is None:
             return Reading(thinks=self._thinks, thinking=thinking, shown=shown)
-        lark = structural.grammar(family, tools, control, thinking=thinking)
+        lark = structural.grammar(family, tools, control, thinking=thinking, content=_content_schema(content))
         grammar = None if lark is None else GrammarSpec("structural", lark)
         return Reading(family, tools, self._thinks, thinking, shown, grammar)
 
@@ -168,6 +173,21 @@ class Chat:
         if isinstance(value, list | tuple):
             return [self._disarmed(item, marker) for item in value]
         return value
+
+
+def _content_schema(content: GrammarSpec | None) -> dict[str, Any] | None:
+    """The JSON schema that content beside calls must satisfy. Raises BadRequest, NotSupported."""
+    if content is None:
+        return None
+    if content.kind == "json_object":
+        return {"type": "object"}
+    if content.kind != "json_schema":
+        raise NotSupported(
+            "Beside 'tools', an answer can be held to JSON only; leave one of the two out.", param="tools"
+        )
+    check_schema(content.value)
+    schema: dict[str, Any] = msgspec.json.decode(content.value)
+    return schema
 
 
 def _plain_message(message: Message, number: int) -> dict[str, Any]:

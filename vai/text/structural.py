@@ -18,21 +18,35 @@ _WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 _UNWRITTEN = ("pattern", "format", "minLength", "maxLength")  # what raw text is not held to
 
 
-def grammar(family: type[Parser], tools: Tools, control: Mapping[str, int], *, thinking: bool) -> str | None:
+def grammar(
+    family: type[Parser],
+    tools: Tools,
+    control: Mapping[str, int],
+    *,
+    thinking: bool = False,
+    content: Mapping[str, Any] | None = None,
+) -> str | None:
     """The grammar of an answer, None where anything goes.
 
     Required calls are the whole answer. Where the model may choose, it is free up to the first marker of a call; that
-    is held to a grammar if a function is strict, or if there may be one call only.
+    is held to a grammar if a function is strict, or if there may be one call only. Where `content` says what else than
+    calls may come, JSON of that schema, it is not free at all.
 
     control: ids of those markers that are control tokens. thinking: the answer begins within `<think>`, and is held to
     nothing until that ends. Raises NotSupported for a schema that the family's format cannot be held to.
     """
-    if not tools.required and tools.parallel and not any(function.strict for function in tools.functions):
+    strict = any(function.strict for function in tools.functions)
+    if not tools.required and tools.parallel and not strict and content is None:
         return None
     writer = _Writer(family, control)
     functions = [function for function in tools.functions if tools.name in (None, function.name)]
     several = tools.parallel and family.parallel
-    start = writer.calls(functions, several) if tools.required else writer.offer(functions, several)
+    if tools.required:
+        start = writer.calls(functions, several)
+    elif content is not None:
+        start = writer.calls_or(content, functions, several)
+    else:
+        start = writer.offer(functions, several)
     think = f"{writer.through('</think>')} GAP " if thinking else ""
     return "\n".join((f"start: {think}({start})", *writer.rules, "TEXT: /(.|\\n)*/", "GAP: /\\n{0,2}/", ""))
 
@@ -47,15 +61,24 @@ class _Writer:
 
     def calls(self, functions: Sequence[Function], several: bool) -> str:
         """Calls and nothing else."""
-        family = self._family
-        return self._listed(self._text(family.opening), functions, several, strict=True)
+        return self._listed(self._text(self._family.opening), functions, several, strict=True)
+
+    def calls_or(self, content: Mapping[str, Any], functions: Sequence[Function], several: bool) -> str:
+        """Calls, or JSON of this schema."""
+        if not self._marker:
+            raise NotSupported(
+                "This model writes calls without a marker, so they cannot be told from JSON; leave 'response_format' "
+                "or 'tools' out.",
+                param="response_format",
+            )
+        calls = self._listed(self._text(self._family.opening), functions, several, strict=False)
+        return f"{calls} | {self._json(content)}"
 
     def offer(self, functions: Sequence[Function], several: bool) -> str:
         """Text, and calls once one is begun."""
         family = self._family
-        opening = family.opening or family.head
-        marker = next((marker for marker in family.markers if opening.startswith(marker)), None)
-        if marker is None:  # without one, the first character tells
+        marker = self._marker
+        if not marker:  # without one, the first character tells
             self.rules.append("PROSE: /([^{ \\n](.|\\n)*)?/")
             return f"{self._listed('', functions, several, strict=False)} | PROSE"
         through = self.through(marker)
@@ -64,6 +87,12 @@ class _Writer:
             return f"{through} {self._listed(rest, functions, several, strict=False)} | TEXT"
         call = f"{through} {self._call(functions, marker, strict=False)}"
         return f"({call})* TEXT" if several else f"{call} | TEXT"
+
+    @property
+    def _marker(self) -> str:
+        """What a call begins with, "" where that is JSON."""
+        opening = self._family.opening or self._family.head
+        return next((marker for marker in self._family.markers if opening.startswith(marker)), "")
 
     def through(self, marker: str) -> str:
         """Any text up to the first such marker, and the marker."""
