@@ -91,10 +91,8 @@ def burn(
     """Burn a toy with random weights of this seed; the digest. `announce(point)` is called on the way."""
     say = announce if callable(announce) else lambda point: None
     tensors, data_bytes = toy_tensors(scale)
-    plan = form.layout({k: len(v) for k, v in sections(b"", tensors, data_bytes, **changed).items()}, data_bytes)
-    with segment.Partial(
-        root, file_bytes=plan.file_bytes, data_offset=plan.data_offset, huge_pages=huge_pages
-    ) as partial:
+    said = sum(map(len, sections(b"", tensors, data_bytes, **changed).values()))
+    with segment.Partial(root, data_bytes=data_bytes, section_bytes=said, huge_pages=huge_pages) as partial:
         say("allocated")
         weights = random.Random(seed)
         for tensor in tensors:
@@ -193,6 +191,25 @@ def room(root: Path, scale: str) -> None:
     print(sorted(path.name for path in (root / "images").iterdir()), flush=True)
 
 
+def oversized(root: Path, scale: str) -> None:
+    """Print what burning a toy says whose sections are much larger than was said."""
+    tensors, data_bytes = toy_tensors(int(scale))
+    try:
+        with segment.Partial(root, data_bytes=data_bytes, section_bytes=0) as partial:
+            print("allocated", flush=True)
+            partial.publish(sections(partial.data, tensors, data_bytes, template=bytes(64 << 20)), burn_seconds=0.5)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+    print(sorted(path.name for path in (root / "images").iterdir()), flush=True)
+
+
 if __name__ == "__main__":
-    role = {"burner": burner, "reader": reader, "forker": forker, "memory": memory, "room": room}[sys.argv[1]]
+    role = {
+        "burner": burner,
+        "reader": reader,
+        "forker": forker,
+        "memory": memory,
+        "room": room,
+        "oversized": oversized,
+    }[sys.argv[1]]
     role(Path(sys.argv[2]), sys.argv[3])

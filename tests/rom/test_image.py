@@ -147,8 +147,8 @@ def test_a_table_that_lies_is_refused(lie: str) -> None:
 
 
 def test_a_table_of_another_version_is_refused_by_number() -> None:
-    with pytest.raises(WrongVersion, match="version 2, not 1"):
-        TensorTable.from_bytes(_lie(["abi"], 2))
+    with pytest.raises(WrongVersion, match="version 1, not 2"):
+        TensorTable.from_bytes(_lie(["abi"], 1))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,10 @@ def test_a_header_survives_its_own_bytes() -> None:
     header = form.parse_header(HEADER, FILE_BYTES)
     assert (header.data_bytes, header.file_bytes) == (DATA_BYTES, FILE_BYTES)
     assert (header.burned_at, header.burn_seconds, header.host) == (1.7e9, 2.5, "burner")
-    assert header.data_offset % form.DATA_ALIGN == 0
+    assert header.data_offset == 2 << 20
+    assert header.sections["tensors"].offset == header.data_offset + DATA_BYTES
+    last = header.sections["provenance"]
+    assert last.offset + last.length == FILE_BYTES
     assert header.sections["spec"].sha256 == hashlib.sha256(SECTIONS["spec"]).digest()
     assert header.weights == form.weights_id(SECTIONS["tensors"], SECTIONS["spec"])
 
@@ -246,6 +249,11 @@ def _signed(**fields: int) -> bytes:
         {"s0_offset": 0},
         {"s0_offset": 1 << 63},
         {"s1_offset": 4096},
+        {"s0_offset": form.HEADER_BYTES},  # where sections lay before the data
+        {"s0_offset": form.DATA_OFFSET},  # on the data
+        {"s0_offset": form.DATA_OFFSET + DATA_BYTES - 64},
+        {"s0_offset": form.DATA_OFFSET + DATA_BYTES + 64},
+        {"s5_offset": FILE_BYTES},
         {"s1_length": 0},
         {"s1_length": 1 << 30},
         {"s5_length": (1 << 64) - 1},
@@ -282,7 +290,7 @@ def test_a_file_of_another_size_is_refused(size: int) -> None:
 
 
 def test_another_abi_is_refused_by_number() -> None:
-    with pytest.raises(WrongVersion, match="format version 9; this VAI reads 1"):
+    with pytest.raises(WrongVersion, match="format version 9; this VAI reads 2"):
         form.parse_header(HEADER[:8] + struct.pack("<I", 9) + HEADER[12:], FILE_BYTES)
 
 

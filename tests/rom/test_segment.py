@@ -43,15 +43,15 @@ def test_a_burned_image_reads_back_what_was_written(root: Path) -> None:
 
 def test_the_format_is_the_one_that_was_written_down(root: Path) -> None:
     digest = burn(root, seed=3)
-    assert digest == "063b00d3b92f1d78593589b460ea6025b88cee397842a48c9a4f17aaf640d271", (
+    assert digest == "b55a7aabdca785ae91dc190d06d175293ef80efaa0371d35a0fce014da76965b", (
         "another digest for the same content: raise the ABI"
     )
     file = segment.image_path(root, digest).read_bytes()
-    assert file[:24] == b"VAI-ROM\n" + struct.pack("<IIII", 1, 1, 6, 0)
+    assert file[:24] == b"VAI-ROM\n" + struct.pack("<IIII", 2, 1, 6, 0)
     file_bytes, data_offset, data_bytes = struct.unpack_from("<QQQ", file, 24)
     assert (file_bytes, data_offset) == (len(file), 2 << 20)
     assert hashlib.sha256(file[256:640]).digest() == file[48:80] == bytes.fromhex(digest)
-    names, end, hashes = [], 4096, {}
+    names, end, hashes = [], data_offset + data_bytes, {}
     for entry in range(256, 640, 64):
         name, offset, length, sha256 = struct.unpack_from("<16sQQ32s", file, entry)
         names.append(name.rstrip(b"\0").decode())
@@ -60,8 +60,10 @@ def test_the_format_is_the_one_that_was_written_down(root: Path) -> None:
         assert hashlib.sha256(file[offset:end]).digest() == sha256
         hashes[names[-1]] = sha256
     assert names == ["tensors", "spec", "tokenizer", "template", "defaults", "provenance"]
-    table = json.loads(file[4096 : 4096 + struct.unpack_from("<Q", file, 256 + 24)[0]])
-    data = file[data_offset:]
+    start, length = struct.unpack_from("<QQ", file, 256 + 16)
+    table = json.loads(file[start : start + length])
+    data = file[data_offset : data_offset + data_bytes]
+    assert end == file_bytes
     assert len(data) == data_bytes == table["data_bytes"]
     chunks = [hashlib.sha256(data[at : at + (4 << 20)]).hexdigest() for at in range(0, len(data), 4 << 20)]
     assert chunks == table["chunks"]
@@ -99,7 +101,7 @@ def test_an_existing_digest_wins(root: Path) -> None:
 
 
 def test_an_exception_in_a_burn_leaves_nothing(root: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), segment.Partial(root, file_bytes=8 << 20, data_offset=2 << 20) as partial:
+    with pytest.raises(KeyboardInterrupt), segment.Partial(root, data_bytes=6 << 20, section_bytes=0) as partial:
         assert len(_images(root)) == 1
         assert len(partial.data) == 6 << 20
         assert not any(partial.data)
@@ -108,27 +110,47 @@ def test_an_exception_in_a_burn_leaves_nothing(root: Path) -> None:
 
 
 def test_a_burn_that_never_publishes_leaves_nothing(root: Path) -> None:
-    with segment.Partial(root, file_bytes=4 << 20, data_offset=2 << 20):
+    with segment.Partial(root, data_bytes=2 << 20, section_bytes=0):
         pass
     assert _images(root) == []
 
 
-def test_sections_of_another_length_than_planned_are_not_published(root: Path) -> None:
+def test_a_table_of_other_data_than_planned_is_not_published(root: Path) -> None:
     tensors, data_bytes = toy_tensors()
     made = sections(b"", tensors, data_bytes)
-    plan = form.layout({name: len(section) for name, section in made.items()}, data_bytes)
     with (
         pytest.raises(ValueError, match="planned"),
-        segment.Partial(root, file_bytes=plan.file_bytes + 4096, data_offset=plan.data_offset) as partial,
+        segment.Partial(root, data_bytes=data_bytes + 4096, section_bytes=0) as partial,
     ):
         partial.publish(made, 1.0)
     assert _images(root) == []
 
 
+@pytest.mark.parametrize("said", [0, 64 << 20])
+def test_sections_may_be_longer_or_shorter_than_was_said(said: int, root: Path) -> None:
+    tensors, data_bytes = toy_tensors()
+    with segment.Partial(root, data_bytes=data_bytes, section_bytes=said) as partial:
+        made = sections(partial.data, tensors, data_bytes)
+        digest = partial.publish(made, 0.5)
+    with segment.attach(root, digest) as image:
+        segment.verify(image)
+        assert image.path.stat().st_blocks * 512 >= image.header.file_bytes == image.path.stat().st_size
+        assert image.section("tokenizer") == made["tokenizer"]
+
+
+def test_sections_there_is_no_room_for_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    setup = f"mount -t tmpfs -o size=8m,mode=755 tmpfs {mount}"
+    _, refused, images = _in_namespace(setup, mount / "root", scale=1, role="oversized")
+    assert refused.startswith("NotEnoughRoom: Need 70.4 MiB, free 1.6 MiB: the filesystem of")
+    assert images == "[]"
+
+
 def test_a_table_that_is_wrong_is_not_published(root: Path) -> None:
     tensors, data_bytes = toy_tensors()
     made = sections(b"", tensors, data_bytes, tensors=b"{}")
-    with pytest.raises(CorruptImage), segment.Partial(root, file_bytes=8 << 20, data_offset=2 << 20) as partial:
+    with pytest.raises(CorruptImage), segment.Partial(root, data_bytes=6 << 20, section_bytes=0) as partial:
         partial.publish(made, 1.0)
     assert _images(root) == []
 
@@ -136,8 +158,7 @@ def test_a_table_that_is_wrong_is_not_published(root: Path) -> None:
 def test_a_burn_writes_inside_its_data_area_and_only_until_it_publishes(root: Path) -> None:
     tensors, data_bytes = toy_tensors()
     made = sections(b"", tensors, data_bytes)
-    plan = form.layout({name: len(section) for name, section in made.items()}, data_bytes)
-    with segment.Partial(root, file_bytes=plan.file_bytes, data_offset=plan.data_offset) as partial:
+    with segment.Partial(root, data_bytes=data_bytes, section_bytes=0) as partial:
         partial.write(memoryview(b"end"), data_bytes - 3)
         assert partial.data[-4:] == b"\0end"
         for start in (-1, data_bytes - 2):
@@ -152,7 +173,7 @@ def test_a_burn_writes_inside_its_data_area_and_only_until_it_publishes(root: Pa
 
 
 def test_a_forked_child_of_a_burner_deletes_nothing(root: Path) -> None:
-    with segment.Partial(root, file_bytes=4 << 20, data_offset=2 << 20) as partial:
+    with segment.Partial(root, data_bytes=2 << 20, section_bytes=0) as partial:
         child = os.fork()
         if child == 0:
             partial.__exit__(None, None, None)
@@ -237,9 +258,9 @@ for attempt in (lambda: os.listdir({str(path.parent)!r}), lambda: open({str(path
 # --- no room ----------------------------------------------------------------------------------------------------------
 
 
-def _in_namespace(setup: str, root: Path, scale: int) -> list[str]:
-    """Lines of the role `room`, in a mount namespace of its own after `setup`, a shell command that has to succeed."""
-    command = f"set -e; {setup}; exec {sys.executable} {SCRIPT} room {root} {scale}"
+def _in_namespace(setup: str, root: Path, scale: int, role: str = "room") -> list[str]:
+    """Lines of the role, in a mount namespace of its own after `setup`, a shell command that has to succeed."""
+    command = f"set -e; {setup}; exec {sys.executable} {SCRIPT} {role} {root} {scale}"
     done = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -270,7 +291,7 @@ def test_a_small_memory_cgroup_is_refused_before_a_byte_is_written(small_cgroup:
     assert done.returncode == 0, done.stderr
     room, refused, images = done.stdout.splitlines()
     assert "limit='the memory cgroup" in room
-    assert refused.startswith("NotEnoughRoom: Need 54.1 MiB, free")
+    assert refused.startswith("NotEnoughRoom: Need 54.2 MiB, free")
     assert "has a limit of 48 MiB" in refused
     assert "vai rm NAME" in refused
     assert images == "[]"
@@ -312,7 +333,7 @@ rom_toy.room(Path({str(root)!r}), "1")
 
 def test_what_is_written_before_it_is_allocated_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment, "ALLOCATION_STEP", 64 << 10)
-    with segment.Partial(root, file_bytes=64 << 20, data_offset=2 << 20) as partial:
+    with segment.Partial(root, data_bytes=62 << 20, section_bytes=0) as partial:
         partial.write(memoryview(b"early"), (62 << 20) - 5)
         assert partial.data[-6:] == b"\0early", "data waits for the allocation"
         assert partial.path.stat().st_blocks * 512 >= 64 << 20
@@ -322,7 +343,7 @@ def test_what_is_written_before_it_is_allocated_stays(root: Path, monkeypatch: p
 def test_a_reserve_no_machine_has_is_refused_and_says_so(root: Path) -> None:
     with (
         pytest.raises(NotEnoughRoom, match=r"free 0\.0 MiB: the machine has no more, .* kept for other programs"),
-        segment.Partial(root, file_bytes=4 << 20, data_offset=2 << 20, reserve=1 << 60),
+        segment.Partial(root, data_bytes=2 << 20, section_bytes=0, reserve=1 << 60),
     ):
         pass
     assert _images(root) == []
@@ -562,11 +583,16 @@ def test_a_hundred_flipped_bits_anywhere_are_found_a_hundred_times(root: Path) -
         segment.verify(image)
 
 
-def test_a_flipped_bit_between_sections_is_found(root: Path) -> None:
+def test_a_flipped_bit_between_header_data_and_sections_is_found(root: Path) -> None:
     with segment.attach(root, burn(root)) as image:
-        _flip(image.path, image.header.data_offset - 1)
-        with pytest.raises(CorruptImage, match="must have none"):
-            segment.verify(image)
+        gap = image.header.sections["spec"].offset - 1
+        assert gap >= sum(image.header.sections["tensors"][:2])
+        for position in (form.HEADER_BYTES, image.header.data_offset - 1, gap):
+            _flip(image.path, position)
+            with pytest.raises(CorruptImage, match="must have none"):
+                segment.verify(image)
+            _flip(image.path, position)
+        segment.verify(image)
 
 
 def test_a_truncated_file_is_refused_with_both_sizes(root: Path) -> None:
@@ -639,7 +665,7 @@ def test_a_window_is_the_data_itself_where_it_has_huge_pages(
 ) -> None:
     """All but the last 4 MiB of data, whose end no huge page fits."""
     monkeypatch.setattr(segment, "ALLOCATION_STEP", step)
-    with segment.Partial(shared_memory / "root", file_bytes=(12 << 20) + 4096, data_offset=2 << 20) as partial:
+    with segment.Partial(shared_memory / "root", data_bytes=(10 << 20) + 4096, section_bytes=0) as partial:
         for start in (0, 6 << 20):
             window = partial.window(start, 4 << 20)
             assert window is not None
@@ -656,9 +682,9 @@ def test_a_window_is_the_data_itself_where_it_has_huge_pages(
 def test_there_is_no_window_where_the_filesystem_has_no_huge_pages_or_none_are_wanted(
     root: Path, shared_memory: Path
 ) -> None:
-    with segment.Partial(root, file_bytes=8 << 20, data_offset=2 << 20) as partial:
+    with segment.Partial(root, data_bytes=6 << 20, section_bytes=0) as partial:
         assert partial.window(0, 2 << 20) is None
-    wanted = segment.Partial(shared_memory / "root", file_bytes=8 << 20, data_offset=2 << 20, huge_pages=False)
+    wanted = segment.Partial(shared_memory / "root", data_bytes=6 << 20, section_bytes=0, huge_pages=False)
     with wanted as partial:
         assert partial.window(0, 2 << 20) is None
 
@@ -667,14 +693,14 @@ def test_huge_pages_that_cost_more_than_small_ones_are_not_waited_for(
     shared_memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(segment, "SMALL_PAGES_SECONDS", 0.0)
-    with segment.Partial(shared_memory / "root", file_bytes=32 << 20, data_offset=2 << 20) as partial:
+    with segment.Partial(shared_memory / "root", data_bytes=30 << 20, section_bytes=0) as partial:
         assert partial.window(0, 8 << 20) is not None
         assert partial.window(8 << 20, 2 << 20) is None
         assert not any(partial.data), "what is no huge page is there as well"
 
 
 def test_a_window_ends_with_its_burn(shared_memory: Path) -> None:
-    partial = segment.Partial(shared_memory / "root", file_bytes=8 << 20, data_offset=2 << 20)
+    partial = segment.Partial(shared_memory / "root", data_bytes=6 << 20, section_bytes=0)
     with partial:
         pass
     with pytest.raises(Unavailable, match="burn has ended"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +65,7 @@ class Preview(NamedTuple):
 
 def preview(source: Path) -> Preview:
     """What `burn` would make of a GGUF file, exact to the byte, from its header alone. Raises as `burn` does."""
-    with _no_collection(), GgufFile(source) as gguf:
+    with _hurried(), GgufFile(source) as gguf:
         spec = _spec(gguf)
         plan = plan_image(gguf, spec)
         return Preview(spec, _table(plan), _layout(_sections(gguf, spec, plan), plan).file_bytes)
@@ -100,36 +101,39 @@ def burn(
             progress(Progress(phase, done, total, time.monotonic() - began))
 
     report("reading", 0, 0)
-    with _no_collection(), GgufFile(source) as gguf:
+    with _hurried(), GgufFile(source) as gguf:
         spec = _spec(gguf)
         plan = plan_image(gguf, spec)
-        sections = _sections(gguf, spec, plan)
-        place = _layout(sections, plan)
         report("packing", 0, plan.data_bytes)
-        with Partial(
-            root, file_bytes=place.file_bytes, data_offset=place.data_offset, huge_pages=huge_pages
-        ) as partial:
+        # The sections hold what the header of the file holds, and a tensor table besides.
+        section_bytes = gguf.header_bytes + len(_table(plan).to_bytes())
+        with Partial(root, data_bytes=plan.data_bytes, section_bytes=section_bytes, huge_pages=huge_pages) as partial:
             chunks: list[bytes] = []
             with _chunks(plan, gguf, partial, threads) as hashes:
+                sections = _sections(gguf, spec, plan)  # while others pack
                 for chunk in hashes:
                     chunks.append(chunk)
                     report("packing", min(len(chunks) * CHUNK, plan.data_bytes), plan.data_bytes)
             sections["tensors"] = TensorTable(plan.data_bytes, chunks, plan.stored()).to_bytes()
             report("publishing", plan.data_bytes, plan.data_bytes)
             digest = partial.publish(sections, time.monotonic() - began)
+        file_bytes = _layout(sections, plan).file_bytes
     weights = weights_id(sections["tensors"], sections["spec"])
-    return Burned(digest, weights, place.file_bytes, time.monotonic() - began)
+    return Burned(digest, weights, file_bytes, time.monotonic() - began)
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def _hurried() -> Iterator[None]:
     """No cyclic garbage collection: a vocabulary is half a million objects that all stay, and looking through them
-    again and again would double the time they take."""
-    collecting = gc.isenabled()
+    again and again would double the time they take. And short turns: threads that pack need the interpreter lock for an
+    instant each time, and would wait for it as long as they work."""
+    collecting, turn = gc.isenabled(), sys.getswitchinterval()
     gc.disable()
+    sys.setswitchinterval(0.0005)
     try:
         yield
     finally:
+        sys.setswitchinterval(turn)
         if collecting:
             gc.enable()
 

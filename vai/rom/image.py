@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 from vai.errors import BadRequest, CorruptImage, WrongVersion
 
 MAGIC = b"VAI-ROM\n"
-ABI = 1
+ABI = 2
 STATE_FROZEN = 1
 
 CHUNK = 4 << 20  # bytes of data one SHA-256 covers
 DATA_ALIGN = 2 << 20  # a huge page, in the file and in memory
+DATA_OFFSET = DATA_ALIGN
 TENSOR_ALIGN = 4096
 SMALL_ALIGN = 64  # tensors under 4,096 bytes
 SECTION_ALIGN = 64
@@ -310,12 +311,11 @@ class Layout(NamedTuple):
 
 def layout(lengths: Mapping[str, int], data_bytes: int) -> Layout:
     """The only layout there is for sections of these lengths (one for each of SECTIONS) and this much data."""
-    offsets, end = [], HEADER_BYTES
+    offsets, end = [], DATA_OFFSET + data_bytes
     for name in SECTIONS:
         offsets.append(align(end, SECTION_ALIGN))
         end = offsets[-1] + lengths[name]
-    data_offset = align(end, DATA_ALIGN)
-    return Layout(tuple(offsets), data_offset, data_offset + data_bytes)
+    return Layout(tuple(offsets), DATA_OFFSET, end)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,25 +106,26 @@ def _names_inode(path: Path, fd: int) -> bool:
 class Partial:
     """An image being burned: room is checked and taken at entry, and unless `publish` succeeds nothing remains.
 
-        with Partial(root, file_bytes=..., data_offset=...) as partial:
+        with Partial(root, data_bytes=..., section_bytes=...) as partial:
             if (window := partial.window(start, length)) is not None: ...  # fill it in place
             else: partial.write(packed, start)
             digest = partial.publish(sections, burn_seconds)
 
-    file_bytes, data_offset: as `image.layout` gives them. reserve: bytes of memory that stay free for others.
-    huge_pages: take 2 MiB pages where the kernel gives them at once; `collapse` can try again later.
+    section_bytes: what the sections will take, if only about: room for them is asked for together with that of the
+    data, and once more when they are there. reserve: bytes of memory that stay free for others. huge_pages: take 2 MiB pages where the kernel gives them at once; `collapse` can try again later.
     Memory is taken step by step, all but the first step in a thread of its own, which holds the room lock: a third of
     a burn would be spent waiting for it otherwise. What `write` reaches before that thread, it takes itself.
-    Raises NotEnoughRoom (before a byte is written; later only if the system breaks its word), Unavailable (the
-    directories).
+    Raises NotEnoughRoom (before a byte is written; later only if the system breaks its word or the sections are larger
+    than was said), Unavailable (the directories).
     """
 
     def __init__(
-        self, root: Path, *, file_bytes: int, data_offset: int, reserve: int = RESERVE, huge_pages: bool = True
+        self, root: Path, *, data_bytes: int, section_bytes: int, reserve: int = RESERVE, huge_pages: bool = True
     ) -> None:
         self._root = root
-        self._file_bytes = file_bytes
-        self._data_offset = data_offset
+        self._data_bytes = data_bytes
+        self._data_end = form.DATA_OFFSET + data_bytes  # in the file
+        self._file_bytes = self._data_end + section_bytes
         self._reserve = reserve
         self._fd = -1  # for writing and mapping
         self._lease = -1  # for the lock
@@ -133,7 +134,7 @@ class Partial:
         self._refused: BaseException | None = None  # what ended it early
         self._step_taken = threading.Condition()
         self._more_huge = huge_pages  # the next step will try for huge pages
-        self._huge_end = data_offset  # where in the file they end
+        self._huge_end = form.DATA_OFFSET  # where in the file they end
         self.path = root / "images" / f".{os.urandom(8).hex()}.partial"
         _burning.add(self)
 
@@ -144,14 +145,14 @@ class Partial:
             sweep(self._root)
             try:
                 self._create()
-                self._memory = Memory(self._fd, self._data_offset, self._file_bytes - self._data_offset, writable=True)
+                self._memory = Memory(self._fd, form.DATA_OFFSET, self._data_bytes, writable=True)
             except BaseException:
                 self._discard()
                 raise
             self._data = self._memory.view
             try:
                 self._allocate_step(0)
-                if self._file_bytes > ALLOCATION_STEP:
+                if self._data_end > ALLOCATION_STEP:
                     self._allocation = threading.Thread(target=self._allocate_rest, args=(lock.pop_all(),))
                     self._allocation.start()
             except BaseException:
@@ -187,25 +188,28 @@ class Partial:
         """
         self._inside(start, len(part))
         try:
-            _write(self._fd, part, self._data_offset + start)
+            _write(self._fd, part, form.DATA_OFFSET + start)
         except OSError as error:
             if error.errno in _NO_ROOM:
-                raise self._no_room(self._data_offset + start, error) from None
+                raise self._no_room(form.DATA_OFFSET + start, error) from None
             raise
 
     def publish(self, sections: Mapping[str, bytes], burn_seconds: float) -> str:
         """Freeze the data, write the sections, make the image visible under its digest, and return that.
 
-        sections: one byte string for each of SECTIONS, of the lengths the file was planned with. An image of this
-        digest that is there already stays; this one is dropped. Raises CorruptImage for a tensor table that is wrong.
+        sections: one byte string for each of SECTIONS. An image of this digest that is there already stays; this one is
+        dropped. Raises CorruptImage for a tensor table that is wrong, ValueError for that of other data.
         """
         table = TensorTable.from_bytes(sections["tensors"])
         plan = form.layout({name: len(sections[name]) for name in form.SECTIONS}, table.data_bytes)
-        if (plan.data_offset, plan.file_bytes) != (self._data_offset, self._file_bytes):
-            raise ValueError(f"planned as {self._data_offset}, {self._file_bytes}, but the sections make it {plan}")
+        if table.data_bytes != self._data_bytes:
+            raise ValueError(f"planned with {self._data_bytes} bytes of data, but the tensor table has {plan}")
         self._require_open()
         self._await_allocation()
         self._memory.freeze()
+        self._file_bytes = plan.file_bytes
+        with _room_locked(self._root):
+            self._allocate(self._data_end, self._file_bytes)
         for name, offset in zip(form.SECTIONS, plan.section_offsets, strict=True):
             _write(self._fd, sections[name], offset)
         header = form.build_header(
@@ -225,9 +229,9 @@ class Partial:
     def _inside(self, start: int, length: int) -> int:
         """Where in the file `length` bytes from `start` on end, if the data area has them and is still open."""
         self._require_open()
-        if start < 0 or start + length > self._file_bytes - self._data_offset:
+        if start < 0 or start + length > self._data_bytes:
             raise ValueError(f"{length} bytes at {start} are outside the data area")
-        return self._data_offset + start + length
+        return form.DATA_OFFSET + start + length
 
     def _require_open(self) -> None:
         if self._fd < 0:
@@ -241,11 +245,19 @@ class Partial:
             fcntl.flock(self._lease, fcntl.LOCK_EX)
 
     def _allocate_step(self, offset: int) -> None:
+        end = min(offset + ALLOCATION_STEP, self._data_end)
+        huge_end = self._allocate(offset, end)
+        with self._step_taken:
+            self._more_huge = huge_end == end < self._data_end
+            self._huge_end = huge_end
+            self._step_taken.notify_all()
+
+    def _allocate(self, offset: int, end: int) -> int:
+        """Take bytes [offset, end) of the file; where its huge pages end now."""
         # fallocate, not truncate: touching a hole in a full tmpfs is SIGBUS. In steps, since tmpfs undoes a whole
         # call when a signal comes; Python repeats the interrupted one.
         need = self._file_bytes - 512 * os.fstat(self._fd).st_blocks
         _require_room(self._root, self._file_bytes, need, self._reserve)
-        end = min(offset + ALLOCATION_STEP, self._file_bytes)
         try:
             huge_end = self._take_huge_pages(end) if self._more_huge else self._huge_end
             os.posix_fallocate(self._fd, offset, end - offset)  # whatever is not there yet
@@ -253,10 +265,7 @@ class Partial:
             if error.errno in _NO_ROOM:
                 raise self._no_room(offset, error) from None
             raise
-        with self._step_taken:
-            self._more_huge = huge_end == end < self._file_bytes
-            self._huge_end = huge_end
-            self._step_taken.notify_all()
+        return huge_end
 
     def _take_huge_pages(self, end: int) -> int:
         """2 MiB pages from where they end up to at most byte `end` of the file; where they end now. Raises OSError.
@@ -272,7 +281,7 @@ class Partial:
                 os.posix_fallocate(self._fd, page + form.DATA_ALIGN - mmap.PAGESIZE, mmap.PAGESIZE)
             began = time.thread_time()
             try:
-                self._memory.advise(MADV_COLLAPSE, start - self._data_offset, length)
+                self._memory.advise(MADV_COLLAPSE, start - form.DATA_OFFSET, length)
             except OSError:  # none to be had, or no tmpfs
                 return start
             if time.thread_time() - began > SMALL_PAGES_SECONDS * length:
@@ -282,7 +291,7 @@ class Partial:
     def _allocate_rest(self, lock: contextlib.ExitStack) -> None:
         with lock:
             try:
-                for offset in range(ALLOCATION_STEP, self._file_bytes, ALLOCATION_STEP):
+                for offset in range(ALLOCATION_STEP, self._data_end, ALLOCATION_STEP):
                     if self._given_up.is_set():
                         break
                     self._allocate_step(offset)
@@ -527,12 +536,15 @@ def verify(image: Image, threads: int = 2) -> None:
 
 
 def _check_padding(fd: int, header: Header) -> None:
-    """What no hash covers between the sections is zero."""
-    sections = list(header.sections.values())
-    starts = [section.offset + section.length for section in sections]
-    ends = [section.offset for section in sections[1:]] + [header.data_offset]
+    """What no hash covers, between header, data and sections, is zero."""
+    starts, ends = [form.HEADER_BYTES], [header.data_offset]
+    end = header.data_offset + header.data_bytes
+    for section in header.sections.values():
+        starts.append(end)
+        ends.append(section.offset)
+        end = section.offset + section.length
     for start, end in zip(starts, ends, strict=True):
-        if any(os.pread(fd, end - start, start)):
+        if os.pread(fd, end - start, start).strip(b"\0"):
             raise CorruptImage(f"The image {header.digest[:12]} has bytes where it must have none; burn it again.")
 
 
