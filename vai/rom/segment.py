@@ -112,7 +112,8 @@ class Partial:
             digest = partial.publish(sections, burn_seconds)
 
     section_bytes: what the sections will take, if only about: room for them is asked for together with that of the
-    data, and once more when they are there. reserve: bytes of memory that stay free for others. huge_pages: take 2 MiB pages where the kernel gives them at once; `collapse` can try again later.
+    data, and once more when they are there. reserve: bytes of memory that stay free for others. huge_pages: take 2 MiB
+    pages where the kernel gives them at once; `collapse` can try again later.
     Memory is taken step by step, all but the first step in a thread of its own, which holds the room lock: a third of
     a burn would be spent waiting for it otherwise. What `write` reaches before that thread, it takes itself.
     Raises NotEnoughRoom (before a byte is written; later only if the system breaks its word or the sections are larger
