@@ -32,6 +32,12 @@ STREAMS: dict[str, dict[str, Any]] = {
     "greedy": {"model": "tiny-qwen2", "temperature": 0, "max_tokens": 900, "logprobs": 2, **IGNORE},
     "sampled": {"model": "tiny", "temperature": 1, "seed": 7, "max_tokens": 900, "logprobs": 1, **IGNORE},
     "held off": {"model": "tiny", "seed": 3, "max_tokens": 700, "extra_body": {"min_tokens": 699}},
+    "under a grammar": {
+        "model": "tiny",
+        "seed": 5,
+        "max_tokens": 700,
+        "extra_body": {"guided_regex": "([a-z]{2}[0-9]){700}"},
+    },
 }
 
 
@@ -69,7 +75,7 @@ def kill_engine(stand) -> None:
     stand.until(lambda: stand.roles()["engine"]["state"] == "ready")
 
 
-def test_three_streams_of_two_models_do_not_see_their_engines_die(stand) -> None:
+def test_streams_of_two_models_do_not_see_their_engines_die(stand) -> None:
     stand.start()
     expected = {name: Reading().read(stand, **asked) for name, asked in STREAMS.items()}
     readings = {name: Reading() for name in STREAMS}
