@@ -20,6 +20,8 @@ struct Avx2Vec {
   static constexpr int kMaxRows = 4;
   static constexpr int kBlocks = 1;
   static constexpr int kAhead = 1728;
+  static constexpr int kRegisters = 16;
+  static constexpr bool kPanels = true;
   static int row_block(int rows) { return rows < kMaxRows ? rows : kMaxRows; }
 
   using F = __m256;
@@ -99,22 +101,34 @@ struct Avx2Vec {
   }
   // What still fits: 31*127*8 = 31496 for a sum of 16 columns, 63*127*4 = 32004 for one of 8.
   static constexpr int dot4_columns(int bits) { return bits == 4 ? 32 : bits == 5 ? 16 : 8; }
+  static constexpr bool kDot4Begins = false;
+  struct NoOffset {};
   static Dot4 dot4_begin(int32_t) { return _mm256_setzero_si256(); }
-  static Dot4 dot4(Dot4 acc, const Nibbles& w, const int8_t* a) {
-    acc = add_words(acc, _mm256_maddubs_epi16(w.low, _mm256_set1_epi32(load_as<int32_t>(a))));
-    return add_words(acc, _mm256_maddubs_epi16(w.high, _mm256_set1_epi32(load_as<int32_t>(a + 4))));
+  struct Activations { I low, high; };
+  static Activations dot4_activations(const int8_t* a) {
+    return {_mm256_set1_epi32(load_as<int32_t>(a)), _mm256_set1_epi32(load_as<int32_t>(a + 4))};
   }
-  static Dot4 dot4(const Nibbles& w, const int8_t* a) {
-    const I low = _mm256_maddubs_epi16(w.low, _mm256_set1_epi32(load_as<int32_t>(a)));
-    return add_words(low, _mm256_maddubs_epi16(w.high, _mm256_set1_epi32(load_as<int32_t>(a + 4))));
+  static Dot4 dot4(Dot4 acc, const Nibbles& w, const Activations& a) {
+    acc = add_words(acc, _mm256_maddubs_epi16(w.low, a.low));
+    return add_words(acc, _mm256_maddubs_epi16(w.high, a.high));
+  }
+  static Dot4 dot4(const Nibbles& w, const Activations& a) {
+    return add_words(_mm256_maddubs_epi16(w.low, a.low), _mm256_maddubs_epi16(w.high, a.high));
   }
   // In place: gcc otherwise reorders the sum into a tree whose leaves do not fit the registers.
   static I add_words(I acc, I x) {
     asm("vpaddw %1, %0, %0" : "+x"(acc) : "x"(x));
     return acc;
   }
-  static I dot4_end(Dot4 acc, int32_t correction) {
-    return _mm256_add_epi32(_mm256_madd_epi16(acc, _mm256_set1_epi16(1)), _mm256_set1_epi32(correction));
+
+  static I dot4_end(Dot4 acc, I offset) { return _mm256_sub_epi32(_mm256_madd_epi16(acc, _mm256_set1_epi16(1)), offset); }
+  static I dot4_end(Dot4 acc, NoOffset) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
+  template <int kZero>
+  static auto dot4_offset(const int32_t* sum) {
+    if constexpr (kZero == 0)
+      return NoOffset{};
+    else
+      return _mm256_slli_epi32(_mm256_set1_epi32(load_as<int32_t>(sum)), __builtin_ctz(kZero));
   }
 
   static I dot4_times(I total, Dot4 dot, I factor) { return add_dwords(total, _mm256_madd_epi16(dot, factor)); }
@@ -139,14 +153,15 @@ struct Avx2Vec {
     return {_mm256_abs_epi8(x), x};
   }
   static Dot8 dot8_begin(int32_t) { return _mm256_setzero_si256(); }
-  static Dot8 dot8(Dot8 acc, const Bytes& w, const int8_t* a) {
-    const I pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(_mm256_set1_epi32(load_as<int32_t>(a)), w.value));
+  static I dot8_activations(const int8_t* a) { return _mm256_set1_epi32(load_as<int32_t>(a)); }
+  static Dot8 dot8(Dot8 acc, const Bytes& w, I a) {
+    const I pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(a, w.value));
     const I sums = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
     return add_dwords(acc, sums);
   }
   static I dot8_end(Dot8 acc) { return acc; }
 
-  // Keeps gcc from sharing the activations' broadcasts between the halves of a line, which spills; loading is cheaper.
+  // Keeps gcc from hoisting the scale products over the integer part, which spills.
   static void fence() { asm volatile("" ::: "memory"); }
   static void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 };

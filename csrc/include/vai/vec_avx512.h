@@ -20,6 +20,8 @@ struct Avx512Vec {
   static constexpr int kMaxRows = 8;
   static constexpr int kBlocks = 2;
   static constexpr int kAhead = 4608;
+  static constexpr int kRegisters = 32;
+  static constexpr bool kPanels = false;
   // Up to 16 rows are bound by memory: as many rows as possible for each line. Beyond, 6 rows x 2 n-blocks fill the ports.
   static int row_block(int rows) { return rows < 8 ? rows : rows <= 16 ? 8 : 6; }
 
@@ -99,12 +101,19 @@ struct Avx512Vec {
   }
   static constexpr int dot4_columns(int) { return 32; }
   static Dot4 dot4_begin(int32_t correction) { return _mm512_set1_epi32(correction); }
-  static Dot4 dot4(Dot4 acc, const Nibbles& w, const int8_t* a) {
-    acc = _mm512_dpbusd_epi32(acc, w.low, _mm512_set1_epi32(load_as<int32_t>(a)));
-    return _mm512_dpbusd_epi32(acc, w.high, _mm512_set1_epi32(load_as<int32_t>(a + 4)));
+  struct Activations { I low, high; };
+  static Activations dot4_activations(const int8_t* a) {
+    return {_mm512_set1_epi32(load_as<int32_t>(a)), _mm512_set1_epi32(load_as<int32_t>(a + 4))};
   }
-  static Dot4 dot4(const Nibbles& w, const int8_t* a) { return dot4(dot4_begin(0), w, a); }
-  static I dot4_end(Dot4 acc, int32_t) { return acc; }
+  static constexpr bool kDot4Begins = true;
+  static Dot4 dot4(Dot4 acc, const Nibbles& w, const Activations& a) {
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc, w.low, a.low), w.high, a.high);
+  }
+  static Dot4 dot4(const Nibbles& w, const Activations& a) { return dot4(dot4_begin(0), w, a); }
+  struct Offset {};
+  template <int kZero>
+  static Offset dot4_offset(const int32_t*) { return {}; }
+  static I dot4_end(Dot4 acc, Offset) { return acc; }
   static I dot4_times(I total, Dot4 dot, I factor) { return _mm512_add_epi32(total, _mm512_mullo_epi32(dot, factor)); }
   static I factor(const int8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
   static I pairs(const int8_t* even, const int8_t* odd) {
@@ -117,9 +126,8 @@ struct Avx512Vec {
   using Bytes = I;
   static Bytes bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static Dot8 dot8_begin(int32_t correction) { return _mm512_set1_epi32(correction); }
-  static Dot8 dot8(Dot8 acc, Bytes w, const int8_t* a) {
-    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(load_as<int32_t>(a)));
-  }
+  static I dot8_activations(const int8_t* a) { return _mm512_set1_epi32(load_as<int32_t>(a)); }
+  static Dot8 dot8(Dot8 acc, Bytes w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
   static I dot8_end(Dot8 acc) { return acc; }
 
   // Keeps gcc from hoisting the scale products over the integer part, which spills.

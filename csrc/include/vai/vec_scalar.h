@@ -23,6 +23,8 @@ struct ScalarVec {
   static constexpr int kMaxRows = 3;  // rows that one tile call multiplies
   static constexpr int kBlocks = 2;   // n-blocks that one tile call multiplies when there are many rows
   static constexpr int kAhead = 0;    // bytes of software prefetch
+  static constexpr int kRegisters = 32;  // fewer: sums of many rows stand in memory
+  static constexpr bool kPanels = false;  // whether weights of 2 bytes are widened once for many rows
   // Shaped like AVX-512's, only smaller: so its way through the shared loops is walked on every machine.
   static int row_block(int rows) { return rows < 3 ? rows : rows <= 16 ? 3 : 2; }
 
@@ -105,13 +107,20 @@ struct ScalarVec {
   // Columns whose products with codes of so many bits a Dot4 can hold.
   static constexpr int dot4_columns(int) { return 32; }
   static Dot4 dot4_begin(int32_t correction) { return iset1(correction); }
+  // The activations that a line is multiplied with, loaded once for all its registers.
+  static const int8_t* dot4_activations(const int8_t* a) { return a; }
+  static constexpr bool kDot4Begins = true;  // dot4_begin holds the correction; else dot4_end takes it off
   static Dot4 dot4(Dot4 acc, const Nibbles& w, const int8_t* a) {
     for (int i = 0; i < 16; ++i)
       for (int j = 0; j < 4; ++j) acc.v[i] += w.low[4 * i + j] * a[j] + w.high[4 * i + j] * a[4 + j];
     return acc;
   }
   static Dot4 dot4(const Nibbles& w, const int8_t* a) { return dot4(dot4_begin(0), w, a); }
-  static I dot4_end(Dot4 acc, int32_t) { return acc; }
+  // What dot4_end takes off: kZero times a sum of activations.
+  struct Offset {};
+  template <int kZero>
+  static Offset dot4_offset(const int32_t*) { return {}; }
+  static I dot4_end(Dot4 acc, Offset) { return acc; }
   // total + dot * factor, the factors being signed bytes, one for each row.
   static I dot4_times(I total, Dot4 dot, I factor) { VAI_LANES(I, total.v[i] + dot.v[i] * factor.v[i]); }
   static I factor(const int8_t* p) { VAI_LANES(I, p[i]); }
@@ -129,6 +138,7 @@ struct ScalarVec {
   using Dot8 = I;
   static Bytes bytes(const uint8_t* p) { return load_as<Bytes>(p); }
   static Dot8 dot8_begin(int32_t correction) { return iset1(correction); }
+  static const int8_t* dot8_activations(const int8_t* a) { return a; }
   static Dot8 dot8(Dot8 acc, const Bytes& w, const int8_t* a) {
     for (int i = 0; i < 16; ++i)
       for (int j = 0; j < 4; ++j) acc.v[i] += w.v[4 * i + j] * a[j];

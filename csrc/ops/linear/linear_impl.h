@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kScratchWidth = 32;      // outputs of two blocks
 constexpr int kRowsPerPass = 128;      // rows that share one pass over the weights: their activations stay in L2
+constexpr int kPanelColumns = 256;     // of float weights that are made binary32 at once
 constexpr int kRowsBoundByMemory = 16; // up to here the weights are the cost
 
 // What a tile needs to know. `stride`: bytes between the blocks; `ahead`: bytes from a line to the one to prefetch.
@@ -23,6 +24,7 @@ struct TileArgs {
   size_t ldx;
   size_t ahead;
   float* out;
+  bool resume;  // float types: go on from what `out` holds
 };
 
 // The codes of nibble line i of a group: its own four bits, and above them those that line `above` has for it. Once the
@@ -42,6 +44,15 @@ inline __attribute__((always_inline)) typename V::Nibbles codes_of(const uint8_t
   }
 }
 
+// The weights of columns k and k + 1 in a line of F16 or BF16.
+template <class V, BlockType T>
+inline __attribute__((always_inline)) void float_pairs(const uint8_t* line, typename V::F& even, typename V::F& odd) {
+  if constexpr (T == BlockType::kF16)
+    V::f16_pairs(line, even, odd);
+  else
+    V::bf16_pairs(line, even, odd);
+}
+
 // Groups of 32: a scale for each, and for Q4_1 and Q5_1 a minimum beside it.
 template <class V, BlockType T, int R, int NB>
 __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
@@ -53,70 +64,93 @@ __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
   constexpr int kLines = kNibbles ? 4 : 8;  // of a group
   constexpr int kRun = kNibbles ? V::dot4_columns(kL.bits) / 8 : kLines;  // lines whose products one sum can hold
   constexpr int kZero = kMinimum ? 0 : 1 << (kL.bits - 1);                // the code of weight 0
+  // The sums over groups stay in registers where there are enough; else they stand in the result's own place.
+  constexpr bool kKept = V::kRegisters >= 2 * R * NB * H + 8;
   const uint8_t *block = t.weight, *record = t.packed;
   const size_t stride = t.stride, ahead = t.ahead;
+  float* const out = t.out;
   F acc[R][NB][H];
   VAI_UNROLL for (int r = 0; r < R; ++r)
     VAI_UNROLL for (int j = 0; j < NB; ++j)
-      VAI_UNROLL for (int h = 0; h < H; ++h) acc[r][j][h] = V::set1(0.0f);
+      VAI_UNROLL for (int h = 0; h < H; ++h) {
+        acc[r][j][h] = V::set1(0.0f);
+        if constexpr (!kKept) V::store(out + r * kScratchWidth + j * 16 + h * W, acc[r][j][h]);
+      }
   auto group = [&](int half) __attribute__((always_inline)) {
     const int8_t* codes = (const int8_t*)record;
     const float* scales = (const float*)(record + R * 32);
     const int32_t* sums = (const int32_t*)(record + R * 36);
-    VAI_UNROLL for (int h = 0; h < H; ++h) {
-      typename V::Dot8 dot[R][NB];
-      I whole[R][NB], above[NB];
-      VAI_UNROLL for (int r = 0; r < R; ++r)
-        VAI_UNROLL for (int j = 0; j < NB; ++j)
-          dot[r][j] = kNibbles ? V::dot4_begin(-kZero * sums[r]) : V::dot8_begin(-kZero * sums[r]);
-      if constexpr (kL.high != 0)
-        VAI_UNROLL for (int j = 0; j < NB; ++j) {
+    typename V::Dot8 dot[R][NB][H];
+    I whole[R][NB][H], above[NB][H];
+    VAI_UNROLL for (int r = 0; r < R; ++r)
+      VAI_UNROLL for (int j = 0; j < NB; ++j)
+        VAI_UNROLL for (int h = 0; h < H; ++h)
+          dot[r][j][h] = kNibbles ? V::dot4_begin(-kZero * sums[r]) : V::dot8_begin(-kZero * sums[r]);
+    if constexpr (kL.high != 0)
+      VAI_UNROLL for (int j = 0; j < NB; ++j)
+        VAI_UNROLL for (int h = 0; h < H; ++h) {
           const uint8_t* line = block + size_t(j) * stride + kL.high + half * 64 + h * kLineBytes;
           if (h == 0) V::prefetch(line + ahead);
-          above[j] = V::load_line(line);
+          above[j][h] = V::load_line(line);
         }
-      VAI_UNROLL for (int l = 0; l < kLines; ++l) {
-        if constexpr (kNibbles) {
-          typename V::Nibbles w[NB];
-          VAI_UNROLL for (int j = 0; j < NB; ++j) {
-            const uint8_t* line = block + size_t(j) * stride + kL.lines + (half * kLines + l) * 64 + h * kLineBytes;
-            if (h == 0) V::prefetch(line + ahead);
-            w[j] = codes_of<V, kL.bits>(line, above[j], l);
-          }
-          VAI_UNROLL for (int r = 0; r < R; ++r)
-            VAI_UNROLL for (int j = 0; j < NB; ++j) {
+    VAI_UNROLL for (int l = 0; l < kLines; ++l) {
+      auto line_of = [&](int j, int h) __attribute__((always_inline)) {
+        const uint8_t* line = block + size_t(j) * stride + kL.lines + (half * kLines + l) * 64 + h * kLineBytes;
+        if (h == 0) V::prefetch(line + ahead);
+        return line;
+      };
+      if constexpr (kNibbles) {
+        typename V::Nibbles w[NB][H];
+        VAI_UNROLL for (int j = 0; j < NB; ++j)
+          VAI_UNROLL for (int h = 0; h < H; ++h) w[j][h] = codes_of<V, kL.bits>(line_of(j, h), above[j][h], l);
+        VAI_UNROLL for (int r = 0; r < R; ++r) {
+          const auto a = V::dot4_activations(codes + r * 32 + 8 * l);
+          VAI_UNROLL for (int j = 0; j < NB; ++j)
+            VAI_UNROLL for (int h = 0; h < H; ++h) {
               if (l > 0 && l % kRun == 0) {
-                const I part = V::dot4_end(dot[r][j], 0);
-                whole[r][j] = l == kRun ? part : V::iadd(whole[r][j], part);
-                dot[r][j] = V::dot4(w[j], codes + r * 32 + 8 * l);
+                const I part = V::dot4_end(dot[r][j][h], V::template dot4_offset<0>(sums));
+                whole[r][j][h] = l == kRun ? part : V::iadd(whole[r][j][h], part);
+                dot[r][j][h] = V::dot4(w[j][h], a);
               } else {
-                dot[r][j] = V::dot4(dot[r][j], w[j], codes + r * 32 + 8 * l);
+                dot[r][j][h] = !V::kDot4Begins && l == 0 ? V::dot4(w[j][h], a) : V::dot4(dot[r][j][h], w[j][h], a);
               }
             }
-        } else {
-          typename V::Bytes w[NB];
-          VAI_UNROLL for (int j = 0; j < NB; ++j) {
-            const uint8_t* line = block + size_t(j) * stride + kL.lines + (half * kLines + l) * 64 + h * kLineBytes;
-            if (h == 0) V::prefetch(line + ahead);
-            w[j] = V::bytes(line);
-          }
-          VAI_UNROLL for (int r = 0; r < R; ++r)
-            VAI_UNROLL for (int j = 0; j < NB; ++j) dot[r][j] = V::dot8(dot[r][j], w[j], codes + r * 32 + 4 * l);
         }
-      }
-      V::fence();
-      VAI_UNROLL for (int j = 0; j < NB; ++j) {
-        const uint8_t* scale_line = block + size_t(j) * stride + half * 32 + h * W * 2;
-        const F scale = V::load_f16(scale_line);
+      } else {
+        typename V::Bytes w[NB][H];
+        VAI_UNROLL for (int j = 0; j < NB; ++j)
+          VAI_UNROLL for (int h = 0; h < H; ++h) w[j][h] = V::bytes(line_of(j, h));
         VAI_UNROLL for (int r = 0; r < R; ++r) {
-          I sum = kNibbles ? V::dot4_end(dot[r][j], -kZero * sums[r]) : V::dot8_end(dot[r][j]);
-          if constexpr (kRun < kLines) sum = V::iadd(whole[r][j], sum);
-          F product = V::mul(V::to_float(sum), V::mul(scale, V::set1(scales[r])));
-          if constexpr (kMinimum)
-            product = V::add(product, V::mul(V::set1(float(sums[r])), V::mul(V::load_f16(scale_line + 64), V::set1(scales[r]))));
-          acc[r][j][h] = V::accumulate(acc[r][j][h], product);
+          const auto a = V::dot8_activations(codes + r * 32 + 4 * l);
+          VAI_UNROLL for (int j = 0; j < NB; ++j)
+            VAI_UNROLL for (int h = 0; h < H; ++h) dot[r][j][h] = V::dot8(dot[r][j][h], w[j][h], a);
         }
       }
+    }
+    V::fence();
+    F scale[NB][H], minimum[NB][H];
+    VAI_UNROLL for (int j = 0; j < NB; ++j)
+      VAI_UNROLL for (int h = 0; h < H; ++h) {
+        const uint8_t* scale_line = block + size_t(j) * stride + half * 32 + h * W * 2;
+        scale[j][h] = V::load_f16(scale_line);
+        if constexpr (kMinimum) minimum[j][h] = V::load_f16(scale_line + 64);
+      }
+    VAI_UNROLL for (int r = 0; r < R; ++r) {
+      const F own = V::set1(scales[r]);
+      const auto offset = V::template dot4_offset<kZero>(sums + r);
+      VAI_UNROLL for (int j = 0; j < NB; ++j)
+        VAI_UNROLL for (int h = 0; h < H; ++h) {
+          I sum = kNibbles ? V::dot4_end(dot[r][j][h], offset) : V::dot8_end(dot[r][j][h]);
+          if constexpr (kRun < kLines) sum = V::iadd(whole[r][j][h], sum);
+          F product = V::mul(V::to_float(sum), V::mul(scale[j][h], own));
+          if constexpr (kMinimum)
+            product = V::add(product, V::mul(V::set1(float(sums[r])), V::mul(minimum[j][h], own)));
+          float* const at = out + r * kScratchWidth + j * 16 + h * W;
+          if constexpr (kKept)
+            acc[r][j][h] = V::accumulate(acc[r][j][h], product);
+          else
+            V::store(at, V::add(V::load(at), product));
+        }
     }
     record += R * record_bytes(kGroup);
   };
@@ -126,9 +160,10 @@ __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
     group(0);
     if (k > kGroup) group(1);
   }
-  VAI_UNROLL for (int r = 0; r < R; ++r)
-    VAI_UNROLL for (int j = 0; j < NB; ++j)
-      VAI_UNROLL for (int h = 0; h < H; ++h) V::store(t.out + r * kScratchWidth + j * 16 + h * W, acc[r][j][h]);
+  if constexpr (kKept)
+    VAI_UNROLL for (int r = 0; r < R; ++r)
+      VAI_UNROLL for (int j = 0; j < NB; ++j)
+        VAI_UNROLL for (int h = 0; h < H; ++h) V::store(out + r * kScratchWidth + j * 16 + h * W, acc[r][j][h]);
 }
 
 // The 6-bit scales and minimums of Q4_K and Q5_K as bytes: [8 groups][16 rows] of each.
@@ -159,10 +194,15 @@ __attribute__((noinline)) void wide_tile(const TileArgs& t) {
   constexpr int kRun = V::dot4_columns(kL.bits) < kSpan ? V::dot4_columns(kL.bits) / 8 : kLines;
   const uint8_t *block = t.weight, *record = t.packed;
   const size_t stride = t.stride, ahead = t.ahead;
+  constexpr bool kKept = V::kRegisters > 16;
+  float* const out = t.out;
   F acc[R][NB][H];
   VAI_UNROLL for (int r = 0; r < R; ++r)
     VAI_UNROLL for (int j = 0; j < NB; ++j)
-      VAI_UNROLL for (int h = 0; h < H; ++h) acc[r][j][h] = V::set1(0.0f);
+      VAI_UNROLL for (int h = 0; h < H; ++h) {
+        acc[r][j][h] = V::set1(0.0f);
+        if constexpr (!kKept) V::store(out + r * kScratchWidth + j * 16 + h * W, acc[r][j][h]);
+      }
   for (int k = t.columns; k > 0; k -= kWideGroup, block += kL.bytes, record += R * record_bytes(kWideGroup)) {
     const int8_t* codes = (const int8_t*)record;
     const float* scales = (const float*)(record + R * 256);
@@ -180,107 +220,139 @@ __attribute__((noinline)) void wide_tile(const TileArgs& t) {
         factors[j] = with_sums[j] = (const int8_t*)head + 64;
       }
     }
-    VAI_ROLLED for (int h = 0; h < H; ++h) {
-      I total[R][NB], offset[R][NB], above[NB];
-      VAI_UNROLL for (int r = 0; r < R; ++r)
-        VAI_UNROLL for (int j = 0; j < NB; ++j) total[r][j] = offset[r][j] = V::iset1(0);
-      VAI_ROLLED for (int g = 0; g < kSpans; ++g) {
-        const int8_t* a = codes + g * kSpan / 32 * R * 32 + g * kSpan % 32;
-        typename V::Dot4 dot[R][NB];
-        if constexpr (kL.high != 0)
-          VAI_UNROLL for (int j = 0; j < NB; ++j) {
-            const uint8_t* line = block + size_t(j) * stride + kL.high + g * 64 + h * kLineBytes;
-            V::prefetch(line + ahead);
-            above[j] = V::load_line(line);
-          }
-        VAI_UNROLL for (int l = 0; l < kLines; ++l) {
-          typename V::Nibbles w[NB];
-          VAI_UNROLL for (int j = 0; j < NB; ++j) {
-            const uint8_t* line = block + size_t(j) * stride + kL.lines + (g * kLines + l) * 64 + h * kLineBytes;
-            V::prefetch(line + ahead);
-            w[j] = codes_of<V, kL.bits>(line, above[j], l);
-          }
-          VAI_UNROLL for (int r = 0; r < R; ++r)
-            VAI_UNROLL for (int j = 0; j < NB; ++j) {
-              const int8_t* mine = a + r * 32 + 8 * l;
-              dot[r][j] = l % kRun == 0 ? V::dot4(w[j], mine) : V::dot4(dot[r][j], w[j], mine);
-            }
-          if ((l + 1) % kRun == 0)
-            VAI_UNROLL for (int j = 0; j < NB; ++j) {
-              const I factor = V::factor(factors[j] + g * 16 + h * W);
-              VAI_UNROLL for (int r = 0; r < R; ++r) total[r][j] = V::dot4_times(total[r][j], dot[r][j], factor);
-            }
+    I total[R][NB][H];
+    alignas(64) int32_t parked[kKept ? 1 : R * NB * 16];  // the totals, where registers are few
+    VAI_UNROLL for (int r = 0; r < R; ++r)
+      VAI_UNROLL for (int j = 0; j < NB; ++j)
+        VAI_UNROLL for (int h = 0; h < H; ++h) {
+          total[r][j][h] = V::iset1(0);
+          if constexpr (!kKept) V::store_line(parked + (r * NB + j) * 16 + h * W, total[r][j][h]);
         }
+    VAI_ROLLED for (int g = 0; g < kSpans; ++g) {
+      const int8_t* a = codes + g * kSpan / 32 * R * 32 + g * kSpan % 32;
+      typename V::Dot4 dot[R][NB][H];
+      I above[NB][H];
+      if constexpr (kL.high != 0)
+        VAI_UNROLL for (int j = 0; j < NB; ++j)
+          VAI_UNROLL for (int h = 0; h < H; ++h) {
+            const uint8_t* line = block + size_t(j) * stride + kL.high + g * 64 + h * kLineBytes;
+            if (h == 0) V::prefetch(line + ahead);
+            above[j][h] = V::load_line(line);
+          }
+      VAI_UNROLL for (int l = 0; l < kLines; ++l) {
+        typename V::Nibbles w[NB][H];
+        VAI_UNROLL for (int j = 0; j < NB; ++j)
+          VAI_UNROLL for (int h = 0; h < H; ++h) {
+            const uint8_t* line = block + size_t(j) * stride + kL.lines + (g * kLines + l) * 64 + h * kLineBytes;
+            if (h == 0) V::prefetch(line + ahead);
+            w[j][h] = codes_of<V, kL.bits>(line, above[j][h], l);
+          }
+        VAI_UNROLL for (int r = 0; r < R; ++r) {
+          const auto mine = V::dot4_activations(a + r * 32 + 8 * l);
+          VAI_UNROLL for (int j = 0; j < NB; ++j)
+            VAI_UNROLL for (int h = 0; h < H; ++h)
+              dot[r][j][h] = l % kRun == 0 ? V::dot4(w[j][h], mine) : V::dot4(dot[r][j][h], w[j][h], mine);
+        }
+        if ((l + 1) % kRun == 0)
+          VAI_UNROLL for (int j = 0; j < NB; ++j)
+            VAI_UNROLL for (int h = 0; h < H; ++h) {
+              const I factor = V::factor(factors[j] + g * 16 + h * W);
+              VAI_UNROLL for (int r = 0; r < R; ++r) {
+                int32_t* const at = parked + (kKept ? 0 : (r * NB + j) * 16 + h * W);
+                if constexpr (kKept)
+                  total[r][j][h] = V::dot4_times(total[r][j][h], dot[r][j][h], factor);
+                else
+                  V::store_line(at, V::dot4_times(V::load_line(at), dot[r][j][h], factor));
+              }
+            }
       }
-      VAI_ROLLED for (int i = 0; i < kSpans / 2; ++i)
-        VAI_UNROLL for (int j = 0; j < NB; ++j) {
+    }
+    I offset[R][NB][H];
+    VAI_UNROLL for (int r = 0; r < R; ++r)
+      VAI_UNROLL for (int j = 0; j < NB; ++j)
+        VAI_UNROLL for (int h = 0; h < H; ++h) offset[r][j][h] = V::iset1(0);
+    VAI_ROLLED for (int i = 0; i < kSpans / 2; ++i)
+      VAI_UNROLL for (int j = 0; j < NB; ++j)
+        VAI_UNROLL for (int h = 0; h < H; ++h) {
           const int8_t* even = with_sums[j] + 2 * i * 16 + h * W;
           const auto pairs = V::pairs(even, even + 16);
-          VAI_UNROLL for (int r = 0; r < R; ++r) offset[r][j] = V::dot_pairs(offset[r][j], pairs, sums[i * R + r]);
+          VAI_UNROLL for (int r = 0; r < R; ++r) offset[r][j][h] = V::dot_pairs(offset[r][j][h], pairs, sums[i * R + r]);
         }
-      VAI_UNROLL for (int j = 0; j < NB; ++j) {
+    VAI_UNROLL for (int j = 0; j < NB; ++j)
+      VAI_UNROLL for (int h = 0; h < H; ++h) {
         const uint8_t* head = block + size_t(j) * stride + h * W * 2;
         const F scale = V::load_f16(head);
         VAI_UNROLL for (int r = 0; r < R; ++r) {
+          if constexpr (!kKept) total[r][j][h] = V::load_line(parked + (r * NB + j) * 16 + h * W);
           const F mine = V::set1(scales[r]);
           F product;
           if constexpr (kMinimum) {
-            const F minimum = V::mul(V::to_float(offset[r][j]), V::mul(V::load_f16(head + 32), mine));
-            product = V::sub(V::mul(V::to_float(total[r][j]), V::mul(scale, mine)), minimum);
+            const F minimum = V::mul(V::to_float(offset[r][j][h]), V::mul(V::load_f16(head + 32), mine));
+            product = V::sub(V::mul(V::to_float(total[r][j][h]), V::mul(scale, mine)), minimum);
           } else {  // code 32 is weight 0
-            const I centred = V::isub(total[r][j], V::template shifted<5>(offset[r][j]));
+            const I centred = V::isub(total[r][j][h], V::template shifted<5>(offset[r][j][h]));
             product = V::mul(V::to_float(centred), V::mul(scale, mine));
           }
-          acc[r][j][h] = V::accumulate(acc[r][j][h], product);
+          float* const at = out + r * kScratchWidth + j * 16 + h * W;
+          if constexpr (kKept)
+            acc[r][j][h] = V::accumulate(acc[r][j][h], product);
+          else
+            V::store(at, V::add(V::load(at), product));
         }
       }
-    }
   }
-  VAI_UNROLL for (int r = 0; r < R; ++r)
-    VAI_UNROLL for (int j = 0; j < NB; ++j)
-      VAI_UNROLL for (int h = 0; h < H; ++h) V::store(t.out + r * kScratchWidth + j * 16 + h * W, acc[r][j][h]);
+  if constexpr (kKept)
+    VAI_UNROLL for (int r = 0; r < R; ++r)
+      VAI_UNROLL for (int j = 0; j < NB; ++j)
+        VAI_UNROLL for (int h = 0; h < H; ++h) V::store(out + r * kScratchWidth + j * 16 + h * W, acc[r][j][h]);
 }
 
 template <class V, BlockType T, int R, int NB>
 __attribute__((noinline)) void float_tile(const TileArgs& t) {
   using F = typename V::F;
   constexpr int W = V::kLanes, H = 16 / W;
+  const uint8_t* line = t.weight;
+  const float* x = t.x;
+  const size_t stride = t.stride, ahead = t.ahead, ldx = t.ldx;
   F acc[R][NB][H];
   VAI_UNROLL for (int r = 0; r < R; ++r)
     VAI_UNROLL for (int j = 0; j < NB; ++j)
-      VAI_UNROLL for (int h = 0; h < H; ++h) acc[r][j][h] = V::set1(0.0f);
-  auto step = [&](int r, int j, int h, int k, F w) __attribute__((always_inline)) {
-    acc[r][j][h] = V::accumulate(acc[r][j][h], V::mul(V::set1(t.x[size_t(r) * t.ldx + size_t(k)]), w));
+      VAI_UNROLL for (int h = 0; h < H; ++h)
+        acc[r][j][h] = t.resume ? V::load(t.out + r * kScratchWidth + j * 16 + h * W) : V::set1(0.0f);
+  auto step = [&](int k, const F (&w)[NB][H]) __attribute__((always_inline)) {
+    VAI_UNROLL for (int r = 0; r < R; ++r) {
+      const F own = V::set1(x[size_t(r) * ldx + size_t(k)]);
+      VAI_UNROLL for (int j = 0; j < NB; ++j)
+        VAI_UNROLL for (int h = 0; h < H; ++h) acc[r][j][h] = V::accumulate(acc[r][j][h], V::mul(own, w[j][h]));
+    }
   };
   if constexpr (T == BlockType::kF32) {
-    const uint8_t* line = t.weight;
-    for (int k = 0; k < t.columns; ++k, line += 64)
+    for (int k = 0; k < t.columns; ++k, line += 64) {
+      F w[NB][H];
       VAI_UNROLL for (int j = 0; j < NB; ++j) {
-        V::prefetch(line + size_t(j) * t.stride + t.ahead);
-        VAI_UNROLL for (int h = 0; h < H; ++h) {
-          const F w = V::load((const float*)(line + size_t(j) * t.stride + h * W * 4));
-          VAI_UNROLL for (int r = 0; r < R; ++r) step(r, j, h, k, w);
-        }
+        V::prefetch(line + size_t(j) * stride + ahead);
+        VAI_UNROLL for (int h = 0; h < H; ++h) w[j][h] = V::load((const float*)(line + size_t(j) * stride + h * W * 4));
       }
+      step(k, w);
+    }
   } else {
-    const uint8_t* line = t.weight;
-    auto pair = [&](int k, bool whole) __attribute__((always_inline)) {
+    auto pair = [&](F (&even)[NB][H], F (&odd)[NB][H]) __attribute__((always_inline)) {
       VAI_UNROLL for (int j = 0; j < NB; ++j) {
-        V::prefetch(line + size_t(j) * t.stride + t.ahead);
-        VAI_UNROLL for (int h = 0; h < H; ++h) {
-          F even, odd;
-          if constexpr (T == BlockType::kF16)
-            V::f16_pairs(line + size_t(j) * t.stride + h * W * 4, even, odd);
-          else
-            V::bf16_pairs(line + size_t(j) * t.stride + h * W * 4, even, odd);
-          VAI_UNROLL for (int r = 0; r < R; ++r) step(r, j, h, k, even);
-          if (whole) VAI_UNROLL for (int r = 0; r < R; ++r) step(r, j, h, k + 1, odd);
-        }
+        V::prefetch(line + size_t(j) * stride + ahead);
+        VAI_UNROLL for (int h = 0; h < H; ++h) float_pairs<V, T>(line + size_t(j) * stride + h * W * 4, even[j][h], odd[j][h]);
       }
     };
+    F even[NB][H], odd[NB][H];
     int k = 0;
-    for (; k + 1 < t.columns; k += 2, line += 64) pair(k, true);
-    if (k < t.columns) pair(k, false);
+    for (; k + 1 < t.columns; k += 2, line += 64) {
+      pair(even, odd);
+      step(k, even);
+      step(k + 1, odd);
+    }
+    if (k < t.columns) {
+      pair(even, odd);
+      step(k, even);
+    }
   }
   VAI_UNROLL for (int r = 0; r < R; ++r)
     VAI_UNROLL for (int j = 0; j < NB; ++j)
@@ -348,6 +420,45 @@ void epilogue(const LinearArgs& a, int first_row, int rows, int block, int block
   }
 }
 
+// `columns` of a block of halves as binary32, [columns][16].
+template <class V, BlockType T>
+void widen(const uint8_t* line, int columns, float* panel) {
+  constexpr int W = V::kLanes;
+  for (int k = 0; k < columns; k += 2, line += 64)
+    for (int h = 0; h < 16; h += W) {
+      typename V::F even, odd;
+      float_pairs<V, T>(line + h * 4, even, odd);
+      V::store(panel + k * 16 + h, even);
+      V::store(panel + k * 16 + 16 + h, odd);
+    }
+}
+
+// Float weights under many rows: a stretch of columns at a time is made binary32 once and stays close by for all of them.
+template <class V>
+void float_rows(const LinearArgs& a, int first, int end, const uint8_t* weight, size_t stride, int blocks, float* sums) {
+  alignas(64) float panel[kPanelColumns * 16];
+  const bool wide = a.weight.type == BlockType::kF32;
+  // Rows in tiles of like size: one of a single row would wait for its own additions.
+  const int tiles = (end - first + V::kMaxRows - 1) / V::kMaxRows, each = (end - first + tiles - 1) / tiles;
+  for (int j = 0; j < blocks; ++j)
+    for (int k = 0; k < a.weight.columns; k += kPanelColumns) {
+      const int columns = a.weight.columns - k < kPanelColumns ? a.weight.columns - k : kPanelColumns;
+      const uint8_t* lines = weight + size_t(j) * stride + size_t(k) * (wide ? 64 : 32);
+      if (a.weight.type == BlockType::kF16) widen<V, BlockType::kF16>(lines, columns, panel);
+      if (a.weight.type == BlockType::kBF16) widen<V, BlockType::kBF16>(lines, columns, panel);
+      TileArgs t{};
+      t.weight = wide ? lines : (const uint8_t*)panel;
+      t.columns = columns;
+      t.ldx = a.ldx;
+      t.resume = k > 0;
+      for (int r = first; r < end; r += each) {
+        t.x = a.x + size_t(r) * a.ldx + k;
+        t.out = sums + (r - first) * kScratchWidth + j * 16;
+        tile_of_rows<V, BlockType::kF32, 1>(end - r < each ? end - r : each, t);
+      }
+    }
+}
+
 template <class V>
 void linear(const LinearArgs& a, int begin, int end) {
   const bool many = a.rows > kRowsBoundByMemory;
@@ -355,7 +466,8 @@ void linear(const LinearArgs& a, int begin, int end) {
   const int per_pass = many ? kRowsPerPass / row_block * row_block : a.rows;
   const size_t row_bytes = a.weight.row_bytes();
   const size_t packed_bytes = a.packed ? packed_row_bytes(layout(a.weight.type).group, a.weight.columns) : 0;
-  float scratch[V::kMaxRows * kScratchWidth];
+  const bool panels = V::kPanels && layout(a.weight.type).group == 0 && a.rows > V::kMaxRows;
+  float scratch[(V::kPanels ? kRowsPerPass : V::kMaxRows) * kScratchWidth];
   for (int m0 = 0; m0 < a.rows; m0 += per_pass) {
     const int m1 = a.rows - m0 < per_pass ? a.rows : m0 + per_pass;
     for (int i = begin; i < end;) {
@@ -365,6 +477,12 @@ void linear(const LinearArgs& a, int begin, int end) {
       t.stride = row_bytes * size_t(a.gated ? 1 : a.weight.step);
       t.columns = a.weight.columns;
       t.ldx = a.ldx;
+      if (panels) {
+        float_rows<V>(a, m0, m1, t.weight, t.stride, blocks, scratch);
+        epilogue<V>(a, m0, m1 - m0, i, outputs, scratch);
+        i += outputs;
+        continue;
+      }
       for (int r = m0; r < m1; r += row_block) {
         const int rows = m1 - r < row_block ? m1 - r : row_block;
         // One pass over these blocks: prefetch along the stream. Several: the last one fetches the next blocks.
