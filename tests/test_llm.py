@@ -17,7 +17,7 @@ import pytest
 import vai
 from vai.engine.port import EngineStatus, Switches
 from vai.errors import BadRequest, ContextTooLong, MalformedFile, ModelNotFound, Overloaded, Unavailable
-from vai.llm import LLM, Completion, Delta, Frontend, Model, connect
+from vai.llm import LLM, Completion, Delta, Frontend, GrammarSpec, Model, connect
 from vai.request import Output, Request, SamplingParams
 from vai.rom.registry import Name, Registry
 
@@ -397,6 +397,32 @@ def test_a_chat_is_the_same_as_its_rendered_prompt(llm: LLM) -> None:
     assert "".join(delta.text for delta in llm.stream(messages, greedy)) == answer.text
 
 
+def test_answers_under_a_grammar_match_it_whole_in_a_batch_and_as_a_stream(llm: LLM) -> None:
+    schema = '{"type": "array", "items": {"enum": ["a", 1, null]}, "minItems": 2, "maxItems": 3}'
+    held = GrammarSpec("json_schema", schema)
+    params = SamplingParams(temperature=1, seed=2, max_tokens=300)
+    one = llm.generate("A list:", params, grammar=held)
+    assert one.finish == "stop" and set(json.loads(one.text)) <= {"a", 1, None}
+    assert [json.loads(each.text) and each.finish for each in llm.generate(["A list:", "B"], params, grammar=held)] == [
+        "stop",
+        "stop",
+    ]
+    assert "".join(delta.text for delta in llm.stream("A list:", params, grammar=held)) == one.text
+    first, *others = llm.choices("A list:", 4, params, grammar=held)
+    assert first.text == one.text and len({each.text for each in others}) > 1
+    assert llm.chat([{"role": "user", "content": "?"}], grammar=GrammarSpec("choice", '["yes", "no"]')).text in (
+        "yes",
+        "no",
+    )
+    assert llm.generate("x", params, grammar=GrammarSpec("regex", "ab[0-9]{8}"), stop=["b"]).text == "a"
+
+
+def test_a_grammar_that_cannot_be_used_is_refused_and_the_next_answer_comes(llm: LLM) -> None:
+    with pytest.raises(BadRequest, match="uniqueItems"):
+        llm.generate("x", grammar=GrammarSpec("json_schema", '{"uniqueItems": true}'))
+    assert llm.generate("x", SamplingParams(max_tokens=1)).token_ids
+
+
 def test_an_answer_left_in_the_middle_does_not_disturb_the_next(llm: LLM) -> None:
     greedy = llm.sampling(temperature=0, max_tokens=30)
     whole = llm.generate("Hello", greedy)
@@ -476,6 +502,10 @@ async def test_an_engine_process_gives_the_same_answers_as_one_in_this_process(l
                 sampling = model.sampling(temperature=0.8, seed=5, max_tokens=20)
                 answer = await collect(model.stream(await model.encode(text), sampling))
                 assert (answer.token_ids, answer.text) == (expected.token_ids, expected.text)
+            held, drawn = GrammarSpec("regex", "([a-z]{3}-){5}end"), SamplingParams(seed=6, max_tokens=100)
+            whole = llm.generate([1, 2, 3], drawn, grammar=held)
+            found = await collect(model.stream([1, 2, 3], llm._with_end_of_turn(drawn), grammar=held))
+            assert (found.token_ids, found.text, found.finish) == (whole.token_ids, whole.text, "stop")
     finally:
         await port.close()
         engine.kill()
@@ -513,3 +543,4 @@ def test_the_lease_and_the_scratchpad_go_with_close(tiny_root: Tiny) -> None:
 def test_the_public_names_are_here() -> None:
     assert vai.LLM is LLM
     assert vai.SamplingParams is SamplingParams
+    assert vai.GrammarSpec is GrammarSpec

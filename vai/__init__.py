@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vai.attach import attach as attach
     from vai.llm import LLM as LLM
+    from vai.llm import GrammarSpec as GrammarSpec
     from vai.request import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "attach"]
+__all__ = ["LLM", "GrammarSpec", "SamplingParams", "attach"]
 
-_HOMES = {"LLM": "vai.llm", "SamplingParams": "vai.request", "attach": "vai.attach"}
+_HOMES = {"LLM": "vai.llm", "GrammarSpec": "vai.llm", "SamplingParams": "vai.request", "attach": "vai.attach"}
 
 
 def __getattr__(name: str) -> Any:
