@@ -8,6 +8,8 @@
 #include <limits>
 #include <utility>
 
+#include "core/row.h"
+
 namespace vai {
 namespace {
 
@@ -61,86 +63,175 @@ void sort_candidates(uint64_t* first, size_t count, std::vector<uint64_t>& spare
   std::copy(from, from + count, first);  // three passes end in the spare memory
 }
 
+// One row on its way to a token: its logits, their highest, and what is computed of it when somebody asks.
+class Row {
+ public:
+  Row(const Isa& isa, const float* logits, int count, float temperature, float highest, SampleScratch& scratch)
+      : isa_(isa), logits_(logits), count_(count), temperature_(temperature), highest_(highest), scratch_(scratch) {}
+
+  int count() const { return count_; }
+  const float* logits() const { return logits_; }
+  float temperature() const { return temperature_; }
+
+  // p of every id.
+  const float* probabilities() {
+    if (!computed_) {
+      scratch_.p.resize(size_t(count_));
+      isa_.probabilities({logits_, count_, temperature_, scratch_.p.data()}, &maximum_);
+      computed_ = true;
+    }
+    return scratch_.p.data();
+  }
+
+  double total() {
+    if (total_ < 0.0) total_ = ascending_sum(probabilities(), count_);
+    return total_;
+  }
+
+  // The ids with the highest p, at least `wanted` of them unless there are fewer, in sorted order: found by the peaks of
+  // `scratch.peaks`, and p computed for few others. Nothing where too many are alike.
+  bool best(size_t wanted, std::vector<uint64_t>& sorted) {
+    std::vector<float>&peaks = scratch_.peaks, &floors = scratch_.floors;
+    if (wanted * 4 > peaks.size()) return false;
+    floors = peaks;
+    std::nth_element(floors.begin(), floors.begin() + std::ptrdiff_t(wanted - 1), floors.end(), std::greater<>());
+    const float floor = floors[wanted - 1];  // as many elements are at least this high
+    if (std::isinf(floor / temperature_)) return false;
+    const float below = margin(floor);
+    std::vector<float>& near = scratch_.near;
+    std::vector<int>& ids = scratch_.near_ids;
+    near.clear();
+    ids.clear();
+    for (size_t block = 0; block < peaks.size(); ++block) {
+      if (peaks[block] < below) continue;
+      const int begin = int(block) * kPeakBlock, end = std::min(begin + kPeakBlock, count_);
+      for (int i = begin; i < end; ++i)
+        if (logits_[i] >= below) {
+          near.push_back(logits_[i]);
+          ids.push_back(i);
+        }
+      if (near.size() > size_t(count_) / 8) return false;
+    }
+    scratch_.near_p.resize(near.size());
+    float* p = scratch_.near_p.data();
+    isa_.probabilities({near.data(), int(near.size()), temperature_, p}, &maximum_);
+    float least = 1.0f;
+    for (size_t i = 0; i < near.size(); ++i)
+      if (near[i] >= floor) least = std::min(least, p[i]);
+    sorted.clear();
+    for (size_t i = 0; i < near.size(); ++i)
+      if (p[i] >= least) sorted.push_back(candidate(p[i], ids[i]));
+    sort_candidates(sorted.data(), sorted.size(), scratch_.spare);
+    return true;
+  }
+
+ private:
+  // A logit so far below `floor` that everything below it has a smaller p, or none at all: two logits that differ in the
+  // last bits may have their p the other way round, because exp is not exact.
+  float margin(float floor) const {
+    const float highest = highest_ / temperature_, at = floor / temperature_ - highest;
+    float step = std::max(1e-4f * temperature_, std::abs(floor) * 1e-6f), below = floor - step;
+    while (!(below / temperature_ - highest < at - 1e-5f)) {
+      step *= 2.0f;
+      below = floor - step;
+    }
+    return below;
+  }
+
+  const Isa& isa_;
+  const float* logits_;
+  const int count_;
+  const float temperature_, highest_;
+  SampleScratch& scratch_;
+  float maximum_ = 0.0f;
+  bool computed_ = false;
+  double total_ = -1.0;
+};
+
 // The candidates in sorted order, as many as are asked for: most draws need a few of 150,000.
 class Ranking {
  public:
-  Ranking(const float* p, int count, SampleScratch& scratch)
-      : p_(p), count_(count), kept_(scratch.kept), spare_(scratch.spare) {
-    kept_.clear();
-    buckets_.fill(0);
-    for (int i = 0; i < count; ++i) ++buckets_[bucket(p[i])];
-    floor_ = int(buckets_.size());
+  Ranking(Row& row, size_t wanted, SampleScratch& scratch) : row_(row), kept_(scratch.kept), spare_(scratch.spare) {
+    if (!row.best(wanted, kept_)) kept_.clear();
   }
-
-  int count() const { return count_; }
 
   uint64_t operator[](size_t rank) {
     while (rank >= kept_.size()) grow();
     return kept_[rank];
   }
 
+  // The first ones, so many.
+  std::vector<uint64_t> first(size_t count) {
+    if (count > 0) (*this)[count - 1];
+    return {kept_.begin(), kept_.begin() + std::ptrdiff_t(count)};
+  }
+
  private:
   // p <= 1 has at most 0x3f80 in its upper half: sign, exponent and 7 bits, in the order of p.
   static int bucket(float p) { return int(std::bit_cast<uint32_t>(p) >> 16); }
 
-  // Adds whole buckets from the top until what is kept has at least doubled, and sorts what came.
+  // Adds whole buckets from the top until what is kept has at least tripled, and sorts what came.
   void grow() {
+    const float* p = row_.probabilities();
+    const int count = row_.count();
+    const size_t wanted = std::max<size_t>(1024, 2 * kept_.size());
+    if (floor_ < 0) {  // from the beginning: what the peaks gave is the beginning of the same order
+      buckets_.assign(0x3f81, 0);
+      for (int i = 0; i < count; ++i) ++buckets_[size_t(bucket(p[i]))];
+      floor_ = int(buckets_.size());
+      kept_.clear();
+    }
     const int ceiling = floor_;
-    const size_t wanted = std::max<size_t>(256, kept_.size());
     size_t more = 0;
     while (more < wanted && floor_ > 0) more += buckets_[size_t(--floor_)];
     const size_t old = kept_.size();
     kept_.reserve(old + more);
-    for (int i = 0; i < count_; ++i) {
-      const int b = bucket(p_[i]);
-      if (b >= floor_ && b < ceiling) kept_.push_back(candidate(p_[i], i));
+    for (int i = 0; i < count; ++i) {
+      const int b = bucket(p[i]);
+      if (b >= floor_ && b < ceiling) kept_.push_back(candidate(p[i], i));
     }
     sort_candidates(kept_.data() + old, kept_.size() - old, spare_);
   }
 
-  const float* p_;
-  const int count_;
+  Row& row_;
   std::vector<uint64_t>&kept_, &spare_;
-  int floor_;
-  std::array<uint32_t, 0x3f81> buckets_;
+  int floor_ = -1;
+  std::vector<uint32_t> buckets_;
 };
 
-double ascending_sum(const float* p, int count) {
-  double sum = 0.0;
-  for (int i = 0; i < count; ++i) sum += double(p[i]);
-  return sum;
-}
+constexpr size_t kFirst = 128;  // ranked at first where no top_k says how many it takes
 
-int draw(const float* p, int count, const SampleRow& row, double total, SampleScratch& scratch) {
-  Ranking ranking(p, count, scratch);
-  size_t end = row.top_k > 0 && row.top_k < count ? size_t(row.top_k) : size_t(count);
-  if (end < size_t(count)) {
-    ranking[end - 1];
-    std::vector<uint64_t> first(scratch.kept.begin(), scratch.kept.begin() + std::ptrdiff_t(end));
+int draw(Row& row, const SampleRow& how, SampleScratch& scratch) {
+  const size_t count = size_t(row.count());
+  const bool cut = how.top_k > 0 && size_t(how.top_k) < count;
+  size_t end = cut ? size_t(how.top_k) : count;
+  Ranking ranking(row, cut ? end : kFirst, scratch);
+  double total = 0.0;
+  if (cut) {
+    std::vector<uint64_t> first = ranking.first(end);
     std::sort(first.begin(), first.end(), [](uint64_t a, uint64_t b) { return identity(a) < identity(b); });
-    total = 0.0;
     for (uint64_t c : first) total += double(probability(c));
   }
-  if (row.top_p < 1.0f) {
-    const double wanted = double(row.top_p) * total;
+  if (how.top_p < 1.0f) {
+    if (!cut) total = row.total();
+    const double wanted = double(how.top_p) * total;
     double sum = 0.0;
     for (size_t i = 0; i < end; ++i) {
       sum += double(probability(ranking[i]));
       if (sum >= wanted) end = i + 1;
     }
   }
-  if (row.min_p > 0.0f) {
-    const float least = row.min_p * probability(ranking[0]);
+  if (how.min_p > 0.0f) {
+    const float least = how.min_p * probability(ranking[0]);
     size_t i = 0;
     while (i < end && !(probability(ranking[i]) < least)) ++i;
     end = std::max<size_t>(i, 1);
   }
-  double kept_total = total;
-  if (end < size_t(count)) {
-    kept_total = 0.0;
+  double kept_total = 0.0;
+  if (end == count) kept_total = row.total();
+  else
     for (size_t i = 0; i < end; ++i) kept_total += double(probability(ranking[i]));
-  }
-  const double target = uniform(row.seed, row.position, row.choice) * kept_total;
+  const double target = uniform(how.seed, how.position, how.choice) * kept_total;
   double sum = 0.0;
   for (size_t i = 0; i < end; ++i) {
     sum += double(probability(ranking[i]));
@@ -152,8 +243,16 @@ int draw(const float* p, int count, const SampleRow& row, double total, SampleSc
 
 // -inf for every id whose bit is not set. What is no number stays so, and is found.
 void apply_mask(const uint8_t* mask, float* logits, int count) {
-  for (int i = 0; i < count; ++i)
-    if (!(mask[i >> 3] >> (i & 7) & 1) && !std::isnan(logits[i])) logits[i] = -std::numeric_limits<float>::infinity();
+  auto forbid = [](float& z) { z = std::isnan(z) ? z : -std::numeric_limits<float>::infinity(); };
+  for (int i = 0; i < count; i += 8) {
+    const uint8_t bits = mask[i >> 3];
+    if (bits == 0 && i + 8 <= count) {
+      for (int j = 0; j < 8; ++j) forbid(logits[i + j]);
+    } else if (bits != 0xff) {
+      for (int j = 0; j < std::min(8, count - i); ++j)
+        if (!(bits >> j & 1)) forbid(logits[i + j]);
+    }
+  }
 }
 
 // The logits to draw from: those of the model where nothing changes them, else a copy with each change rounded.
@@ -173,53 +272,58 @@ const float* adjusted(const float* logits, int count, const Adjustments& a, std:
 }
 
 // The `wanted` largest logits by (logit descending, id ascending).
-void top_logits(const float* logits, int count, int wanted, int32_t* ids, float* values) {
+void top_logits(const float* logits, int count, const std::vector<float>& peaks, int wanted, int32_t* ids, float* values) {
   int held = 0;
-  for (int i = 0; i < count; ++i) {
-    if (held == wanted && (wanted == 0 || !(logits[i] > values[held - 1]))) continue;
-    int at = held < wanted ? held++ : held - 1;
-    for (; at > 0 && logits[i] > values[at - 1]; --at) {
-      values[at] = values[at - 1];
-      ids[at] = ids[at - 1];
+  for (size_t block = 0; wanted > 0 && block < peaks.size(); ++block) {
+    if (held == wanted && !(peaks[block] > values[held - 1])) continue;
+    const int begin = int(block) * kPeakBlock, end = std::min(begin + kPeakBlock, count);
+    for (int i = begin; i < end; ++i) {
+      if (held == wanted && !(logits[i] > values[held - 1])) continue;
+      int at = held < wanted ? held++ : held - 1;
+      for (; at > 0 && logits[i] > values[at - 1]; --at) {
+        values[at] = values[at - 1];
+        ids[at] = ids[at - 1];
+      }
+      values[at] = logits[i];
+      ids[at] = i;
     }
-    values[at] = logits[i];
-    ids[at] = i;
   }
+}
+
+// The first of the highest logits.
+int best_id(const float* logits, const std::vector<float>& peaks, float highest) {
+  const auto block = std::find(peaks.begin(), peaks.end(), highest);
+  const float* at = logits + (block - peaks.begin()) * kPeakBlock;
+  while (*at != highest) ++at;
+  return int(at - logits);
 }
 
 }  // namespace
 
-void sample_row(const Isa& isa, const float* raw, int count, const SampleRow& row, const Adjustments& adjustments,
+void sample_row(const Isa& isa, const float* raw, int count, const SampleRow& how, const Adjustments& adjustments,
                 SampleScratch& scratch, SampleResult& result) {
   const float* logits = adjusted(raw, count, adjustments, scratch.adjusted);
   result.token = -1;
   result.logprob = std::numeric_limits<float>::quiet_NaN();
-  float highest = -std::numeric_limits<float>::infinity();
-  for (int i = 0; i < count; ++i) {
-    if (std::isnan(logits[i])) return;
-    highest = std::max(highest, logits[i]);
-  }
+  if (!peaks_of(logits, count, scratch.peaks)) return;
+  const float highest = *std::max_element(scratch.peaks.begin(), scratch.peaks.end());
   if (std::isinf(highest)) return;
-  const bool greedy = row.temperature == 0.0f;
-  scratch.p.resize(size_t(count));
-  float* p = scratch.p.data();
-  float maximum = 0.0f;
-  if (greedy) {
-    int best = 0;
-    for (int i = 1; i < count; ++i)
-      if (logits[i] > logits[best]) best = i;
-    result.token = best;
+  Row row(isa, logits, count, how.temperature, highest, scratch);
+  if (how.temperature == 0.0f) {
+    result.token = best_id(logits, scratch.peaks, highest);
   } else {
-    const double total = isa.probabilities({logits, count, row.temperature, p}, &maximum) ? ascending_sum(p, count) : 0.0;
-    if (!(total > 0.0)) return;  // a temperature so small that the quotients overflow
-    result.token = draw(p, count, row, total, scratch);
+    if (std::isinf(highest / how.temperature)) return;  // a temperature so small that the quotients overflow
+    result.token = draw(row, how, scratch);
   }
-  if (row.logprobs < 0) return;
-  isa.probabilities({raw, count, 1.0f, p}, &maximum);
-  const double normalizer = double(maximum) + log64(ascending_sum(p, count));
+  if (how.logprobs < 0) return;
+  if (logits != raw) peaks_of(raw, count, scratch.peaks);
+  const float top = *std::max_element(scratch.peaks.begin(), scratch.peaks.end());
+  Row whole(isa, raw, count, 1.0f, top, scratch);
+  const bool same = logits == raw && how.temperature == 1.0f;
+  const double normalizer = double(top) + log64(same ? row.total() : whole.total());
   result.logprob = float(double(raw[result.token]) - normalizer);
-  const int wanted = std::min(row.logprobs, count);
-  top_logits(raw, count, wanted, result.top_ids, result.top_logprobs);
+  const int wanted = std::min(how.logprobs, count);
+  top_logits(raw, count, scratch.peaks, wanted, result.top_ids, result.top_logprobs);
   for (int i = 0; i < wanted; ++i) result.top_logprobs[i] = float(double(result.top_logprobs[i]) - normalizer);
 }
 

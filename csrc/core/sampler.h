@@ -22,7 +22,8 @@ struct Adjustments {
 
 // Memory that rows share, one after the other.
 struct SampleScratch {
-  std::vector<float> p, adjusted;
+  std::vector<float> p, adjusted, peaks, floors, near, near_p;
+  std::vector<int> near_ids;
   std::vector<uint64_t> kept, spare;
 };
 

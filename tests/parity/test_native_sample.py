@@ -90,6 +90,22 @@ def test_threads_that_share_the_rows_draw_what_one_draws(isa: str, rows: int) ->
     same(table.sample(logits, args, isa=isa, workers=table.make_workers(3)), table.sample(logits, args, isa=isa))
 
 
+@pytest.mark.parametrize("temperature", [0.011, 0.7, 60.0])
+def test_what_is_found_by_the_peaks_of_a_row_is_what_sorting_all_of_it_gives(isa: str, temperature: float) -> None:
+    """Logits that differ in their last bits, whose probabilities may stand the other way round; ties; rows of -inf."""
+    rng = np.random.default_rng(4)
+    logits = (rng.standard_normal((7, 40_000)) * 3).astype(np.float32)
+    logits[1] = np.float32(9.5) - rng.integers(0, 600, 40_000).astype(np.float32) * np.float32(2.0**-20)
+    logits[2] = np.round(logits[2])
+    logits[3, rng.permutation(40_000)[:39_970]] = -np.inf
+    logits[4, 100:] = -np.inf
+    logits[5, :300] = np.float32(50) + np.arange(300, dtype=np.float32)[::-1] * np.float32(2.0**-18)
+    logits[6] *= 1e4
+    for top_k, top_p, min_p in ((0, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.2), (33, 0.8, 0.0), (150, 1.0, 0.2)):
+        args = arguments(7, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=range(7), logprobs=20)
+        same(table.sample(logits, args, isa=isa), reference.sample_reference(logits, args))
+
+
 def test_a_row_that_cannot_be_sampled_ends_alone(isa: str) -> None:
     logits = np.tile(np.arange(50, dtype=np.float32), (6, 1))
     logits[1, 20] = np.nan

@@ -15,13 +15,17 @@ bool probabilities(const ProbabilitiesArgs& a, float* maximum) {
   const F temperature = V::set1(a.temperature), lowest = V::set1(-__builtin_inff());
   float tail[W];
   for (int i = 0; i < W; ++i) tail[i] = wide + i < a.count ? a.logits[wide + i] : -__builtin_inff();
-  auto scaled = [&](int i) { return V::div(V::load(i < wide ? a.logits + i : tail), temperature); };
+  auto scaled = [&](int i) {
+    const F x = V::load(i < wide ? a.logits + i : tail);
+    return a.temperature == 1.0f ? x : V::div(x, temperature);
+  };
   F top = lowest, bad = V::set1(0.0f);
   for (int i = 0; i < a.count; i += W) {
-    const F z = scaled(i);
-    bad = V::select(V::unordered(z), V::set1(1.0f), bad);
-    top = V::max(z, top);
+    const F x = V::load(i < wide ? a.logits + i : tail);
+    bad = V::select(V::unordered(x), V::set1(1.0f), bad);
+    top = V::max(x, top);
   }
+  top = V::div(top, temperature);  // dividing keeps the order, so this is the highest quotient
   float lanes[W], flags[W];
   V::store(lanes, top);
   V::store(flags, bad);

@@ -1,0 +1,17 @@
+// Passes over a row as long as a vocabulary, without an element waiting for the one before it.
+#pragma once
+
+#include <vector>
+
+namespace vai {
+
+constexpr int kPeakBlock = 64;
+
+// The maximum of every 64 elements, in order; false if an element is a NaN, and then nothing is said about the maxima.
+bool peaks_of(const float* x, int count, std::vector<float>& peaks);
+
+// The sum of p[0], p[1], ... in this order, in binary64, each addition rounded: the same bits as from a plain loop.
+// For p >= 0 it does not wait for each addition; other values are summed plainly.
+double ascending_sum(const float* p, int count);
+
+}  // namespace vai
