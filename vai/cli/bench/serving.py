@@ -192,7 +192,7 @@ def run_alone(
 _COLUMNS = (
     ("point", 12, lambda row: str(row.point)),
     ("server", 23, lambda row: row.system),
-    ("model", 12, lambda row: row.models),
+    ("model", 34, lambda row: row.models),
     ("sent", 5, lambda row: row.figures.sent),
     ("done", 5, lambda row: row.figures.complete),
     ("err", 4, lambda row: row.figures.errors),
@@ -290,7 +290,7 @@ def _panels(rows: Sequence[Row]) -> Iterator[Panel]:
         ("Between tokens, p99", "seconds", lambda each: each.between_p99, True),
     )
     for title, label, value, log in shown:
-        series: dict[str, list[tuple[int, float]]] = {}
+        series: dict[str, dict[int, float]] = {}
         for row in rows:
-            series.setdefault(row.system, []).append((row.point.streams, value(row.figures)))
-        yield Panel(title, "streams", label, series, log)
+            series.setdefault(row.system, {}).setdefault(row.point.streams, value(row.figures))
+        yield Panel(title, "streams", label, {name: list(points.items()) for name, points in series.items()}, log)
