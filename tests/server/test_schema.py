@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -376,3 +377,93 @@ def test_extreme_values_are_read_or_refused_with_the_field_named(fields: dict[st
     except BadRequest as error:
         assert error.param, error.message
         assert error.status == 400
+
+
+# Every field about how an answer is drawn, shaped or scheduled that OpenAI's API or vLLM's (0.32) has, with a value that
+# asks for something, and whether it is done here. What is refused has, beside it, the value that asks for nothing.
+DONE = {
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "top_k": 5,
+    "min_p": 0.1,
+    "seed": 1,
+    "n": 2,
+    "stop": ["x"],
+    "stop_token_ids": [1],
+    "ignore_eos": True,
+    "max_tokens": 5,
+    "min_tokens": 2,
+    "presence_penalty": 1,
+    "frequency_penalty": 1,
+    "repetition_penalty": 1.5,
+    "logit_bias": {"1": 2},
+    "priority": -1,
+    "cache_salt": "x",
+    "stream": True,
+    "structured_outputs": {"regex": "a"},
+    "guided_regex": "a",
+    "guided_choice": ["a"],
+    "guided_json": {},
+    "guided_grammar": 'start: "a"',
+    "response_format": {"type": "json_object"},
+}
+REFUSED = {
+    "use_beam_search": (True, False),
+    "length_penalty": (1.5, 1.0),
+    "prompt_logprobs": (0, None),
+    "allowed_token_ids": ([1], None),
+    "bad_words": (["x"], []),
+    "logits_processors": (["x"], []),
+    "truncate_prompt_tokens": (5, None),
+    "include_stop_str_in_output": (True, False),
+    "skip_special_tokens": (False, True),
+    "spaces_between_special_tokens": (False, True),
+    "return_token_ids": (True, False),
+    "return_tokens_as_token_ids": (True, False),
+    "kv_transfer_params": ({}, None),
+    "vllm_xargs": ({"a": 1}, None),
+    "service_tier": ("priority", "auto"),
+}
+IN_CHAT = {
+    "logprobs": True,
+    "max_completion_tokens": 5,
+    "parallel_tool_calls": False,
+    "tools": [],
+    "tool_choice": "none",
+}
+REFUSED_IN_CHAT = {
+    "echo": (True, False),
+    "add_generation_prompt": (False, True),
+    "continue_final_message": (True, False),
+    "add_special_tokens": (True, False),
+    "documents": ([{"text": "x"}], []),
+    "chat_template": ("x", None),
+    "chat_template_kwargs": ({"a": 1}, {}),
+    "mm_processor_kwargs": ({}, None),
+    "include_reasoning": (False, True),
+    "reasoning_effort": ("high", "none"),
+    "prediction": ({}, None),
+    "functions": ([{"name": "f"}], []),
+    "modalities": (["audio"], ["text"]),
+}
+IN_COMPLETION = {"logprobs": 3, "echo": True}
+REFUSED_IN_COMPLETION = {
+    "best_of": (2, 1),
+    "suffix": ("x", ""),
+    "add_special_tokens": (False, True),
+    "prompt_embeds": ("x", None),
+}
+
+
+@pytest.mark.parametrize("kind", [chat, text])
+def test_every_field_of_openais_and_vllms_is_done_or_refused_by_name(kind: Callable[..., Any]) -> None:
+    in_chat = kind is chat
+    for field, value in (DONE | (IN_CHAT if in_chat else IN_COMPLETION)).items():
+        assert getattr(kind(**{field: value}), field) is not None
+    for field, (asks, asks_not) in (REFUSED | (REFUSED_IN_CHAT if in_chat else REFUSED_IN_COMPLETION)).items():
+        with pytest.raises(NotSupported, match=f"'{field}'") as caught:
+            kind(**{field: asks})
+        assert caught.value.param == field
+        kind(**{field: asks_not})
+    with pytest.raises(BadRequest, match="'a_field_of_tomorrow' is not known here"):
+        kind(a_field_of_tomorrow=None)

@@ -96,6 +96,20 @@ class Common(Constrained, frozen=True, forbid_unknown_fields=True, kw_only=True)
     # Taken with the value that asks for nothing, else refused: REFUSED below.
     service_tier: Harmless = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    prompt_logprobs: Anything = UNSET
+    truncate_prompt_tokens: Anything = UNSET
+    allowed_token_ids: Anything = UNSET
+    bad_words: list[msgspec.Raw] | None = None
+    logits_processors: list[msgspec.Raw] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
+    kv_transfer_params: Anything = UNSET
+    vllm_xargs: Anything = UNSET
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -165,6 +179,13 @@ class ChatRequest(Common, frozen=True, forbid_unknown_fields=True, kw_only=True)
     moderation: Anything = UNSET
     prompt_cache_options: Anything = UNSET
     prompt_cache_retention: Anything = UNSET
+    echo: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[msgspec.Raw] | None = None
+    chat_template: Anything = UNSET
+    mm_processor_kwargs: Anything = UNSET
+    include_reasoning: bool | None = None
 
 
 class CompletionRequest(Common, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -175,6 +196,7 @@ class CompletionRequest(Common, frozen=True, forbid_unknown_fields=True, kw_only
     echo: bool | None = None
     suffix: str | None = None
     best_of: Annotated[int, Meta(ge=1, le=16384)] | None = None
+    prompt_embeds: Anything = UNSET
 
 
 # How tokens are guessed, in llama.cpp's words and in ours.
@@ -205,6 +227,20 @@ _REFUSED: dict[str, Callable[[Any], bool]] = {
     "best_of": _equal(1),
     "service_tier": _one_of("auto", "default"),
     "skip_special_tokens": _equal(True),
+    "spaces_between_special_tokens": _equal(True),
+    "include_stop_str_in_output": _equal(False),
+    "use_beam_search": _equal(False),
+    "length_penalty": _equal(1),
+    "prompt_logprobs": _null,
+    "truncate_prompt_tokens": _null,
+    "allowed_token_ids": _null,
+    "bad_words": _empty,
+    "logits_processors": _empty,
+    "return_token_ids": _equal(False),
+    "return_tokens_as_token_ids": _equal(False),
+    "kv_transfer_params": _null,
+    "vllm_xargs": _null,
+    "prompt_embeds": _null,
     "store": _equal(False),
     "functions": _empty,
     "function_call": _one_of("none", "auto"),
@@ -219,6 +255,17 @@ _REFUSED: dict[str, Callable[[Any], bool]] = {
     "prompt_cache_retention": _null,
     "suffix": _empty,
 }
+_REFUSED_IN_CHAT: dict[str, Callable[[Any], bool]] = {
+    "echo": _equal(False),
+    "add_generation_prompt": _equal(True),
+    "continue_final_message": _equal(False),
+    "add_special_tokens": _equal(False),
+    "documents": _empty,
+    "chat_template": _null,
+    "mm_processor_kwargs": _null,
+    "include_reasoning": _equal(True),
+}
+_REFUSED_IN_COMPLETION: dict[str, Callable[[Any], bool]] = {"add_special_tokens": _equal(True)}
 _REFUSED_IN_MESSAGE: dict[str, Callable[[Any], bool]] = {
     "function_call": _null,
     "audio": _null,
@@ -282,6 +329,7 @@ def _refuse(request: msgspec.Struct, table: dict[str, Callable[[Any], bool]], pr
 def decode_chat(body: bytes) -> ChatRequest:
     """A chat request. Raises BadRequest or NotSupported."""
     request = _decode(_chat_decoder, body)
+    _refuse(request, _REFUSED_IN_CHAT)
     if request.top_logprobs is not None and not request.logprobs:
         raise BadRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
     given = {request.max_tokens, request.max_completion_tokens} - {None}
@@ -293,6 +341,7 @@ def decode_chat(body: bytes) -> ChatRequest:
 def decode_completion(body: bytes) -> CompletionRequest:
     """A completion request. Raises BadRequest or NotSupported."""
     request = _decode(_completion_decoder, body)
+    _refuse(request, _REFUSED_IN_COMPLETION)
     if request.echo and request.logprobs is not None:
         raise NotSupported("'echo' is not supported together with 'logprobs'; leave one of them out.", param="echo")
     return request
