@@ -34,7 +34,7 @@ TOOLS: list[Any] = [
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 MESSAGES: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
 MODELS = ("tiny", "tiny-qwen2")  # a template that knows no tools, and one that does
-SEEDS = range(4)
+SEEDS = range(3)
 
 
 def ask(system: System, model: str = "tiny-qwen2", **more: Any) -> Any:
@@ -104,13 +104,13 @@ def test_calls_that_are_required_come_and_satisfy_their_schemas_whole_and_stream
 
 
 def test_one_call_or_several_as_asked(system: System) -> None:
-    counts = set()
-    for seed in range(12):
-        several = ask(system, tool_choice="required", seed=seed).choices[0].message.tool_calls
-        single = ask(system, tool_choice="required", seed=seed, parallel_tool_calls=False).choices[0].message
-        assert [call.function for call in single.tool_calls] == [call.function for call in several[:1]]
-        counts.add(len(several))
-    assert max(counts) > 1
+    for seed in range(30):
+        several = ask(system, tool_choice="required", seed=seed, max_tokens=200).choices[0].message.tool_calls or []
+        if len(several) > 1:
+            break
+    single = ask(system, tool_choice="required", seed=seed, parallel_tool_calls=False).choices[0]
+    assert [call.function for call in single.message.tool_calls] == [several[0].function]
+    assert single.finish_reason == "tool_calls"
 
 
 def test_every_choice_of_a_prompt_calls_for_itself(system: System) -> None:
@@ -147,8 +147,10 @@ def test_where_the_model_may_choose_its_words_are_content_and_none_means_none(sy
 def test_an_answer_is_a_call_or_of_the_schema_that_was_asked_for(system: System) -> None:
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     asked = {"name": "answer", "schema": schema | {"additionalProperties": False}}
-    seen = set()
-    for seed in range(16):
+    seen: set[str] = set()
+    for seed in range(30):
+        if seen >= {"stop", "tool_calls"}:
+            break
         answer = ask(system, seed=seed, response_format={"type": "json_schema", "json_schema": asked}).choices[0]
         seen.add(answer.finish_reason)
         if answer.finish_reason == "stop":

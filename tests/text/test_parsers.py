@@ -243,7 +243,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from([Parser, *FAMILIES]),
     st.lists(st.sampled_from(PIECES), max_size=14).map("".join),

@@ -135,7 +135,7 @@ def test_what_is_drawn_where_calls_are_required_is_calls(vocabulary: Vocabulary,
         (tools(named), {"weather"}),
         (tools("required", False), None),
     ):
-        for _ in range(3):
+        for _ in range(2):
             text, complete = vocabulary.draw(vocabulary.matcher(family, offer), chance)
             if complete:
                 names = check(read(family, text, offer))

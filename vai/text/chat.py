@@ -20,7 +20,7 @@ import msgspec
 from vai.errors import BadRequest, NotSupported
 from vai.text import structural
 from vai.text.grammar import GrammarSpec, check_schema
-from vai.text.parsers import CALL_ID, Hermes, Mistral, Parser, detect
+from vai.text.parsers import CALL_ID, DeepSeek, Hermes, Mistral, Parser, detect
 from vai.text.template import ChatFields, Template
 from vai.text.tokenizer import Tokenizer
 from vai.text.tools import Tools, too_deep
@@ -31,8 +31,6 @@ ROLES = frozenset({"system", "user", "assistant", "tool"})
 _MARKERS = [chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF0100))]
 _THINK = ("<think>", "</think>")
 _TAKES_TOOLS = re.compile(r"\btools\b")
-# Templates that tell an absent content from an empty one.
-_KNOWS_NO_CONTENT = re.compile(r"(?<!reasoning_)content['\"]?\]? is (?:not )?none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,6 @@ class Chat:
         self._takes_tools = _TAKES_TOOLS.search(source) is not None
         self._writes_calls = "tool_calls" in source
         self._thinks = "</think>" in source
-        self._without_content = None if _KNOWS_NO_CONTENT.search(source) else ""
         self._variables = {"bos_token": fields.bos_token, "eos_token": fields.eos_token, "add_generation_prompt": True}
 
     def prompt(
@@ -117,15 +114,28 @@ class Chat:
         variables: dict[str, Any] = {}
         if offered and self._takes_tools:
             variables["tools"] = offered
-        elif offered:
-            safe = _described(safe, offered, family)
         if self._writes_calls:
             safe = [self._called(message) for message in safe]
         else:
             safe = _spelled_out(safe, family)
-        text = self._template.render(safe, **self._variables, **variables)
+        text = self._rendered(safe, variables, _description(offered, family) if offered and not variables else "")
         ids = self._tokenizer.encode(text, parse_special=True, marker=marker)
         return ChatPrompt(ids, self._reading(tools, content, family, text))
+
+    def _rendered(self, messages: list[dict[str, Any]], variables: dict[str, Any], description: str) -> str:
+        """The template's text. `description` of tools goes into the system message; where the template refuses such a
+        message, into the first one.
+        """
+        if not description:
+            return self._template.render(messages, **self._variables, **variables)
+        has_system = bool(messages) and messages[0]["role"] == "system"
+        opened = messages if has_system else [{"role": "system", "content": ""}, *messages]
+        try:
+            return self._template.render(_prefixed(opened, description), **self._variables)
+        except BadRequest:
+            if has_system or not messages:
+                raise
+            return self._template.render(_prefixed(messages, description), **self._variables)
 
     def close(self) -> None:
         """End the template's process."""
@@ -152,8 +162,8 @@ class Chat:
     def _called(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message with calls as templates expect it."""
         known = dict(message)
-        if "tool_calls" in message:
-            known["content"] = message["content"] or self._without_content
+        if self._family is not None and issubclass(self._family, DeepSeek) and "tool_calls" in message:
+            known["content"] = message["content"] or None  # "" is an answer for its templates, and hides the calls
         if self._family is not None and issubclass(self._family, Mistral):
             if "tool_calls" in message:
                 calls = message["tool_calls"]
@@ -262,20 +272,21 @@ def _mistral_id(id: str) -> str:
 # --- templates that know no tools -------------------------------------------------------------------------------------
 
 
-def _described(
-    messages: list[dict[str, Any]], tools: list[dict[str, Any]], family: type[Parser]
-) -> list[dict[str, Any]]:
-    """The messages with the tools in the system message, which is made where there is none."""
+def _description(tools: list[dict[str, Any]], family: type[Parser]) -> str:
+    """What the model is told of tools."""
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     example = _written(family, "FUNCTION", '{"ARGUMENT": "VALUE"}')
-    text = (
+    return (
         "# Tools\n\nYou may call functions to help with the request. These are described as JSON, one a line:\n"
         f"<tools>\n{lines}\n</tools>\n\nTo call a function, answer in exactly this form, once for each call:\n{example}"
     )
-    if messages and messages[0]["role"] == "system":
-        first = {**messages[0], "content": f"{messages[0]['content']}\n\n{text}".lstrip("\n")}
-        return [first, *messages[1:]]
-    return [{"role": "system", "content": text}, *messages]
+
+
+def _prefixed(messages: list[dict[str, Any]], description: str) -> list[dict[str, Any]]:
+    """The messages with the tools in the first: behind a system message's own words, before a user's."""
+    first = messages[0]
+    pieces = (first["content"], description) if first["role"] == "system" else (description, first["content"])
+    return [{**first, "content": "\n\n".join(piece for piece in pieces if piece)}, *messages[1:]]
 
 
 def _written(family: type[Parser], name: str, arguments: str) -> str:
