@@ -427,7 +427,7 @@ def drive(bench: Bench, cost: Callable[[Batch], float], drawn: Callable[[int], i
     return bench.scheduler.tally("a" * 64)
 
 
-@pytest.mark.parametrize(("seconds_per_row", "least", "most"), [(0.0, 300, 9999), (0.01, 1, 60)])
+@pytest.mark.parametrize(("seconds_per_row", "least", "most"), [(0.0, 300, 9999), (0.01, 1, 100)])
 def test_guesses_that_mostly_fail_are_given_up_where_they_cost(seconds_per_row: float, least: int, most: int) -> None:
     noise = random.Random(1).choices(range(4), k=1000)  # whatever comes stood before, and says nothing
     bench = Bench(slabs=64)
@@ -512,8 +512,8 @@ def test_chances_follow_what_stood_and_return_when_nothing_is_tried() -> None:
         lookup.judge(4, 0)
     low = lookup.chance
     assert low < 0.15
-    for _ in range(200):
-        lookup.relax()
+    for _ in range(30):
+        lookup.decline()
     assert lookup.chance == pytest.approx(CHANCE, abs=0.05)
     for _ in range(10):
         lookup.judge(4, 4)

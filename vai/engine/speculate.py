@@ -40,7 +40,8 @@ from vai.request import SamplingParams, Speculate
 SIZES = range(2, 5)  # tokens that must agree for a lookup to say what comes next; the more the better
 CHANCE, WEIGHT = 0.7, 2.0  # a guess's chance to stand before any was tried, and how many trials that is worth
 FORGET = 0.8  # what the trials so far count after the next ones
-RELAX = 0.02  # how far a request that does not guess returns to the chance it began with, a step
+REST = 8  # steps for which a request is not asked again whether its guesses pay, when they did not
+RELAX = 0.15  # how far it has returned by then to the chance it began with
 RENEW = 0.25  # weight of the newest step in a mean of seconds
 MEMORY = 512  # steps of a model after which a mean that was not renewed is forgotten
 CATCH_UP = 32  # rows that a shadow may be behind and still guess in the next round, and its smallest chunk
@@ -138,6 +139,7 @@ class Guesser:
     def __init__(self) -> None:
         self.wanted = 0  # guesses of this round
         self.draft: list[int] = []  # those of them that are there
+        self.rest = 0  # steps before it is asked for more
         self._trials = WEIGHT
         self._stood = WEIGHT * CHANCE
 
@@ -151,8 +153,9 @@ class Guesser:
         self._trials = FORGET * self._trials + stood + (stood < guesses)
         self._stood = FORGET * self._stood + stood
 
-    def relax(self) -> None:
-        """Nothing was tried: what is known of it loses weight."""
+    def decline(self) -> None:
+        """Nothing was tried, because it would not have paid: what is known of it loses weight."""
+        self.rest = REST
         self._trials += RELAX * (WEIGHT - self._trials)
         self._stood += RELAX * (WEIGHT * CHANCE - self._stood)
 
@@ -351,10 +354,17 @@ class Speculation:
 
         `ready`: the decoding sequences that are in that step.
         """
-        mine = [(sequence, guesser) for sequence in ready if (guesser := self._guesser(sequence)) is not None]
+        begun = entry.digest in self._planned
+        mine = []
+        for sequence in ready:
+            guesser = self._guesser(sequence)
+            if guesser is not None and guesser.rest and not begun:
+                guesser.rest -= 1
+            elif guesser is not None:
+                mine.append((sequence, guesser))
         if not mine:
             return None
-        if entry.digest not in self._planned:
+        if not begun:
             catching_up = self._catch_up(entry, mine, picked_at)
             if catching_up is not None:
                 return catching_up
@@ -400,6 +410,8 @@ class Speculation:
             draft = guesser.entry.digest if isinstance(guesser, Ahead) else None
             offers.append(Offer(guesser.chance, guesses, draft))
             found.append(looked_up)
+        if not any(offer.most for offer in offers):
+            return
         rows, most = ready + room.prompt_rows, max(0, min(room.guesses, sum(offer.most for offer in offers)))
         seconds = self._pace(entry.digest).seconds(rows, rows + most)
         drafting = {
@@ -409,7 +421,7 @@ class Speculation:
         for (_, guesser), count, offer, looked_up in zip(mine, shares, offers, found, strict=True):
             guesser.wanted, guesser.draft = count, looked_up[:count]
             if offer.most and not count:
-                guesser.relax()
+                guesser.decline()
 
     def _draft(self, entry: Entry, behind: List[tuple[Sequence, Ahead]], picked_at: float) -> Batch | None:
         """One step of a draft model for all of `behind` that have it, or None where there is nothing to compute."""
@@ -447,6 +459,8 @@ class Speculation:
                     batch.add_ahead(ahead.shadow, chunk, sequence, [])
                     return batch
                 self.pause(sequence)
+            elif ahead.behind > CATCH_UP:
+                ahead.rest = REST
         return None
 
     def _pays(self, sequence: Sequence, ahead: Ahead) -> bool:
