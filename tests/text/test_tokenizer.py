@@ -9,6 +9,7 @@ import unicodedata
 from functools import cache
 from typing import Any
 
+import msgspec
 import pytest
 from checkpoint_fields import byte_level, sentence_piece
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from reference_bpe import byte_level as reference_byte_level
 from reference_bpe import sentence_piece as reference_sentence_piece
 
 from vai.errors import BadRequest, MalformedFile, UnsupportedModel
+from vai.rom.image import canonical_json
 from vai.text.fields import read
 from vai.text.pretokenizers import PRETOKENIZERS
 from vai.text.template import template_section
@@ -334,6 +336,16 @@ def test_a_tokenizer_is_proven_on_every_token_that_the_whole_of_it_uses(fields: 
     assert len(used) > 100
     assert used <= set(tokens.values())
     assert all(fields[GGML + "tokens"][id] == token for token, id in tokens.items())
+
+
+def test_every_character_is_written_as_canonical_json_writes_it() -> None:
+    texts = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    assert msgspec.json.encode([("".join(texts), "a")]) == canonical_json([("".join(texts), "a")])
+    for text in texts[:256]:
+        assert (
+            msgspec.json.encode({text: 1, "b": 2})
+            == json.dumps({text: 1, "b": 2}, separators=(",", ":"), ensure_ascii=False).encode()
+        )
 
 
 def test_the_vocabulary_stands_in_the_order_of_ids_with_any_characters_in_it() -> None:

@@ -180,6 +180,8 @@ def _merges(fields: Mapping[str, object], ids: Mapping[str, int]) -> list[tuple[
     listed = _array(fields, key, MAX_MERGES)
     if listed is None:
         raise MalformedFile(f"{key} is missing; a byte-level BPE tokenizer cannot work without it.")
+    tokens = [*ids, ""]  # no merge makes the last
+    after = 0  # the token after the one made last: mostly the next, since ids are given in the order of merges
     merges: list[tuple[str, str]] = []
     for index, merge in enumerate(
         _texts(listed, key, 2 * MAX_TOKEN_CHARACTERS + 1, ": two tokens with a space between them")
@@ -188,8 +190,11 @@ def _merges(fields: Mapping[str, object], ids: Mapping[str, int]) -> list[tuple[
         if not left:  # the first character may itself be a space
             left, _, right = merge[1:].partition(" ")
             left = merge[:1] + left
-        if left not in ids or right not in ids or left + right not in ids:
+        if tokens[after] != left + right:
+            after = ids.get(left + right, -1)
+        if after < 0 or left not in ids or right not in ids:
             raise MalformedFile(f"{key}[{index}], {merge!r}, joins or makes a token that the vocabulary does not have.")
+        after += 1
         merges.append((left, right))
     return merges
 

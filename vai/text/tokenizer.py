@@ -7,12 +7,12 @@ score with byte fallback (`llama`).
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders
 
@@ -95,10 +95,10 @@ def _added(fields: TokenizerFields) -> list[int]:
 
 
 def _document(frame: _Json, model: _Json, ids: Mapping[str, int], merges: _Merges) -> bytes:
-    """A tokenizer.json. The two large parts are written apart: sorting a vocabulary takes longer than all the rest."""
-    vocabulary = json.dumps(ids, separators=(",", ":"), ensure_ascii=False).encode()
+    """A tokenizer.json. The two large parts are written apart: not sorted, and by msgspec, which takes a tenth of the
+    time that `canonical_json` takes for the same bytes."""
     parts = {key: canonical_json(value) for key, value in model.items()}
-    whole = _object({**parts, "vocab": vocabulary, "merges": canonical_json(merges)})
+    whole = _object({**parts, "vocab": msgspec.json.encode(ids), "merges": msgspec.json.encode(merges)})
     return _object({**{key: canonical_json(value) for key, value in frame.items()}, "model": whole})
 
 
