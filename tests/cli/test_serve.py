@@ -103,6 +103,17 @@ def test_the_system_prompt_and_the_seed_reach_the_model(vai: Vai, loaded: str) -
     assert drawn[0] != plain
 
 
+def test_an_answer_satisfies_the_schema_in_a_file(vai: Vai, loaded: str, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 1, "maxItems": 2}')
+    answered = vai("run", "m", "Hello", "--max-tokens", "200", "--json-schema", str(tmp_path / "schema.json"))
+    assert answered.returncode == 0, answered.stderr
+    assert set(json.loads(answered.stdout)) <= {1, 2}
+    (tmp_path / "wrong.json").write_text('{"uniqueItems": true}')
+    refused = vai("run", "m", "Hello", "--json-schema", str(tmp_path / "wrong.json"))
+    assert refused.returncode == 2
+    assert "uniqueItems" in refused.stderr
+
+
 def test_the_key_is_asked_for_and_shown_nowhere(vai: Vai, registry: Registry, loaded: str, port: str) -> None:
     key = "a-key-nobody-guesses"
     assert serve(vai, port, VAI_API_KEY=key).returncode == 0

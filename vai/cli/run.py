@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -17,7 +17,7 @@ from vai.daemon import roles
 from vai.rom.registry import Registry
 
 if TYPE_CHECKING:
-    from vai.llm import Delta, Model
+    from vai.llm import Delta, GrammarSpec, Model
 
 Conversation = list[dict[str, str]]
 Answer = Callable[[Conversation], Iterator[str]]
@@ -29,8 +29,11 @@ Answer = Callable[[Conversation], Iterator[str]]
 @click.option("--max-tokens", type=click.IntRange(1), help="End the answer after so many tokens.")
 @click.option("--temperature", type=click.FloatRange(0, 100), help="0 always takes the likeliest token.")
 @click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), help="Repeats an answer that was drawn with it.")
+@click.option("--json-schema", type=click.File(), help="Answer in JSON that satisfies the schema in this file.")
 @click.option("--system", help="What the model is told before the conversation.")
-def run(name: str, prompt: str | None, system: str | None, **sampling: float | None) -> None:
+def run(
+    name: str, prompt: str | None, system: str | None, json_schema: TextIO | None, **sampling: float | None
+) -> None:
     """Answer PROMPT with the model NAME; without PROMPT, chat (or answer what comes on standard input).
 
     The running engine answers; if none runs, an engine inside this command does, over the same weights in memory.
@@ -40,6 +43,7 @@ def run(name: str, prompt: str | None, system: str | None, **sampling: float | N
     Examples:
       vai run qwen "Why is the sky blue?"
       vai run qwen --temperature 0 --max-tokens 64 < question.txt
+      vai run qwen --json-schema person.schema.json "Invent a person."
       vai run qwen
     """
     settings = config.load()
@@ -47,7 +51,8 @@ def run(name: str, prompt: str | None, system: str | None, **sampling: float | N
     if not registry.is_resident(registry.find(name)):
         load_again(settings, name)
     opening: Conversation = [] if system is None else [{"role": "system", "content": system}]
-    with _answerer(settings, name, sampling) as answer:
+    schema = None if json_schema is None else json_schema.read()
+    with _answerer(settings, name, sampling, schema) as answer:
         if prompt is None and sys.stdin.isatty():
             _chat(answer, opening)
         else:
@@ -85,18 +90,19 @@ def _print(pieces: Iterator[str]) -> str:
 
 
 @contextlib.contextmanager
-def _answerer(settings: Config, name: str, sampling: dict[str, Any]) -> Iterator[Answer]:
-    """A function from a conversation to the pieces of its answer."""
+def _answerer(settings: Config, name: str, sampling: dict[str, Any], schema: str | None) -> Iterator[Answer]:
+    """A function from a conversation to the pieces of its answer, which satisfies `schema` if there is one."""
+    from vai.llm import LLM, GrammarSpec
+
+    grammar = None if schema is None else GrammarSpec("json_schema", schema)
     if roles.holder(settings.root, "engine") is None:
         click.echo("vai: no engine is running; this command runs its own over the same memory.", err=True)
-        from vai.llm import LLM
-
         with LLM(name) as own:
-            yield lambda talk: (delta.text for delta in own.stream(talk, own.sampling(**sampling)))
+            yield lambda talk: (delta.text for delta in own.stream(talk, own.sampling(**sampling), grammar=grammar))
         return
     with asyncio.Runner() as runner, contextlib.ExitStack() as undo:
         model = _open(settings, name, runner, undo)
-        yield lambda talk: (delta.text for delta in _deltas(runner, model, talk, sampling))
+        yield lambda talk: (delta.text for delta in _deltas(runner, model, talk, sampling, grammar))
 
 
 def _open(settings: Config, name: str, runner: asyncio.Runner, undo: contextlib.ExitStack) -> Model:
@@ -111,11 +117,15 @@ def _open(settings: Config, name: str, runner: asyncio.Runner, undo: contextlib.
 
 
 def _deltas(
-    runner: asyncio.Runner, model: Model, conversation: Conversation, sampling: dict[str, Any]
+    runner: asyncio.Runner,
+    model: Model,
+    conversation: Conversation,
+    sampling: dict[str, Any],
+    grammar: GrammarSpec | None,
 ) -> Iterator[Delta]:
     """The answer's deltas, one loop turn at a time; whatever ends the iteration aborts the request."""
     ids = runner.run(model.encode_chat(conversation))
-    stream = model.stream(ids, model.sampling(**sampling))
+    stream = model.stream(ids, model.sampling(**sampling), grammar=grammar)
 
     async def following() -> Delta | None:
         return await anext(stream, None)
