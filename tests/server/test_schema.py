@@ -379,8 +379,8 @@ def test_extreme_values_are_read_or_refused_with_the_field_named(fields: dict[st
         assert error.status == 400
 
 
-# Every field about how an answer is drawn, shaped or scheduled that OpenAI's API or vLLM's (0.32) has, with a value that
-# asks for something, and whether it is done here. What is refused has, beside it, the value that asks for nothing.
+# Every field about how an answer is drawn, shaped or scheduled that OpenAI's API or vLLM's (0.32) has. Beside it is a
+# value that asks for something, and where that is refused also the value that asks for nothing.
 DONE = {
     "temperature": 0.5,
     "top_p": 0.5,
