@@ -146,6 +146,8 @@ def test_calls_of_every_family_are_read(family: type[Parser], text: str, events:
         (Hermes, '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),
         (Hermes, '<tool_call>{"name": "' + "f" * 5000 + '"}</tool_call>'),
         (Hermes, '<tool_call>{"name": "\\ud800'),
+        (Hermes, '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'),
+        (Hermes, '<tool_call>{"name": "f", "arguments": "\\ud800"}</tool_call>'),
         (Hermes, "I write <tool_call> in my text, </tool_call> too."),
         (Hermes, "a < b and <tool_cal"),
         (QwenCoder, "<tool_call>\n<function=we ather>\n</function></tool_call>"),

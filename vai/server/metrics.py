@@ -188,7 +188,8 @@ class Metrics:
                         generated.inc(new)
                         made, last = made + new, now
                     if delta.finish is not None:
-                        finish, end = delta.finish, delta
+                        finish = "stop" if delta.finish == "tool_calls" else delta.finish  # the engine's word
+                        end = delta
                     yield delta
         except VaiError as error:
             finish = "error"

@@ -242,10 +242,7 @@ class Parser:
         if (yield from self._peek()) != '"':
             raise _Malformed
         yield from self._value(pieces.append, MAX_KEY_CHARACTERS)
-        try:
-            return str(json.loads("".join(pieces)))
-        except ValueError:
-            raise _Malformed from None
+        return str(_decoded("".join(pieces)))
 
     def _value(self, sink: Sink, limit: int | None = None) -> Step:
         """One JSON value, as its brackets and quotes tell, in pieces to `sink`."""
@@ -383,15 +380,23 @@ class Parser:
         text = "".join(pieces)
         if first == "{":
             return text
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            raise _Malformed from None
+        value = _decoded(text)
         if value is None or value == "":
             return "{}"
         if not isinstance(value, str):
             raise _Malformed
         return value
+
+
+def _decoded(text: str) -> Any:
+    """The value of a JSON text; a string in it may be no text, but half of a surrogate pair."""
+    try:
+        value = json.loads(text)
+        if isinstance(value, str):
+            value.encode()
+    except (ValueError, RecursionError):
+        raise _Malformed from None
+    return value
 
 
 def _forget(text: str) -> None:
