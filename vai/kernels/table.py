@@ -117,26 +117,35 @@ def block_types() -> list[str]:
 
 
 def lower_linear(
-    type: str, rows: int, columns: int, data: memoryview, *, max_rows: int, workers: Workers, isa: str | None = None
+    type: str,
+    rows: int,
+    columns: int,
+    data: memoryview,
+    *,
+    max_rows: int,
+    workers: Workers,
+    isa: str | None = None,
+    copies: int = 1,
 ) -> Plan:
     """A Plan of one linear layer with `rows` outputs over whatever `data` holds: there to be timed.
 
-    Its 16 token ids are embedded from F32 rows before the weights. Raises BadRequest where `data` is too short,
-    NotSupported.
+    Its 16 token ids are embedded from F32 rows before the weights. `copies`: so many layers, one after the other, each
+    with weights of its own. Raises BadRequest where `data` is too short, NotSupported.
     """
-    sizes = [tensor_bytes("F32", BLOCK_ROWS, columns), tensor_bytes(type, rows, columns)]
+    sizes = [tensor_bytes("F32", BLOCK_ROWS, columns), *[tensor_bytes(type, rows, columns)] * copies]
     offsets, end = place(sizes)
     if end > len(data):
         raise BadRequest(f"A linear layer of {end} bytes does not fit {len(data)} bytes.")
-    shapes = (("token_embd.weight", "F32", BLOCK_ROWS), ("output.weight", type, rows))
+    layers = [f"output.{copy}.weight" for copy in range(copies)]
+    shapes = (("token_embd.weight", "F32", BLOCK_ROWS), *((name, type, rows) for name in layers))
     stored = [
         StoredTensor(name, kind, count, columns, offset, size, (Part(name, count, 0, 1),))
         for (name, kind, count), offset, size in zip(shapes, offsets, sizes, strict=True)
     ]
     program = Program(
-        ops=(Embed("x", "token_embd.weight"), Linear("logits", "x", "output.weight")),
+        ops=(Embed("x", "token_embd.weight"), *(Linear(name, "x", name) for name in layers)),
         groups=(),
-        outputs={"logits": "logits"},
+        outputs={"logits": layers[-1]},
         constants={name: (count, columns) for name, _, count in shapes},
         width=columns,
         vocabulary=BLOCK_ROWS,
