@@ -20,6 +20,7 @@ from vai.errors import BadRequest, ContextTooLong, MalformedFile, ModelNotFound,
 from vai.llm import LLM, Completion, Delta, Frontend, GrammarSpec, Model, connect
 from vai.request import Output, Request, SamplingParams
 from vai.rom.registry import Name, Registry
+from vai.text import grammar
 
 Tiny = tuple[Path, Path, dict[str, str]]
 
@@ -32,7 +33,7 @@ class Scripted:
         self.requests: list[Request] = []
         self.closed = 0
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    async def generate(self, request: Request, mask: bytes = b"") -> AsyncIterator[Output]:
         self.requests.append(request)
         try:
             for output in self.outputs:
@@ -40,6 +41,9 @@ class Scripted:
                 yield output
         finally:
             self.closed += 1
+
+    def mask(self, identity: str, position: int, bits: bytes) -> None:
+        raise AssertionError("no script is about masks")
 
     async def status(self) -> EngineStatus:
         raise Unavailable("scripted")
@@ -268,6 +272,33 @@ async def test_leaving_an_answer_ends_the_request_in_the_engine(tiny_root: Tiny)
         async for _ in deltas:
             break
     assert port.closed == 1
+
+
+async def test_leaving_an_answer_before_its_grammar_is_compiled_leaves_nothing_behind(tiny_root: Tiny) -> None:
+    port = Scripted()
+    async with opened(tiny_root, port) as model:
+        grammars = model._words.grammars
+        for delay in (0, 0.001, 0.01, 0.1):
+            stream = model.stream([1], grammar=GrammarSpec("regex", f"[a-z]{{{int(1000 * delay)},900}}x"))
+            first = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(delay)
+            first.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Unavailable):
+                await first
+            await stream.aclose()
+        deadline = time.monotonic() + 20
+        while any(grammar.users for grammar in grammars._grammars.values()):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+
+
+async def test_more_answers_than_may_wait_for_their_grammars_are_turned_away(
+    tiny_root: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "MAX_WAITING", 0)
+    async with opened(tiny_root, Scripted()) as model:
+        with pytest.raises(Overloaded, match="wait for their grammars"):
+            await anext(model.stream([1], grammar=GrammarSpec("regex", "a")))
 
 
 async def test_errors_of_the_engine_are_raised_as_what_they_are(tiny_root: Tiny) -> None:

@@ -60,7 +60,9 @@ from vai.text.tools import whole_calls as whole_calls
 INLINE_CHARACTERS = 2048  # longer texts are encoded off the event loop
 TOKENIZERS = 16  # kept, the least recently used go first; 50 MB each at 150,000 tokens
 MODELS = 32
-# Masks are made by other processes; a thread waits for each, apart from those that are busy with texts.
+# Grammars are compiled and masks made by other processes. A thread waits for each: apart from those that are busy with
+# texts, and masks apart from grammars, which may take seconds, so few at a time.
+_grammar_threads = ThreadPoolExecutor(4, thread_name_prefix="grammars")
 _mask_threads = ThreadPoolExecutor(32, thread_name_prefix="masks")
 DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # what a checkpoint or a name may recommend
 
@@ -427,6 +429,17 @@ class _Guide:
         self._id = request.id
         self._position = len(request.tokens)
 
+    @classmethod
+    async def open(cls, words: Words, grammar: GrammarSpec, request: Request) -> _Guide:
+        """One made off the loop; nobody's where the answer is given up meanwhile. Raises as the constructor does."""
+        with words.grammars.waiting():
+            made = _grammar_threads.submit(cls, words, grammar, request)
+            try:
+                return await asyncio.wrap_future(made)
+            except asyncio.CancelledError:
+                made.add_done_callback(_close_unclaimed)
+                raise
+
     @property
     def bits(self) -> bytes:
         return self._matcher.bits
@@ -449,6 +462,11 @@ class _Guide:
     def close(self) -> None:
         """The answer is over; another thread, which may still be in `accept`, waits for it."""
         _mask_threads.submit(self._matcher.close)
+
+
+def _close_unclaimed(made: Future[_Guide]) -> None:
+    if not made.cancelled() and made.exception() is None:
+        made.result().close()
 
 
 # --- many models over an engine port ----------------------------------------------------------------------------------
@@ -548,7 +566,7 @@ class Model:
         reply = _Reply(self._words, request, stop, reading)
         loop, guide = asyncio.get_running_loop(), None
         if grammar is not None:
-            guide = await loop.run_in_executor(_mask_threads, _Guide, self._words, grammar, request)
+            guide = await _Guide.open(self._words, grammar, request)
         first = () if guide is None else (guide.bits,)
         outputs = cast(AsyncGenerator[Output, None], self._port.generate(request, *first))
         try:

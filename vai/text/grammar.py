@@ -18,8 +18,8 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import msgspec
@@ -30,6 +30,7 @@ MAX_TEXT = 1 << 19  # bytes of one grammar
 MAX_DEPTH = 64  # of a JSON schema
 MAX_CHOICES = 4096  # of kind "choice"
 MAX_RUNNING = 64  # grammars of one tokenizer that answers are under, at once
+MAX_WAITING = 64  # answers that wait for their grammars
 KEPT = 8  # grammars of one tokenizer that no answer is under, for the next that is
 
 COMPILE_SECONDS = 2.0  # of processor time
@@ -158,8 +159,22 @@ class Grammars:
         self._sections = sections
         self._lock = threading.Lock()
         self._starting = threading.Lock()
+        self._waiting = 0
         self._server: _ForkServer | None = None
         self._grammars: OrderedDict[GrammarSpec, _Grammar] = OrderedDict()  # least recently used first
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a `matcher` that another thread makes. Raises Overloaded where too many wait."""
+        with self._lock:
+            if self._waiting >= MAX_WAITING:
+                raise Overloaded(f"{MAX_WAITING} answers wait for their grammars already; try again soon.")
+            self._waiting += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting -= 1
 
     def matcher(self, spec: GrammarSpec, vocabulary: int) -> Matcher:
         """A new answer under `spec`, for a model of `vocabulary` tokens (which may be more than the tokenizer has).
