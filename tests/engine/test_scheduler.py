@@ -441,6 +441,19 @@ def test_prompts_are_cut_to_what_fits_the_time_of_a_step_while_others_stream() -
     assert streaming in bench.finished
 
 
+def test_a_prompt_gets_as_many_rows_as_there_are_streams_however_long_these_take() -> None:
+    bench = Bench(slabs=40, max_rows=512, max_sequences=64)
+    a = model("a", PAGE // 16)
+    for _ in range(48):
+        bench.submit(a, [1], 50)
+    slow = STEP_WHILE_STREAMING / 40  # seconds a row
+    bench.step(slow)
+    bench.submit(a, [2] * 400, 1)
+    for _ in range(3):
+        bench.step(slow)
+    assert [batch.counts[-1] for batch in bench.batches[1:]] == [48, 48, 48]
+
+
 def test_a_short_prompt_gets_its_first_token_while_a_long_one_is_computed() -> None:
     bench = Bench()
     a = model("a", PAGE // 16)

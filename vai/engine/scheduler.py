@@ -300,11 +300,13 @@ class Scheduler:
         return Room(rows, min(left, self._max_sequences - len(queue.running)))
 
     def _prompt_rows(self, queue: ModelQueue, decoding: int) -> int:
-        """How many prompt rows may join `decoding` rows in this step."""
+        """How many prompt rows may join `decoding` rows in this step: never fewer than those, or many streams would
+        leave a first token next to nothing on a machine that decodes them no faster than the budget.
+        """
         streaming = any(each.uncomputed <= 1 for other in self._queues.values() for each in other.running)
         seconds = STEP_WHILE_STREAMING if streaming else STEP
         rows = min(int(seconds * queue.rows_per_second), self._max_rows) - decoding
-        return min(max(rows, SMALLEST_CHUNK), self._max_rows - decoding)
+        return min(max(rows, SMALLEST_CHUNK, decoding), self._max_rows - decoding)
 
     # Pages
 
