@@ -27,7 +27,7 @@ class Name:
     """What a name stands for.
 
     source: the checkpoint's path · recipe: how it is burned · digest: the image it was burned into, None before that ·
-    overrides: what this variant changes (template, system, defaults, context).
+    overrides: what this variant changes (template, system, defaults, context, and the draft model that guesses for it).
     """
 
     name: str

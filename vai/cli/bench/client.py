@@ -55,6 +55,7 @@ def stream(host: str, port: int, model: str, prompt: str, max_tokens: int) -> di
         "temperature": 0,
         "ignore_eos": True,
         "cache_prompt": False,
+        "speculative.n_max": 0,  # random weights repeat themselves as no text does
         "stream": True,
         "stream_options": {"include_usage": True},
     }

@@ -59,6 +59,7 @@ class Target:
             "max_tokens": ask.answer,
             "temperature": 0,
             "ignore_eos": True,
+            "speculative.n_max": 0,  # random weights repeat themselves as no text does
             "stream": True,
             "stream_options": {"include_usage": True},
             **self.fields,
