@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vai.errors import BadRequest, NotSupported
+from vai.text.fields import USER_DEFINED
 from vai.text.grammar import Grammars, GrammarSpec, Matcher
 from vai.text.parsers import (
     Arguments,
@@ -56,24 +57,29 @@ def tools(choice: Any = "required", parallel: bool | None = None, strict: bool |
 
 
 class Vocabulary:
-    """A tokenizer in which the markers of all families are control tokens, or one in which they are text."""
+    """A tokenizer in which the markers of all families are control tokens, or user-defined ones, or only text."""
 
-    def __init__(self, marked: bool) -> None:
-        markers = [marker for family in FAMILIES for marker in family.markers] if marked else []
+    def __init__(self, kind: str) -> None:
+        markers = [marker for family in FAMILIES for marker in family.markers] if kind != "text" else []
         specials = list(dict.fromkeys((*markers, END)))
         vocabulary = byte_level_bpe(SIZE, specials)
+        types = [
+            USER_DEFINED if kind == "user-defined tokens" and token in markers else type
+            for token, type in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        ]
         fields = {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": "qwen2",
             "tokenizer.ggml.tokens": vocabulary.tokens,
-            "tokenizer.ggml.token_type": vocabulary.types,
+            "tokenizer.ggml.token_type": types,
             "tokenizer.ggml.merges": vocabulary.merges,
             "tokenizer.ggml.eos_token_id": vocabulary.tokens.index(END),
             "tokenizer.ggml.add_bos_token": False,
         }
         sections = tokenizer_section(fields), template_section(fields)
         self.tokenizer = Tokenizer.from_sections(*sections)
-        self.control = {marker: vocabulary.tokens.index(marker) for marker in markers}
+        ids = {marker: vocabulary.tokens.index(marker) for marker in markers}
+        self.control = {marker: id for marker, id in ids.items() if self.tokenizer.is_control(id)}
         self.end = vocabulary.tokens.index(END)
         self.grammars = Grammars(lambda: sections)
 
@@ -98,9 +104,9 @@ class Vocabulary:
         return self.tokenizer.decode([id for id in ids if id != self.end], control=True), complete
 
 
-@pytest.fixture(scope="module", params=["control tokens", "text"])
+@pytest.fixture(scope="module", params=["control tokens", "user-defined tokens", "text"])
 def vocabulary(request: pytest.FixtureRequest) -> Iterator[Vocabulary]:
-    made = Vocabulary(request.param == "control tokens")
+    made = Vocabulary(request.param)
     yield made
     made.grammars.close()
 
