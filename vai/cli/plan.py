@@ -45,11 +45,19 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What runs the models, now or when it is started. taken: bytes of the scratchpad that are in memory already."""
+    """What runs the models, now or when it is started.
+
+    scratchpad: bytes for pages. taken: of those and their headers, what is in memory already.
+    """
 
     threads: int
     scratchpad: int
     taken: int
+
+    @property
+    def whole(self) -> int:
+        """The scratchpad with the headers of its pages."""
+        return pool.whole_bytes(self.scratchpad)
 
 
 @click.command()
@@ -165,7 +173,7 @@ def _sum(planned: Sequence[Planned], engine: Engine, room: Room) -> dict[str, An
     distinct = list({model.digest or model.file: model for model in planned}.values())
     new = sum(model.image_bytes for model in distinct if model.file)
     workspaces = sum(model.workspace_bytes for model in distinct)
-    need = new + workspaces + engine.scratchpad - engine.taken
+    need = new + workspaces + engine.whole - engine.taken
     return {
         "models": [asdict(model) for model in planned],
         "threads": engine.threads,
@@ -173,6 +181,7 @@ def _sum(planned: Sequence[Planned], engine: Engine, room: Room) -> dict[str, An
         "resident_image_bytes": sum(model.image_bytes for model in distinct if model.digest),
         "workspace_bytes": workspaces,
         "scratchpad_bytes": engine.scratchpad,
+        "scratchpad_header_bytes": engine.whole - engine.scratchpad,
         "scratchpad_taken": engine.taken,
         "need": need,
         "room": room._asdict(),
@@ -192,11 +201,11 @@ def _refusal(settings: Config, planned: Sequence[Planned], engine: Engine, found
         return None
     parts = f"images {size(found['new_image_bytes'])}, workspaces {size(found['workspace_bytes'])}"
     ways = [f"unload {what}" for what in _could_go(settings, planned)]
-    smaller = (engine.scratchpad + found["left"]) // pool.SLAB * pool.SLAB
+    smaller = pool.page_bytes(max(0, engine.whole + found["left"]) // pool.SLAB * pool.SLAB)
     if smaller > 0 and all(model.kv_bytes_per_token < smaller for model in planned):
         ways.append(f"take a scratchpad of at most {size(smaller)} (--kv {smaller >> 20}M)")
     return (
-        f"This needs {size(found['need'])} ({parts}, scratchpad {size(engine.scratchpad - engine.taken)}), but only "
+        f"This needs {size(found['need'])} ({parts}, scratchpad with headers {size(engine.whole - engine.taken)}), but only "
         f"{size(found['room']['free'])} are free: {found['room']['limit']}. "
         + (f"You could {', or '.join(ways)}." if ways else "Plan fewer or smaller models.")
     )
@@ -219,6 +228,7 @@ def _show(planned: Sequence[Planned], found: dict[str, Any]) -> None:
         ("Images to burn", size(found["new_image_bytes"]), ""),
         ("Workspaces", size(found["workspace_bytes"]), f"at most, with {found['threads']} threads"),
         ("Scratchpad", size(found["scratchpad_bytes"]), _taken(found["scratchpad_taken"])),
+        ("Its headers", size(found["scratchpad_header_bytes"]), "of the pages"),
         ("Needed", size(found["need"]), ""),
         ("Free", size(room["free"]), room["limit"]),
         ("Left", size(max(found["left"], 0)), ""),
