@@ -25,6 +25,9 @@ def test_every_operation_of_the_program_is_in_a_timed_line(vai: Vai, loaded: str
         linear = [line for line in lines if line["kind"] in ("linear", "gated")]
         assert linear and all(line["share"] > 0 and line["image_bytes"] > 0 and line["products"] > 0 for line in linear)
         assert all(rate > 0 for rate in step["ceiling"].values())
+    stages = found["stages"]
+    assert list(stages) == ["loader", "preprocessor", "queue", "core", "prefill", "decode", "postprocessor"]
+    assert all(seconds > 0 for seconds in stages.values())
     decode, prefill = ({line["text"]: line["products"] for line in step["lines"]} for step in found["steps"])
     head = found["steps"][1]["lines"][-1]["text"]  # of the one row that is asked for
     assert all(prefill[text] == count * (1 if text == head else 20) for text, count in decode.items())
@@ -33,7 +36,16 @@ def test_every_operation_of_the_program_is_in_a_timed_line(vai: Vai, loaded: str
 def test_people_see_the_program_the_lines_and_their_sums(vai: Vai, loaded: str) -> None:
     done = vai("trace", loaded, "--rows", "2", "--context", "0", VAI_THREADS="1")
     assert done.returncode == 0, done.stderr
-    for word in ("PROGRAM", "DECODE, 1 row:", "PREFILL, 2 rows:", "attn_qkv.weight", "GB/S", "SHARE"):
+    for word in (
+        "PROGRAM",
+        "DECODE, 1 row:",
+        "PREFILL, 2 rows:",
+        "attn_qkv.weight",
+        "GB/S",
+        "SHARE",
+        "STAGE",
+        "preprocessor",
+    ):
         assert word in done.stdout
 
 

@@ -199,13 +199,16 @@ def _refusal(settings: Config, planned: Sequence[Planned], engine: Engine, found
             )
     if found["left"] >= 0:
         return None
-    parts = f"images {size(found['new_image_bytes'])}, workspaces {size(found['workspace_bytes'])}"
+    parts = (
+        f"images {size(found['new_image_bytes'])}, workspaces {size(found['workspace_bytes'])}, "
+        f"scratchpad with headers {size(engine.whole - engine.taken)}"
+    )
     ways = [f"unload {what}" for what in _could_go(settings, planned)]
     smaller = pool.page_bytes(max(0, engine.whole + found["left"]) // pool.SLAB * pool.SLAB)
     if smaller > 0 and all(model.kv_bytes_per_token < smaller for model in planned):
         ways.append(f"take a scratchpad of at most {size(smaller)} (--kv {smaller >> 20}M)")
     return (
-        f"This needs {size(found['need'])} ({parts}, scratchpad with headers {size(engine.whole - engine.taken)}), but only "
+        f"This needs {size(found['need'])} ({parts}), but only "
         f"{size(found['room']['free'])} are free: {found['room']['limit']}. "
         + (f"You could {', or '.join(ways)}." if ways else "Plan fewer or smaller models.")
     )

@@ -10,6 +10,7 @@ import click
 
 from vai import config
 from vai.cli.output import json_option, print_json, short, table
+from vai.cli.stages import TOKENS, show, stages_of
 from vai.config import Config
 from vai.errors import BadRequest
 from vai.rom import segment
@@ -54,12 +55,14 @@ def trace(name: str, rows: int, context: int, as_json: bool) -> None:
 
     Each line: the operations of the Program that it came from (by number), median time of five steps, bytes of the
     image that it read and at what speed, multiply-adds, and SHARE, the part of that time which this machine's ceiling
-    would have taken: reading or multiplying, whichever is slower. Nothing else should run meanwhile.
+    would have taken: reading or multiplying, whichever is slower. Then the stages of a first short request, in an
+    engine of its own. Nothing else should run meanwhile.
     """
     settings = config.load()
     digest = Registry(settings.root, settings.names).find(name)
     with segment.attach(settings.root, digest) as image:
         found = examine(settings, image, rows, context)
+    found["stages"] = stages_of(settings, digest)
     if as_json:
         print_json({"model": name, "digest": digest, **found})
         return
@@ -67,6 +70,8 @@ def trace(name: str, rows: int, context: int, as_json: bool) -> None:
     _show_program(found)
     for step in found["steps"]:
         _show(step)
+    click.echo(f"\nA FIRST REQUEST, {TOKENS} tokens:")
+    show(found["stages"])
 
 
 def examine(settings: Config, image: Image, rows: int, context: int) -> Report:
