@@ -62,18 +62,54 @@ std::uint32_t column(const std::uint8_t* from) {
          static_cast<std::uint32_t>(from[32]) << 16 | static_cast<std::uint32_t>(from[48]) << 24;
 }
 
+// A dword of each of four rows.
+using Quad = std::uint32_t __attribute__((vector_size(16)));
+
+Quad load_quad(const std::uint8_t* from) {
+  Quad value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
 template <Type type, bool minimum, bool fifth>
 struct Group32 {
   static constexpr Type kType = type;
+  static constexpr std::size_t kBits = minimum ? 4 : 2, kCodes = kBits + (fifth ? 4 : 0), kLines = minimum ? 2 : 1;
 
   template <class Sink>
   static void read(const std::uint8_t* tile, std::size_t group, std::size_t lane, Sink& sink) {
-    constexpr std::size_t kBits = minimum ? 4 : 2, kCodes = kBits + (fifth ? 4 : 0), kLines = minimum ? 2 : 1;
+    read_head(tile, group, lane, sink);
+    const std::uint8_t* line = tile + kLine * (kLines + 4 * group) + 4 * lane;
+    for (std::size_t i = 0; i < 2; ++i) sink(kCodes + 8 * i, nibbles(line + kLine * i, line + kLine * (2 + i)));
+  }
+
+  // All but the four bits of each element.
+  template <class Sink>
+  static void read_head(const std::uint8_t* tile, std::size_t group, std::size_t lane, Sink& sink) {
     sink(0, load16(tile + 32 * group + 2 * lane));
     if constexpr (minimum) sink(2, load16(tile + kLine + 32 * group + 2 * lane));
     if constexpr (fifth) sink(kBits, gather(load32(tile + kLine * (kLines + 8 + group) + 4 * lane)));
+  }
+
+  // The bits in which those four differ from the source, four rows at a time: this is most of what burning reads.
+  static Quad differ(const std::uint8_t* tile, std::size_t group, std::size_t lane, const std::uint8_t* source,
+                     std::size_t stride) {
     const std::uint8_t* line = tile + kLine * (kLines + 4 * group) + 4 * lane;
-    for (std::size_t i = 0; i < 2; ++i) sink(kCodes + 8 * i, nibbles(line + kLine * i, line + kLine * (2 + i)));
+    const Quad a = load_quad(line), b = load_quad(line + kLine);
+    const Quad c = load_quad(line + 2 * kLine), d = load_quad(line + 3 * kLine);
+    const Quad lower = Quad{} + 0x0f0f0f0f, upper = ~lower;
+    // Bytes 0..3 of each row, then 4..7, 8..11, 12..15; behind the shuffles, the 16 bytes of each row.
+    const Quad first = (a & lower) | (c & lower) << 4, second = (a >> 4 & lower) | (c & upper);
+    const Quad third = (b & lower) | (d & lower) << 4, fourth = (b >> 4 & lower) | (d & upper);
+    const Quad low01 = __builtin_shufflevector(first, second, 0, 4, 1, 5);
+    const Quad low23 = __builtin_shufflevector(first, second, 2, 6, 3, 7);
+    const Quad high01 = __builtin_shufflevector(third, fourth, 0, 4, 1, 5);
+    const Quad high23 = __builtin_shufflevector(third, fourth, 2, 6, 3, 7);
+    source += kCodes;
+    return (__builtin_shufflevector(low01, high01, 0, 1, 4, 5) ^ load_quad(source)) |
+           (__builtin_shufflevector(low01, high01, 2, 3, 6, 7) ^ load_quad(source + stride)) |
+           (__builtin_shufflevector(low23, high23, 0, 1, 4, 5) ^ load_quad(source + 2 * stride)) |
+           (__builtin_shufflevector(low23, high23, 2, 3, 6, 7) ^ load_quad(source + 3 * stride));
   }
 
   // Bit u of byte c -> bit 4u + c. The product moves the lowest bits of four bytes side by side, to bits 24..27.
@@ -202,9 +238,30 @@ struct Vector {
 };
 
 template <class Format>
+bool holds_fours(const std::uint8_t* source, std::size_t stride, const std::uint8_t* packed) {
+  constexpr Layout k = layout_of(Format::kType);
+  Quad codes = {};
+  std::uint64_t bits = 0;
+  for (std::size_t group = 0; group < k.groups; ++group, source += k.group_bytes) {
+    for (std::size_t lane = 0; lane < kLanes; lane += 4) {
+      const std::uint8_t* rows = source + lane * stride;
+      codes |= Format::differ(packed, group, lane, rows, stride);
+#pragma GCC unroll 4
+      for (std::size_t row = 0; row < 4; ++row) {
+        Compare compare{rows + row * stride};
+        Format::read_head(packed, group, lane + row, compare);
+        bits |= compare.bits;
+      }
+    }
+  }
+  return (bits | codes[0] | codes[1] | codes[2] | codes[3]) == 0;
+}
+
+template <class Format>
 bool holds_whole(const Rows& rows, std::size_t tile, const std::uint8_t* packed) {
   constexpr Layout k = layout_of(Format::kType);
   const std::uint8_t* source = rows.data + tile * k.groups * k.group_bytes;
+  if constexpr (requires { Format::differ; }) return holds_fours<Format>(source, rows.bytes, packed);
   std::uint64_t bits = 0;
   for (std::size_t lane = 0; lane < kLanes; ++lane, source += rows.bytes) {
     for (std::size_t group = 0; group < k.groups; ++group) {
