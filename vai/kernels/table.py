@@ -134,8 +134,8 @@ def lower_linear(
     """
     sizes = [tensor_bytes("F32", BLOCK_ROWS, columns), *[tensor_bytes(type, rows, columns)] * copies]
     offsets, end = place(sizes)
-    if end > len(data):
-        raise BadRequest(f"A linear layer of {end} bytes does not fit {len(data)} bytes.")
+    if offsets[-1] + sizes[-1] > len(data):
+        raise BadRequest(f"A linear layer of {offsets[-1] + sizes[-1]} bytes does not fit {len(data)} bytes.")
     layers = [f"output.{copy}.weight" for copy in range(copies)]
     shapes = (("token_embd.weight", "F32", BLOCK_ROWS), *((name, type, rows) for name in layers))
     stored = [
