@@ -24,7 +24,12 @@ STREAMS = 4
 def long_root(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(root, digest) of a model whose context holds the prompt."""
     base = tmp_path_factory.mktemp("long")
-    synthesize(base / "model.gguf", shape=replace(SHAPES["tiny"], layers=1, context=16384), type="Q4_0", seed=2)
+    synthesize(
+        base / "model.gguf",
+        shape=replace(SHAPES["tiny"], layers=1, heads=1, kv_heads=1, context=16384),
+        type="Q4_0",
+        seed=2,
+    )
     return base / "root", burn(base / "model.gguf", base / "root").digest
 
 
