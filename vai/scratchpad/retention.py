@@ -34,7 +34,8 @@ CHANCE = 0.15  # to return within a span, before anything is known
 PRIOR = 8.0  # pauses that this is worth
 TRUST = 1.0  # pauses of its own that what all conversations do is worth
 FADE = 0.8  # what a pause of a conversation still counts after its next one
-FADE_OF_ALL = 0.995
+FADE_OF_ALL = 0.95  # what they count after RENEWED others
+TOLD_APART = 3  # the first pauses of a conversation, which other things are known of
 UNKNOWN_SPEED = 1000.0  # tokens per second of a model that has not been measured yet
 RENEWED = 16  # pauses after which the chances of all are renewed
 STEPS = 2  # for each doubling of worth: what lies within one step goes in the order of the longest unused
@@ -45,6 +46,7 @@ PINNED_SHARE = 1 / 2  # by all together
 
 _ENDS = [SHORTEST * 2**span for span in range(SPANS)]
 _WIDTHS = [SHORTEST, *_ENDS[:-1]]
+_UNKNOWN = [CHANCE] * SPANS
 _Key = TypeVar("_Key")
 _Place = tuple[float, int, int, "Conversation"]  # worth but for the price, number of the pause, stamp
 
@@ -57,6 +59,11 @@ class Pauses:
     def __init__(self) -> None:
         self.ended = [0.0] * SPANS
         self.lasted = [0.0] * SPANS
+
+    def chances(self, prior: List[float]) -> list[float]:
+        """For each span the chance of a pause that gets into it to end there, leaning on `prior` with PRIOR pauses."""
+        counts = zip(self.ended, self.lasted, prior, strict=True)
+        return [min(1.0, (ended + PRIOR * chance) / (lasted + PRIOR)) for ended, lasted, chance in counts]
 
     def fade(self, factor: float) -> None:
         self.ended = [count * factor for count in self.ended]
@@ -78,7 +85,20 @@ class Conversation:
     are worth but for their price, None where that has to be found again. `stamp` tells its place in the ranking.
     """
 
-    __slots__ = ("active", "image", "leaves", "name", "pause", "paused_at", "pauses", "span", "stamp", "tail", "worth")
+    __slots__ = (
+        "active",
+        "image",
+        "leaves",
+        "name",
+        "pause",
+        "paused_at",
+        "pauses",
+        "span",
+        "stamp",
+        "tail",
+        "turns",
+        "worth",
+    )
 
     def __init__(self, image: str, name: Name) -> None:
         self.image = image
@@ -86,6 +106,7 @@ class Conversation:
         self.active = 0
         self.paused_at = 0.0
         self.pauses: Pauses | None = None  # most conversations have one request
+        self.turns = 0  # pauses so far
         self.span = 0
         self.pause = 0
         self.worth: float | None = None
@@ -114,7 +135,8 @@ class Retention:
         self._size = size
         self._clock = clock
         self._common = Pauses()
-        self._chances = [CHANCE] * SPANS  # to return in a span, of all conversations
+        self._alike: dict[tuple[str, int], Pauses] = {}  # by image and number of the pause, up to TOLD_APART
+        self._chances: dict[tuple[str, int], list[float]] = {}  # to return in a span, the same way
         self._until_renewed = RENEWED
         self._speeds: dict[str, float] = {}  # tokens of a prompt per second, by image
         self._serial = itertools.count()
@@ -167,6 +189,7 @@ class Retention:
         self._advance()
         now = self._clock()
         conversation.paused_at, conversation.span, conversation.pause = now, 0, next(self._serial)
+        conversation.turns = min(conversation.turns + 1, TOLD_APART)
         if conversation.pauses is not None:
             conversation.pauses.fade(FADE)
         self._entered(conversation)
@@ -314,17 +337,21 @@ class Retention:
 
     def _entered(self, conversation: Conversation) -> None:
         """A pause got into its span."""
-        self._common.lasted[conversation.span] += 1
-        if conversation.pauses is not None:
-            conversation.pauses.lasted[conversation.span] += 1
+        for counts in (self._common, self._of_kind(conversation), conversation.pauses):
+            if counts is not None:
+                counts.lasted[conversation.span] += 1
 
     def _returned(self, conversation: Conversation) -> None:
         """A pause ended in its span."""
         if conversation.pauses is None:
             conversation.pauses = Pauses()
             conversation.pauses.lasted[: conversation.span + 1] = [1.0] * (conversation.span + 1)
-        conversation.pauses.ended[conversation.span] += 1
-        self._common.ended[conversation.span] += 1
+        for counts in (self._common, self._of_kind(conversation), conversation.pauses):
+            counts.ended[conversation.span] += 1
+
+    def _of_kind(self, conversation: Conversation) -> Pauses:
+        """The pauses of conversations of the same model that had as many before."""
+        return self._alike.setdefault((conversation.image, conversation.turns), Pauses())
 
     def _rank_anew(self, conversation: Conversation) -> None:
         """What a conversation is worth has changed."""
@@ -364,9 +391,9 @@ class Retention:
         if conversation.active:
             return 1 / SHORTEST  # a request of it waits for room, and reads its pages next
         alive, returned, held, best = 1.0, 0.0, 0.0, 0.0
-        own = conversation.pauses
+        own, alike = conversation.pauses, self._chances.get((conversation.image, conversation.turns), _UNKNOWN)
         for span in range(conversation.span, SPANS):
-            chance = self._chances[span]
+            chance = alike[span]
             if own is not None:
                 chance = min(1.0, (own.ended[span] + TRUST * chance) / (own.lasted[span] + TRUST))
             returning = alive * chance
@@ -378,12 +405,14 @@ class Retention:
 
     def _renew(self) -> None:
         """After some pauses, what all conversations do: in between, equals stay equal."""
-        self._common.fade(FADE_OF_ALL)
         self._until_renewed -= 1
         if not self._until_renewed:
             self._until_renewed = RENEWED
-            counts = zip(self._common.ended, self._common.lasted, strict=True)
-            self._chances = [min(1.0, (ended + PRIOR * CHANCE) / (lasted + PRIOR)) for ended, lasted in counts]
+            self._common.fade(FADE_OF_ALL)
+            common = self._common.chances(_UNKNOWN)
+            for kind, pauses in self._alike.items():
+                pauses.fade(FADE_OF_ALL)
+                self._chances[kind] = pauses.chances(common)
 
     def _may_pin(self, name: Name, bytes: int, page: Kept) -> bool:
         tenant = self._pinned_of.get(name.salt, 0)
