@@ -18,7 +18,7 @@ import vai
 from vai.engine.port import EngineStatus, Switches
 from vai.errors import BadRequest, ContextTooLong, MalformedFile, ModelNotFound, Overloaded, Unavailable
 from vai.llm import LLM, Completion, Delta, Frontend, GrammarSpec, Model, connect
-from vai.request import Output, Request, SamplingParams
+from vai.request import Output, Request, SamplingParams, Speculate, TokenLogprob
 from vai.rom.registry import Name, Registry
 from vai.text import grammar
 
@@ -78,6 +78,52 @@ def played(text: str, finish: str | None = "length", **last: Any) -> list[Output
     ids = [byte_letters().index(letter) for letter in spell(text.encode())]
     outputs = [Output(id="x", tokens=[id]) for id in ids[:-1]]
     return [*outputs, Output(id="x", tokens=ids[-1:], finish=finish, **last)]
+
+
+async def test_what_comes_behind_a_stop_string_in_the_same_step_is_not_of_the_answer(tiny_root: Tiny) -> None:
+    ids = [output.tokens[0] for output in played("one STOP two")]
+    logprobs = [TokenLogprob(-0.5, [], []) for _ in ids]
+    outputs = [
+        Output(id="x", tokens=ids[:2], logprobs=logprobs[:2], guessed=3, accepted=1),
+        Output(id="x", tokens=ids[2:], logprobs=logprobs[2:], guessed=9, accepted=9, finish="length"),
+    ]
+    async with opened(tiny_root, Scripted(*outputs)) as model:
+        answer = await collect(model.stream([1], SamplingParams(logprobs=0), ["STOP"]))
+        whole = await collect(model.stream([1], SamplingParams(logprobs=0), []))
+    assert (answer.text, answer.finish, answer.token_ids) == ("one ", "stop", ids[:8])
+    assert len(answer.logprobs) == 8
+    assert (answer.guessed, answer.accepted) == (12, 1 + 6)
+    assert (whole.text, whole.finish, whole.token_ids) == ("one STOP two", "length", ids)
+
+
+async def test_guesses_are_by_lookup_unless_a_request_or_its_name_says_otherwise(
+    tiny_root: Tiny, tmp_path: Path
+) -> None:
+    root, _, digests = tiny_root
+    registry, tiny = Registry(root, tmp_path), digests["tiny"]
+    for name, overrides in {"tiny": {}, "guided": {"draft": "tiny"}, "other": {"draft": "tiny-qwen2"}}.items():
+        registry.put(Name(name, "m.gguf", digest=tiny, overrides=overrides))
+    registry.put(Name("tiny-qwen2", "m.gguf", digest=digests["tiny-qwen2"]))
+    port = Scripted(*played("x"))
+    for name, how, expected in [
+        ("tiny", {}, Speculate(kind="ngram")),
+        ("tiny", {"speculate": Speculate()}, Speculate()),
+        ("guided", {}, Speculate(kind="draft", draft=tiny)),
+    ]:
+        async with opened(tiny_root, port, name, tmp_path) as model:
+            await collect(model.stream([1], SamplingParams(), [], **how))
+        assert port.requests[-1].speculate == expected
+    async with opened(tiny_root, port, "guided", tmp_path) as model:
+        assert model.speculate("ngram", 3) == Speculate(kind="ngram", max_tokens=3)
+        assert model.speculate("off") == model.speculate(most=0) == Speculate()
+        assert model.speculate("draft", 2) == Speculate(kind="draft", draft=tiny, max_tokens=2)
+        registry.forget("tiny")
+        assert model.speculate() == Speculate(kind="ngram")
+        with pytest.raises(ModelNotFound, match="'tiny'"):
+            model.speculate("draft")
+    async with opened(tiny_root, port, "other", tmp_path) as model:
+        with pytest.raises(BadRequest, match="'tiny-qwen2' cannot guess for 'other'"):
+            await collect(model.stream([1], SamplingParams(), []))
 
 
 # --- names and models -----------------------------------------------------------------------------------------------

@@ -102,8 +102,8 @@ def test_tokens_and_logprobs_are_those_of_plain_decoding(
 ) -> None:
     root, _, digests = pair_root
     image, sampling = digests["small"], EVERY[name]
-    plain = run(make_engine(root, slabs=4), ask(image, sampling))
-    engine = make_engine(root, slabs=4, clock=frozen)
+    plain = run(make_engine(root, slabs=2), ask(image, sampling))
+    engine = make_engine(root, slabs=2, clock=frozen)
     outputs = run(engine, ask(image, sampling, speculate=ways(digests, image)[way]))
     assert told(outputs) == told(plain)
     assert guessed(plain) == (0, 0)
@@ -127,9 +127,9 @@ def test_all_kinds_together_with_several_choices_give_each_its_own_answer(pair_r
                 name = f"{image[:4]} {way} {choice}"
                 prompt = REPEATING[: 20 + 9 * choice]
                 requests.append(ask(image, sampling, prompt, id=name, choice=choice, speculate=speculate))
-    plain = run(make_engine(root, slabs=4), *(replace(each, speculate=Speculate()) for each in requests))
+    plain = run(make_engine(root, slabs=2), *(replace(each, speculate=Speculate()) for each in requests))
     for options in ({}, {"max_rows": 7}, {"max_sequences": 5, "threads": 2}):
-        outputs = run(make_engine(root, slabs=4, clock=frozen, **options), *requests)
+        outputs = run(make_engine(root, slabs=2, clock=frozen, **options), *requests)
         assert {each.id: told(outputs, each.id) for each in requests} == {
             each.id: told(plain, each.id) for each in requests
         }
@@ -141,7 +141,7 @@ def test_a_stop_id_among_the_guesses_ends_the_answer_there(pair_root: Root, make
     root, _, digests = pair_root
     image = digests["small"]
     tokens = told(run(make_engine(root), ask(image, GREEDY)))[0]
-    for stop in list(dict.fromkeys(tokens))[:6]:
+    for stop in list(dict.fromkeys(tokens))[:4]:
         sampling = replace(GREEDY, stop_ids=(stop,))
         plain = run(make_engine(root), ask(image, sampling))
         outputs = run(
@@ -155,7 +155,7 @@ def test_an_answer_ends_at_its_last_token_however_many_were_guessed(pair_root: R
     root, _, digests = pair_root
     image = digests["large"]
     whole = told(run(make_engine(root), ask(image, COLD)))
-    engine = make_engine(root, slabs=4, clock=frozen)
+    engine = make_engine(root, slabs=2, clock=frozen)
     for count in range(1, 20):
         sampling = replace(COLD, max_tokens=count)
         outputs = run(engine, ask(image, sampling, speculate=ways(digests, image)["itself"]))
@@ -219,7 +219,7 @@ def test_prompts_beside_guesses_are_computed_in_pieces_and_nothing_changes(pair_
     ]
     prompt = ask(image, SAMPLED, [5 * i % 499 for i in range(600)], id="prompt")
     plain = {each.id: told(run(make_engine(root), replace(each, speculate=Speculate())), each.id) for each in streams}
-    engine = make_engine(root, slabs=4, max_rows=24, clock=frozen)
+    engine = make_engine(root, slabs=2, max_rows=24, clock=frozen)
     for stream in streams:
         engine.submit(stream)
     outputs = []
@@ -237,12 +237,12 @@ def test_what_was_guessed_wrongly_leaves_nothing_in_the_prefix_cache(pair_root: 
     root, _, digests = pair_root
     image = digests["small"]
     long = replace(SAMPLED, max_tokens=150)
-    plain = make_engine(root, slabs=4)
+    plain = make_engine(root, slabs=2)
     first = told(run(plain, ask(image, long)))
     follow = [*REPEATING, *first[0], 1, 2, 3]
     expected = run(plain, ask(image, GREEDY, follow))
     for speculate in ways(digests, image).values():
-        engine = make_engine(root, slabs=4, clock=frozen)
+        engine = make_engine(root, slabs=2, clock=frozen)
         assert told(run(engine, ask(image, long, speculate=speculate))) == first
         outputs = run(engine, ask(image, GREEDY, follow))
         assert told(outputs) == told(expected)
@@ -252,12 +252,12 @@ def test_what_was_guessed_wrongly_leaves_nothing_in_the_prefix_cache(pair_root: 
 # --- ends ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("steps", [1, 3, 6])
 def test_requests_go_on_without_a_draft_model_that_is_released(pair_root: Root, make_engine: Make, steps: int) -> None:
     root, _, digests = pair_root
     image, draft = digests["large"], digests["small"]
     request = ask(image, COLD, speculate=Speculate(kind="draft", draft=draft))
-    engine = make_engine(root, slabs=4, clock=frozen)
+    engine = make_engine(root, slabs=2, clock=frozen)
     engine.submit(request)
     outputs = [output for _ in range(steps) for output in engine.step()]
     engine.release(draft)
@@ -266,12 +266,12 @@ def test_requests_go_on_without_a_draft_model_that_is_released(pair_root: Root, 
     assert told(outputs) == told(run(make_engine(root), ask(image, COLD)))
 
 
-@pytest.mark.parametrize("steps", range(1, 9))
+@pytest.mark.parametrize("steps", [1, 2, 4, 7])
 def test_an_aborted_request_gives_back_the_pages_of_its_draft_model_too(
     pair_root: Root, make_engine: Make, steps: int
 ) -> None:
     root, _, digests = pair_root
-    engine = make_engine(root, slabs=4, clock=frozen)
+    engine = make_engine(root, slabs=2, clock=frozen)
     engine.submit(ask(digests["large"], COLD, speculate=ways(digests, digests["large"])["another"]))
     for _ in range(steps):
         engine.step()
@@ -286,7 +286,7 @@ def test_a_step_of_a_draft_model_that_fails_costs_its_guesses_only(
 ) -> None:
     root, _, digests = pair_root
     image, draft = digests["large"], digests["small"]
-    engine = make_engine(root, slabs=4, clock=frozen)
+    engine = make_engine(root, slabs=2, clock=frozen)
     engine.attach(draft)
     plan = next(entry.plan for entry in engine._bank.entries() if entry.digest == draft)
 
@@ -307,14 +307,14 @@ def test_an_answer_goes_on_in_another_engine_where_the_first_left_it(
     image = digests["small"]
     plain = told(run(make_engine(root), ask(image, sampling)))
     for speculate in ways(digests, image).values():
-        engine = make_engine(root, slabs=4, clock=frozen)
+        engine = make_engine(root, slabs=2, clock=frozen)
         request = ask(image, sampling, speculate=speculate)
         whole = run(engine, request)
-        for cut in {1, len(whole) // 2}:
+        for cut in (len(whole) // 2,):
             answer = Answer(request)
             first = [answer.take(output) for output in whole[:cut]]
             assert answer.lost()
-            rest = run(make_engine(root, slabs=4, clock=frozen), answer.rest())
+            rest = run(make_engine(root, slabs=2, clock=frozen), answer.rest())
             assert told(first + [answer.take(output) for output in rest]) == plain
 
 
@@ -427,13 +427,13 @@ def drive(bench: Bench, cost: Callable[[Batch], float], drawn: Callable[[int], i
     return bench.scheduler.tally("a" * 64)
 
 
-@pytest.mark.parametrize(("seconds_per_row", "least", "most"), [(0.0, 300, 9999), (0.01, 1, 100)])
+@pytest.mark.parametrize(("seconds_per_row", "least", "most"), [(0.0, 150, 9999), (0.01, 1, 60)])
 def test_guesses_that_mostly_fail_are_given_up_where_they_cost(seconds_per_row: float, least: int, most: int) -> None:
     noise = random.Random(1).choices(range(4), k=1000)  # whatever comes stood before, and says nothing
     bench = Bench(slabs=64)
-    request = submit(bench, noise[:20], 400, Speculate(kind="ngram"))
+    request = submit(bench, noise[:20], 200, Speculate(kind="ngram"))
     tally = drive(bench, lambda batch: 0.02 + seconds_per_row * batch.rows, lambda position: noise[position])
-    assert bench.answers[request] == noise[20:420]
+    assert bench.answers[request] == noise[20:220]
     assert least <= tally.guessed <= most
     assert tally.accepted < tally.guessed / 2
 
@@ -456,13 +456,13 @@ def test_a_draft_model_that_is_right_and_quick_makes_most_of_the_answer() -> Non
 
 
 def test_a_short_answer_to_a_long_prompt_is_not_worth_a_draft_model() -> None:
-    for count, guesses in ((4, False), (300, True)):
+    for count, guesses in ((4, False), (200, True)):
         bench = Bench(slabs=128, max_rows=64)
-        submit(bench, [n % 250 for n in range(2000)], count, Speculate(kind="draft", draft="b" * 64), draft="b")
+        submit(bench, [n % 250 for n in range(600)], count, Speculate(kind="draft", draft="b" * 64), draft="b")
         tally = drive(bench, lambda batch: 0.01 + 0.001 * batch.rows if batch.drafting else 0.05)
         assert bool(tally.guessed) == guesses
         drafting = sum(batch.rows for batch in bench.batches if batch.drafting)
-        assert (drafting > 2000) == guesses
+        assert (drafting > 600) == guesses
 
 
 def test_the_likeliest_guesses_are_taken_until_their_rows_cost_more_than_they_bring() -> None:
