@@ -1,10 +1,10 @@
 """Agents that come and go: what the retention of the prefix cache saves, beside plain LRU in the same program.
 
-Run: python bench/agents.py [--seed N] [--minutes M] [--write FILE | --trace FILE]. A trace (one JSON object a line, made
-from its seed or replayed from a file) has agents of several kinds on two models; every kind of retention replays it in
-virtual time (virtual.py) over the same pool, which holds a part of what all conversations together would need. A pause
-counts from the end of an agent's last answer. Recomputed are prompt tokens that an earlier turn of the same conversation
-had computed. A table for people, then one line of JSON.
+Run: python bench/agents.py [--seed N] [--minutes M] [--write FILE | --trace FILE]. A trace (one JSON object a line,
+made from its seed or replayed from a file) has agents of several kinds on two models; every kind of retention replays
+it in virtual time (virtual.py) over the same pool, which holds a part of what all conversations together would need. A
+pause counts from the end of an agent's last answer. Recomputed are prompt tokens that an earlier turn of the same
+conversation had computed. A table for people, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from virtual import VOCABULARY, Asked, LongestUnused, Model, Virtual
+
 from vai.daemon.pool import SLAB
 from vai.kernels.program import CacheGroup
 from vai.scratchpad.retention import Retention
-from virtual import VOCABULARY, Asked, LongestUnused, Model, Virtual
 
-# KV shapes of Qwen2 0.5B and 1.5B; seconds as measured on two Zen 3 cores with Q4_0 weights.
+# KV shapes of Qwen2 0.5B and 1.5B; seconds of the order of what two Zen 3 cores take with Q4_0 weights.
 SMALL = Model("small", CacheGroup(24, 2, 64), read=0.016, row=1 / 300)
 LARGE = Model("large", CacheGroup(28, 2, 128), read=0.045, row=1 / 90)
 
@@ -192,7 +193,8 @@ def main() -> None:
     answer: dict[str, Any] = {"bench": "agents", "seed": args.seed, "turns": len(turns), "results": []}
     for megabytes in args.pool:
         print(
-            f"\npool of {megabytes} MiB      recomputed tokens, of repeated; first token p50, p99; p99 of {', '.join(kinds)} (s)"
+            f"\npool of {megabytes} MiB: recomputed tokens, their share of those repeated; seconds to the first token: "
+            f"p50, p99; p99 of {', '.join(kinds)}"
         )
         for name, policy, hints in (
             ("plain LRU", LongestUnused, False),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from vai.daemon.pool import SLAB, whole_bytes
 from vai.engine.sampler import Draw
 from vai.engine.scheduler import Scheduler
