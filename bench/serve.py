@@ -13,6 +13,7 @@ ends with one line of JSON; `load --out PREFIX` writes a CSV and curves as SVG.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -69,7 +70,17 @@ def serving_vai(files: Sequence[Path], kv: int) -> Iterator[tuple[Stand, Vai]]:
 def told(bench: str, files: Sequence[Path], **values: Any) -> None:
     """The line for machines."""
     facts = {"bench": f"serve {bench}", "date": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": cpu_name()}
-    click.echo(json.dumps({**facts, "threads": THREADS, "files": [file.name for file in files], **values}))
+    values |= {"threads": THREADS, "files": [file.name for file in files]}
+    click.echo(json.dumps(known({**facts, **values}), allow_nan=False))
+
+
+def known(value: Any) -> Any:
+    """The same with null for every number that is none: JSON has no other word for it."""
+    if isinstance(value, dict):
+        return {name: known(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [known(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @main.command()
@@ -150,7 +161,8 @@ def say(row: Row) -> None:
 def report(rows: Sequence[Row], summary: dict[str, Any]) -> None:
     title("VAI over the best of the peer's settings, figure by figure")
     for point, values in summary.items():
-        click.echo(f"{point:12} " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+        click.echo(f"{point:12} {shown.replace('nan', '-')}")
     title("Flags")
     for flags in dict.fromkeys((row.system, row.flags) for row in rows):
         click.echo(f"{flags[0]:23} {flags[1]}")

@@ -13,7 +13,7 @@ import pytest
 from vai.burn.synth import synthesize
 from vai.cli.bench.chart import Panel, chart
 from vai.cli.bench.figures import Goal, Quantile, figures, quantile
-from vai.cli.bench.serving import Point
+from vai.cli.bench.serving import Point, Row, ratios
 from vai.cli.bench.traffic import Record
 from vai.cli.bench.workload import WORKLOADS, asks, pauses, text_ids
 from vai.errors import BadRequest
@@ -58,6 +58,34 @@ def test_a_quantile_is_the_smallest_value_that_its_share_does_not_exceed() -> No
     values = [Quantile(float(value)) for value in range(1, 101)]
     assert [quantile(values, share).seconds for share in (0.01, 0.5, 0.99, 1.0)] == [1, 50, 99, 100]
     assert math.isnan(quantile([], 0.5).seconds)
+
+
+def row(system: str, records: list[Record]) -> Row:
+    found = figures(records, began=0.0, seconds=10.0, goal=Goal(2, 1))
+    return Row(Point("decode", 1), system, "", "m", found, cpu=0, overhead=0, native=0, client=0, tokens={})
+
+
+def test_ratios_are_taken_over_the_best_of_the_peers_in_each_figure() -> None:
+    ours = row("vai", [answered(0.0, 1.0, 1.5, 2.0, tokens=4)])
+    quick = row("a", [answered(0.0, 2.0, 7.0, tokens=2)])
+    steady = row("b", [answered(0.0, 4.0, 5.0, 6.0, tokens=3)])
+    found = ratios([ours, quick, steady])
+    assert found is not None
+    assert found.output == pytest.approx(4 / 3)
+    assert found.first_p99 == pytest.approx(1 / 2)
+    assert found.between_p99 == pytest.approx(0.5 / 1)
+    assert ratios([ours]) is None
+
+
+def test_a_ratio_of_what_is_not_known_is_not_known() -> None:
+    waits = row("vai", [Record("m", 10, 0.0)])
+    answers = row("a", [answered(0.0, 2.0, tokens=1)])
+    found = ratios([waits, answers])
+    assert found is not None
+    assert math.isnan(found.first_p99) and math.isnan(found.between_p99)
+    bound = ratios([answers, waits])
+    assert bound is not None
+    assert bound.first_p99 == pytest.approx(0.2)  # at most: the other had waited 10 s
 
 
 def test_one_seed_gives_every_server_the_same_prompts_of_log_uniform_length(tmp_path: Path) -> None:

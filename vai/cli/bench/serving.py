@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import uvloop
 
 from vai.cli.bench.chart import Panel, chart
-from vai.cli.bench.figures import Figures, Goal, figures
+from vai.cli.bench.figures import Figures, Goal, Quantile, figures
 from vai.cli.bench.systems import NAN, System, Vai, peers
 from vai.cli.bench.traffic import Record, Target, closed_loop, open_loop, send
 from vai.cli.bench.workload import WORKLOADS, Ask, Workload, asks, pauses
@@ -222,7 +223,10 @@ def line(row: Row) -> str:
 
 
 class Ratios(NamedTuple):
-    """VAI over the best of the peer's settings in that figure. A first token's is an upper bound where `at_most`."""
+    """VAI over the best of the peer's settings in that figure; NaN where nobody knows.
+
+    Of first tokens it is unknown where ours is a lower bound, and an upper bound where theirs is.
+    """
 
     total: float
     output: float
@@ -233,22 +237,31 @@ class Ratios(NamedTuple):
 
 
 def ratios(rows: Sequence[Row]) -> Ratios | None:
-    """Of the rows of one point, VAI's first; None without a peer. A bound is taken as the value."""
+    """Of the rows of one point, VAI's first; None without a peer."""
     ours, theirs = rows[0].figures, [row.figures for row in rows[1:]]
     if not theirs:
         return None
-
-    def over(mine: float, best: float) -> float:
-        return mine / best if best else NAN
-
     return Ratios(
-        total=over(ours.total_rate, max(each.total_rate for each in theirs)),
-        output=over(ours.output_rate, max(each.output_rate for each in theirs)),
-        first_p50=over(ours.first_p50.seconds, min(each.first_p50.seconds for each in theirs)),
-        first_p99=over(ours.first_p99.seconds, min(each.first_p99.seconds for each in theirs)),
-        between_p99=over(ours.between_p99, min(each.between_p99 for each in theirs)),
-        goodput=over(ours.goodput, max(each.goodput for each in theirs)),
+        total=_over(ours.total_rate, max(each.total_rate for each in theirs)),
+        output=_over(ours.output_rate, max(each.output_rate for each in theirs)),
+        first_p50=_over_first(ours.first_p50, [each.first_p50 for each in theirs]),
+        first_p99=_over_first(ours.first_p99, [each.first_p99 for each in theirs]),
+        between_p99=_over(ours.between_p99, _least(each.between_p99 for each in theirs)),
+        goodput=_over(ours.goodput, max(each.goodput for each in theirs)),
     )
+
+
+def _over(ours: float, best: float) -> float:
+    return ours / best if best else NAN
+
+
+def _over_first(ours: Quantile, theirs: Sequence[Quantile]) -> float:
+    return NAN if ours.at_least else _over(ours.seconds, _least(each.seconds for each in theirs))
+
+
+def _least(values: Iterable[float]) -> float:
+    """The smallest of those that are numbers."""
+    return min((value for value in values if not math.isnan(value)), default=NAN)
 
 
 def flat(row: Row) -> dict[str, Any]:
