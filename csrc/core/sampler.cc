@@ -160,6 +160,9 @@ class Ranking {
     return kept_[rank];
   }
 
+  // The sum of those that will be asked for, about: so they are found at once.
+  void expect(double mass) { expected_ = mass; }
+
   // The first ones, so many.
   std::vector<uint64_t> first(size_t count) {
     if (count > 0) (*this)[count - 1];
@@ -170,7 +173,8 @@ class Ranking {
   // p <= 1 has at most 0x3f80 in its upper half: sign, exponent and 7 bits, in the order of p.
   static int bucket(float p) { return int(std::bit_cast<uint32_t>(p) >> 16); }
 
-  // Adds whole buckets from the top until what is kept has at least tripled, and sorts what came.
+  // Adds whole buckets from the top until what is kept has at least tripled and adds up to what is expected, and sorts
+  // what came.
   void grow() {
     const float* p = row_.probabilities();
     const int count = row_.count();
@@ -183,19 +187,27 @@ class Ranking {
     }
     const int ceiling = floor_;
     size_t more = 0;
-    while (more < wanted && floor_ > 0) more += buckets_[size_t(--floor_)];
+    while ((more < wanted || mass_ < expected_) && floor_ > 0) {
+      const uint32_t here = buckets_[size_t(--floor_)];
+      more += here;
+      mass_ += double(here) * double(std::bit_cast<float>(uint32_t(floor_) << 16));  // at least
+    }
     const size_t old = kept_.size();
-    kept_.reserve(old + more);
+    kept_.resize(old + more + 1);  // one more is written, and not kept
+    uint64_t* next = kept_.data() + old;
     for (int i = 0; i < count; ++i) {
       const int b = bucket(p[i]);
-      if (b >= floor_ && b < ceiling) kept_.push_back(candidate(p[i], i));
+      *next = candidate(p[i], i);
+      next += (b >= floor_) & (b < ceiling);
     }
-    sort_candidates(kept_.data() + old, kept_.size() - old, spare_);
+    kept_.pop_back();
+    sort_candidates(kept_.data() + old, more, spare_);
   }
 
   Row& row_;
   std::vector<uint64_t>&kept_, &spare_;
   int floor_ = -1;
+  double mass_ = 0.0, expected_ = 0.0;
   std::vector<uint32_t> buckets_;
 };
 
@@ -215,6 +227,7 @@ int draw(Row& row, const SampleRow& how, SampleScratch& scratch) {
   if (how.top_p < 1.0f) {
     if (!cut) total = row.total();
     const double wanted = double(how.top_p) * total;
+    ranking.expect(wanted);
     double sum = 0.0;
     for (size_t i = 0; i < end; ++i) {
       sum += double(probability(ranking[i]));
@@ -232,6 +245,7 @@ int draw(Row& row, const SampleRow& how, SampleScratch& scratch) {
   else
     for (size_t i = 0; i < end; ++i) kept_total += double(probability(ranking[i]));
   const double target = uniform(how.seed, how.position, how.choice) * kept_total;
+  ranking.expect(target);
   double sum = 0.0;
   for (size_t i = 0; i < end; ++i) {
     sum += double(probability(ranking[i]));
