@@ -122,8 +122,8 @@ class Masks:
 class SampleArgs:
     """How each of R rows is drawn; all arrays [R]. `position` is the new token's absolute position.
 
-    `logprobs`: -1 none, else how many alternatives (0..20). `adjustments`, `masks` None: nothing changes the logits, and
-    nothing is masked.
+    `logprobs`: -1 none, else how many alternatives (0..20). `adjustments` None: the logits are drawn from as they are.
+    `masks` None: every token may be drawn.
     """
 
     temperature: NDArray[np.float32]
