@@ -436,6 +436,22 @@ def test_a_conversation_computes_its_new_turn_and_at_most_a_page_before_it(llm: 
     assert answer.cached_tokens >= 64
 
 
+def test_a_session_ends_with_its_name_or_with_its_last_request(llm: LLM) -> None:
+    few, prompts = llm.sampling(temperature=0, max_tokens=2), [[n % 7 + 40 * k for n in range(100)] for k in (3, 4)]
+
+    def cached(prompt: list[int], **how: Any) -> int:
+        return llm.generate(prompt, few, **how).cached_tokens
+
+    assert [cached(prompts[0], session="s", retain=60) for _ in range(2)] == [0, 96]
+    assert llm._engine.status().pool_pinned > 0
+    assert llm.end_session("s") == 3
+    assert (llm.end_session("s"), llm._engine.status().pool_pinned) == (0, 0)
+    assert [cached(prompts[0], retain=0) for _ in range(2)] == [0, 0]
+    assert [cached(prompts[1]), cached(prompts[1], session="t", retain=0), cached(prompts[1])] == [0, 96, 96]
+    with pytest.raises(BadRequest, match="0 to 86400 seconds"):
+        cached(prompts[0], retain=86401.0)
+
+
 def test_a_stop_string_cuts_the_text_and_frees_the_engine(llm: LLM) -> None:
     greedy = llm.sampling(temperature=0, max_tokens=200)
     whole = llm.generate("Hello", greedy)

@@ -234,6 +234,25 @@ def test_a_page_is_found_by_its_own_model_tenant_and_beginning_only() -> None:
     assert bench.cached[owner] == 96
 
 
+def test_three_models_carry_more_requests_in_one_pool_than_in_three_thirds_of_it() -> None:
+    """Most of the demand is for one model at a time, another one each time."""
+    carried = {}
+    for favourite in "abc":
+        demand = [*"abc", *favourite * 30]
+        for name, benches in (("one", [Bench(12, max_sequences=64)] * 3), ("thirds", [Bench(4) for _ in range(3)])):
+            of = dict(zip("abc", benches, strict=True))
+            for n, letter in enumerate(demand):
+                of[letter].submit(model(letter, SLAB // 8), [n] * 60, 3)
+            running = 0
+            for bench in {id(bench): bench for bench in benches}.values():
+                bench.step()
+                running += sum(bench.scheduler.counts(letter * 64)[0] for letter in "abc")
+                bench.run()
+                assert len(bench.finished) == len(bench.answers)
+            carried[favourite, name] = running
+    assert all(carried[letter, "one"] > 1.5 * carried[letter, "thirds"] for letter in "abc"), carried
+
+
 def test_nothing_of_a_request_without_the_cache_is_kept() -> None:
     bench = Bench()
     bench.submit(model("a"), [1] * 100, 10, cache=False)

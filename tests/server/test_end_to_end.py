@@ -77,6 +77,23 @@ def test_a_chat_that_goes_on_finds_what_was_computed_of_it_unless_told_not_to(sy
     assert ask(cache_salt="another").usage.prompt_tokens_details.cached_tokens > said
 
 
+def test_a_conversation_is_pinned_while_its_client_says_so_and_free_when_it_is_over(system: System) -> None:
+    prompt = [11 * n % 500 for n in range(200)]
+
+    def cached(**more: Any) -> int:
+        answer = complete(system, prompt, temperature=0, extra_body={"session_id": "agent/1", **more})
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert cached(cache_control={"type": "ephemeral", "ttl": "1h"}) == 0
+    assert system.status().pool_pinned > 0
+    assert cached() == 192
+    ended = httpx2.delete(f"{system.url}/v1/sessions/agent/1").json()
+    assert (ended["deleted"], ended["pages_freed"]) == (True, 6)
+    assert system.status().pool_pinned == 0
+    assert cached(cache_control={"type": "ephemeral", "ttl": "0s"}) == 0
+    assert cached() == 0
+
+
 def test_a_seed_gives_the_same_answer_again_and_another_seed_another(system: System) -> None:
     first, again, other = (complete(system, temperature=1, seed=seed).choices[0].text for seed in (5, 5, 6))
     assert first == again != other
