@@ -79,8 +79,8 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     `cache`: its beginning may be read from the prefix cache, and its pages are kept there for others, in both cases
     only for requests of the same `cache_salt`.
     `session`: names the conversation that it belongs to, within its salt. `retain`: seconds from its end on for which
-    its pages are kept whoever needs room, as far as shares of the pool allow; 0: the conversation is over, and what only
-    it has read is freed (scratchpad/retention.py).
+    its pages are kept whoever needs room, as far as shares of the pool allow; 0: the conversation is over, and what
+    only it has read is freed (scratchpad/retention.py).
     `constrained`: a token is drawn only under the mask that was sent for its place (engine/port.py); until it is there
     the others go on, and who waits for it too long is ended.
     `priority`: lower goes first, as in vLLM; how much, and for how long, says engine/priority.py.
@@ -124,8 +124,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one step brought for one request. The last one has `finish`: "stop", "length", "abort" or "error".
 
     `seed`, `cached_tokens` and `fingerprint` (engine/fingerprint.py) come with or before the first token; `timing` with
-    it and, complete, with the last. `guessed` tokens were verified in this step, of which the first `accepted` stood and are among `tokens`.
-    With "error", `error` is (code, sentence) of the VaiError to raise.
+    it and, complete, with the last. `guessed` tokens were verified in this step, of which the first `accepted` stood
+    and are among `tokens`. With "error", `error` is (code, sentence) of the VaiError to raise.
     """
 
     id: str
