@@ -10,8 +10,9 @@ import pytest
 
 from vai.errors import BadRequest, NotSupported
 from vai.text.chat import Chat, ChatPrompt
+from vai.text.families import DeepSeek, Hermes, Llama, Mistral
 from vai.text.grammar import GrammarSpec
-from vai.text.parsers import DeepSeek, Hermes, Llama, Mistral, Parser
+from vai.text.parsers import Parser
 from vai.text.template import ChatFields, template_section
 from vai.text.tokenizer import Tokenizer, tokenizer_section
 from vai.text.tools import Tools, offered, read_choice, read_tools

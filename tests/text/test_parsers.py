@@ -11,23 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vai.text.parsers import (
-    Arguments,
-    Call,
-    Content,
+from vai.text.families import (
     DeepSeek,
     DeepSeekFenced,
-    Event,
     Hermes,
     Llama,
     Mistral,
     MistralArgs,
     MistralCallId,
-    Parser,
     QwenCoder,
-    Reasoning,
     detect,
 )
+from vai.text.parsers import Arguments, Call, Content, Event, Parser, Reasoning
 from vai.text.tools import Function
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}

@@ -10,24 +10,10 @@ from typing import Any
 import pytest
 
 from vai.errors import BadRequest, NotSupported
+from vai.text.families import DeepSeek, DeepSeekFenced, Hermes, Llama, Mistral, MistralArgs, MistralCallId, QwenCoder
 from vai.text.fields import USER_DEFINED
 from vai.text.grammar import Grammars, GrammarSpec, Matcher
-from vai.text.parsers import (
-    Arguments,
-    Call,
-    Content,
-    DeepSeek,
-    DeepSeekFenced,
-    Event,
-    Hermes,
-    Llama,
-    Mistral,
-    MistralArgs,
-    MistralCallId,
-    Parser,
-    QwenCoder,
-    Reasoning,
-)
+from vai.text.parsers import Arguments, Call, Content, Event, Parser, Reasoning
 from vai.text.structural import grammar
 from vai.text.template import template_section
 from vai.text.tokenizer import Tokenizer, tokenizer_section

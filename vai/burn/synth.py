@@ -175,7 +175,7 @@ _QWEN2_TEMPLATE = (
     "{{ '# Tools\\n\\nThese functions may be called:\\n<tools>\\n' }}"
     "{% for tool in tools %}{{ tool | tojson }}{{ '\\n' }}{% endfor %}"
     "{{ '</tools>\\n\\nWrite each call as a JSON object with name and arguments:\\n<tool_call>\\n' }}"
-    "{{ '{\"name\": <function-name>, \"arguments\": <args-json-object>}\\n</tool_call><|im_end|>\\n' }}"
+    '{{ \'{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call><|im_end|>\\n\' }}'
     "{% endif %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'tool' %}"

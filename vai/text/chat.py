@@ -19,8 +19,9 @@ import msgspec
 
 from vai.errors import BadRequest, NotSupported
 from vai.text import structural
+from vai.text.families import CALL_ID, DeepSeek, Hermes, Mistral, detect
 from vai.text.grammar import GrammarSpec, check_schema
-from vai.text.parsers import CALL_ID, DeepSeek, Hermes, Mistral, Parser, detect
+from vai.text.parsers import Parser
 from vai.text.template import ChatFields, Template
 from vai.text.tokenizer import Tokenizer
 from vai.text.tools import Tools, too_deep
@@ -71,7 +72,7 @@ class ChatPrompt(NamedTuple):
 class Chat:
     """One model's chat format: its template, or `template.PLAIN_CHAT` where it has none.
 
-    A template that writes no calls in a format of parsers.py is refused with tools if it takes any, by name.
+    A template that writes no calls in a format of families.py is refused with tools if it takes any, by name.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer, fields: ChatFields, *, system: str | None = None) -> None:

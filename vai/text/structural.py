@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vai.errors import NotSupported
-from vai.text.parsers import CALL_ID, Parser, QwenCoder, is_text
+from vai.text.families import CALL_ID, QwenCoder, is_text
+from vai.text.parsers import Parser
 from vai.text.tools import Function, Tools, parameters
 
 # As families are trained on JSON: on one line, a space after comma and colon. Otherwise a model could fill with spaces.
