@@ -345,7 +345,7 @@ async def test_streams_of_a_killed_engine_go_on_with_what_would_have_come(
     try:
         async for output in client.generate(ask(image, long, speculate=Speculate(kind="ngram"))):
             outputs.append(output)
-            if guessed(outputs)[1] and restart is None:
+            if guessed(outputs)[0] and restart is None:
                 restart = asyncio.create_task(asyncio.to_thread(next_engine))
         assert restart is not None
         await restart
