@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test build lint clean
+.PHONY: demo test build lint sanitize arm64 clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -32,6 +32,29 @@ lint: build
 # and a failure that does not repeat should be seen without stopping everybody.
 test: lint
 	$(BIN)/pytest || $(BIN)/pytest --last-failed
+
+# The portable path as a program of its own (tests/native/portable.cc): under sanitizers, and on another processor.
+PORTABLE := tests/native/portable.cc csrc/core/plan.cc csrc/core/workers.cc csrc/core/lease.cc \
+	$(filter-out csrc/ops/ceilings/%,$(wildcard csrc/ops/*/scalar.cc))
+PORTABLE_FLAGS := -std=c++20 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -Icsrc -Icsrc/include -pthread
+
+build/portable-%: $(PORTABLE) $(wildcard csrc/core/*.h csrc/include/vai/*.h csrc/ops/*/*.h)
+	@mkdir -p build
+	$(PORTABLE_CXX) $(PORTABLE_FLAGS) $(PORTABLE_EXTRA) $(PORTABLE) -o $@
+
+build/portable-plain build/portable-address build/portable-thread: PORTABLE_CXX = $(CXX)
+build/portable-address: PORTABLE_EXTRA = -fsanitize=address,undefined -fno-sanitize-recover=all
+build/portable-thread: PORTABLE_EXTRA = -fsanitize=thread
+build/portable-arm64: PORTABLE_CXX = aarch64-linux-gnu-g++
+build/portable-arm64: PORTABLE_EXTRA = -static
+
+sanitize: build/portable-address build/portable-thread
+	build/portable-address
+	TSAN_OPTIONS=halt_on_error=1 build/portable-thread
+
+# Needs g++-aarch64-linux-gnu and qemu-user: the same bits on another processor.
+arm64: build/portable-plain build/portable-arm64
+	test "$$(build/portable-plain)" = "$$(qemu-aarch64 build/portable-arm64)"
 
 clean:
 	rm -rf $(VENV) build dist
