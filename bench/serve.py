@@ -38,7 +38,7 @@ from vai.errors import VaiError
 
 THREADS = len(os.sched_getaffinity(0))
 SETTLE = 2.0  # seconds for a loaded machine to get quiet between servers
-LEAVING = Workload(10, 200, 64)
+LEAVING = Workload(10, 60, 32)
 STAYING = Workload(10, 100, 32)
 
 file_argument = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -128,7 +128,7 @@ def load(
             if (ratios := serving.ratios(own)) is not None:
                 summary[str(point)] = ratios._asdict()
             if point.workload == TWO:
-                alone, split = serving.run_alone(point, vai, files, rules, own[0], say)
+                alone, split = serving.run_alone(own[0], vai, files, rules, rows, say)
                 rows += alone
                 summary.setdefault(str(point), {}).update(split._asdict())
     report(rows, summary)
@@ -203,8 +203,8 @@ def stalling(file: Path, peer: Path | None, kv: int, streams: int, length: int, 
 @file_argument
 @kv_option
 @click.option("--clients", type=click.IntRange(1), default=2000, show_default=True)
-@click.option("--at-once", type=click.IntRange(1), default=100, show_default=True)
-@click.option("--patience", type=float, default=1.0, show_default=True, help="Mean seconds until a client leaves.")
+@click.option("--at-once", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--patience", type=float, default=10.0, show_default=True, help="Seconds until the last of them leaves.")
 def leaving(file: Path, kv: int, clients: int, at_once: int, patience: float) -> None:
     """Clients that disconnect at random moments: every page back, counters agree."""
     with serving_vai([file], kv) as (_, vai):

@@ -15,7 +15,7 @@ import pytest
 
 from vai.cli.bench.figures import Goal
 from vai.cli.bench.rudeness import gone, many, stall
-from vai.cli.bench.serving import Point, Rules, header, line, measure, write
+from vai.cli.bench.serving import Point, Row, Rules, header, line, measure, run_alone, write
 from vai.cli.bench.stand import Stand
 from vai.cli.bench.systems import Vai
 from vai.cli.bench.traffic import Record, open_loop, send
@@ -78,6 +78,21 @@ def test_a_run_is_measured_with_what_the_processors_did(vai: Vai, tmp_path: Path
     assert len(written[0].read_text().splitlines()) == 3
 
 
+def test_two_models_in_turns_are_compared_with_each_alone_at_the_same_batch(vai: Vai) -> None:
+    rules = Rules(0.4, Goal(5, 1), 1, list(IDS))
+    together = measure(vai, Point("two", 2), rules)
+    assert set(together.tokens) == set(MODELS) and all(together.tokens.values())
+    known = [measure(vai.of([MODELS[0]]), Point("decode", 2), rules)]
+    said: list[Row] = []
+    files = [Path(f"{name}.gguf") for name in MODELS]
+    rows, found = run_alone(together, vai, files, rules, known, said.append)
+    assert rows == said
+    assert [(row.models, row.point.streams) for row in rows] == [("tiny", 1), ("tiny-qwen2", 1), ("tiny-qwen2", 2)]
+    half = sum(together.tokens[row.models] / row.figures.output_rate for row in rows if row.point.streams == 1)
+    assert found.efficiency == pytest.approx(half / together.figures.seconds)
+    assert found.halved > 0
+
+
 def test_an_open_loop_sends_what_comes_whether_or_not_others_are_answered(vai: Vai) -> None:
     work = asks(Workload(10, 30, 4), list(IDS), seed=1)
     arrivals = list(islice(pauses(50.0, seed=1), 200))
@@ -92,7 +107,7 @@ def test_clients_that_leave_at_random_moments_leave_nothing_behind(vai: Vai) -> 
     vai.rest()
     before = vai.counters()
     work = asks(Workload(10, 200, 16), list(IDS), seed=1)
-    records = asyncio.run(gone(vai.target, work, clients=120, at_once=60, patience=0.5))
+    records = asyncio.run(gone(vai.target, work, clients=120, at_once=60, patience=2))
     vai.rest()  # every page is back
     complete = sum(record.complete for record in records)
     counted = vai.counters().since(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from vai.cli.bench.figures import gaps
 from vai.cli.bench.traffic import Record, Target, send
 from vai.cli.bench.workload import Ask
 
+QUICK = 0.003  # seconds after which the first leave
 SHORT = 20  # tokens of a running stream's prompt
 LONG_ANSWER = 4  # tokens that the long prompt is answered with: the first may be half a character
 
@@ -73,7 +75,9 @@ def _longest(records: Sequence[Record], begin: float, end: float) -> float:
 async def gone(
     target: Target, work: Iterator[Ask], *, clients: int, at_once: int, patience: float, seed: int = 0
 ) -> list[Record]:
-    """`clients` that leave at random moments, `patience` seconds after their request on average, so many at once."""
+    """`clients` that leave at random moments, so many at once: from QUICK to `patience` seconds after their request,
+    log-uniform, so that some leave while they wait, some while their prompt is computed, and some amid the answer.
+    """
     generator, records = random.Random(seed), list[Record]()  # noqa: S311 - a load, not a secret
     room = asyncio.Semaphore(at_once)
 
@@ -84,7 +88,7 @@ async def gone(
                     await send(target, model, next(work), records)
 
     models = target.models
-    moments = [generator.expovariate(1 / patience) for _ in range(clients)]
+    moments = [math.exp(generator.uniform(math.log(QUICK), math.log(patience))) for _ in range(clients)]
     await asyncio.gather(*(client(models[number % len(models)], each) for number, each in enumerate(moments)))
     return records
 

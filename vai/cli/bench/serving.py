@@ -174,18 +174,31 @@ class Alternation(NamedTuple):
 
 
 def run_alone(
-    point: Point, vai: Vai, files: Sequence[Path], rules: Rules, together: Row, say: Callable[[Row], None]
+    together: Row, vai: Vai, files: Sequence[Path], rules: Rules, known: Sequence[Row], say: Callable[[Row], None]
 ) -> tuple[list[Row], Alternation]:
-    """What of a two-model run is the price of halved batches: each model alone, with half and with all streams."""
+    """What of a two-model run is the price of halved batches: each model alone, with half and with all streams.
+
+    `known`: runs that need not be made again. Returns the new ones.
+    """
     rows: list[Row] = []
-    seconds = {"half": 0.0, "all": 0.0}
+    streams = together.point.streams
+    half, all_ = 0.0, 0.0
+
+    def rate(model: str, count: int) -> float:
+        point = Point("decode", count)
+        wanted = ("vai", model, point)
+        row = next((row for row in (*known, *rows) if (row.system, row.models, row.point) == wanted), None)
+        if row is None:
+            row = measure(vai.of([model]), point, rules)
+            rows.append(row)
+            say(row)
+        return max(row.figures.output_rate, 1e-9)
+
     for file in files:
-        for name, streams in (("half", max(1, point.streams // 2)), ("all", point.streams)):
-            rows.append(measure(vai.of([file.stem]), Point("decode", streams), rules))
-            say(rows[-1])
-            seconds[name] += together.tokens[file.stem] / max(rows[-1].figures.output_rate, 1e-9)
-    efficiency = seconds["half"] / together.figures.seconds
-    return rows, Alternation(efficiency, seconds["half"] / max(seconds["all"], 1e-9))
+        tokens = together.tokens[file.stem]
+        half += tokens / rate(file.stem, max(1, streams // 2))
+        all_ += tokens / rate(file.stem, streams)
+    return rows, Alternation(half / together.figures.seconds, half / max(all_, 1e-9))
 
 
 # -- what is put down --------------------------------------------------------------------------------------------------
