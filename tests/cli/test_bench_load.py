@@ -96,9 +96,9 @@ def test_two_models_in_turns_are_compared_with_each_alone_at_the_same_batch(vai:
 def test_an_open_loop_sends_what_comes_whether_or_not_others_are_answered(vai: Vai) -> None:
     work = asks(Workload(10, 30, 4), list(IDS), seed=1)
     arrivals = list(islice(pauses(50.0, seed=1), 200))
-    due = next(number for number in range(200) if sum(arrivals[: number + 1]) > 0.6)
-    records = asyncio.run(open_loop(vai.target, work, pauses=iter(arrivals), seconds=0.7))
-    assert len(records) >= due
+    due = next(number for number in range(200) if sum(arrivals[: number + 1]) > 0.3)
+    records = asyncio.run(open_loop(vai.target, work, pauses=iter(arrivals), seconds=1.2))  # time for a slow machine
+    assert len(records) >= due > 5
     assert {record.model for record in records} == set(MODELS)
     assert not [record.error for record in records if record.error]
 
