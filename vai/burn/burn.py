@@ -117,9 +117,9 @@ def burn(
             sections["tensors"] = TensorTable(plan.data_bytes, chunks, plan.stored()).to_bytes()
             report("publishing", plan.data_bytes, plan.data_bytes)
             digest = partial.publish(sections, time.monotonic() - began)
+            seconds = time.monotonic() - began
         file_bytes = _layout(sections, plan).file_bytes
-    weights = weights_id(sections["tensors"], sections["spec"])
-    return Burned(digest, weights, file_bytes, time.monotonic() - began)
+    return Burned(digest, weights_id(sections["tensors"], sections["spec"]), file_bytes, seconds)
 
 
 @contextmanager
