@@ -365,7 +365,7 @@ class Speculation:
         if not mine:
             return None
         if not begun:
-            catching_up = self._catch_up(entry, mine, picked_at)
+            catching_up = self._catch_up(entry, mine, len(ready), picked_at)
             if catching_up is not None:
                 return catching_up
             self._planned.add(entry.digest)
@@ -438,7 +438,9 @@ class Speculation:
                 self.pause(sequence)
         return batch if batch is not None and batch.rows else None
 
-    def _catch_up(self, entry: Entry, mine: List[tuple[Sequence, Guesser]], picked_at: float) -> Batch | None:
+    def _catch_up(
+        self, entry: Entry, mine: List[tuple[Sequence, Guesser]], ready: int, picked_at: float
+    ) -> Batch | None:
         """A chunk of what a shadow is behind, if that pays; at most one before each step of the model itself."""
         for sequence, ahead in mine:
             if not isinstance(ahead, Ahead):
@@ -450,7 +452,7 @@ class Speculation:
             if not self._pages.spare(ahead.shadow, ahead.shadow.computed):
                 continue
             self._pages.take_up(ahead.shadow)
-            if ahead.behind > CATCH_UP and self._pays(sequence, ahead):
+            if ahead.behind > CATCH_UP and self._pays(sequence, ahead, ready):
                 rate = self._pace(ahead.entry.digest).rate
                 chunk = min(max(int(rate * CHUNK_SECONDS), CATCH_UP), self._max_rows, ahead.behind - 1)
                 if self._pages.spare(ahead.shadow, ahead.shadow.computed + chunk):
@@ -463,8 +465,9 @@ class Speculation:
                 ahead.rest = REST
         return None
 
-    def _pays(self, sequence: Sequence, ahead: Ahead) -> bool:
-        """Whether catching up is worth its time, if the answer goes on for as long as it has.
+    def _pays(self, sequence: Sequence, ahead: Ahead, parties: int) -> bool:
+        """Whether catching up is worth the time of all `parties` that wait for it, if the answer goes on for as long as
+        it has.
 
         Who decides so never loses more than as much again as who knew how long the answer would be.
         """
@@ -479,7 +482,7 @@ class Speculation:
             reach *= ahead.chance
             tokens += reach
             fastest = min(fastest, (seconds[count] + count * drafting) / tokens)
-        return (sequence.made - ahead.since + 1) * (seconds[0] - fastest) >= ahead.behind / rate
+        return (sequence.made - ahead.since + 1) * (seconds[0] - fastest) >= parties * ahead.behind / rate
 
     def _pace(self, image: str) -> Pace:
         return self._paces.setdefault(image, Pace())
