@@ -91,4 +91,4 @@ class Batch:
         padded = np.zeros((len(tables), max(map(len, tables))), np.int64)
         for row, pages in enumerate(tables):
             padded[row, : len(pages)] = pages
-        return padded
+        return np.maximum(padded, 0)  # an entry that is GONE is not read

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as List
 from itertools import groupby
 
+from vai.engine import windows
 from vai.engine.batch import Batch, Place
 from vai.engine.portions import Prompt, portions
 from vai.engine.priority import by_rank, displaced, urgent
@@ -34,7 +35,7 @@ from vai.kernels.program import PAGE_TOKENS
 from vai.request import Output
 from vai.scratchpad.budget import pages_for, slabs_for
 from vai.scratchpad.pages import PagePool
-from vai.scratchpad.prefix import PrefixCache
+from vai.scratchpad.prefix import GONE, PrefixCache
 from vai.scratchpad.retention import Name, Retention
 
 QUANTUM = 0.05  # seconds of one turn
@@ -366,15 +367,17 @@ class Scheduler:
 
     def _take_up(self, sequence: Sequence) -> None:
         """Go on behind the cached pages that hold what comes next, before the page that holds the last token."""
-        while self._may_take_up(sequence):
+        pages = windows.reach(sequence, self.cache)
+        while self._may_take_up(sequence) and len(sequence.shared) < pages:
             key = sequence.next_key
             page = None if key is None else self.cache.take(key)
             if page is None:
-                return
+                break
             index = len(sequence.shared)
             for owner, table in zip(sequence.entry.owners, sequence.block_table, strict=True):
                 self._pool.free(owner, table[index : index + 1].tolist())
             sequence.share(page)
+        windows.leave_behind(sequence, self.cache, self._pool)
 
     @staticmethod
     def _may_take_up(sequence: Sequence) -> bool:
@@ -387,10 +390,11 @@ class Scheduler:
         while (len(sequence.shared) + 1) * PAGE_TOKENS <= sequence.computed:
             key = sequence.next_key
             if key is None:
-                return
+                break
             own = tuple(table[len(sequence.shared)] for table in sequence.block_table)
             before, number = sequence.last_key, len(sequence.shared)
             sequence.share(self.cache.put(key, before, number, sequence.entry.owners, own))
+        windows.leave_behind(sequence, self.cache, self._pool)
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for the first `tokens` tokens of a sequence in every cache group; all or nothing.
@@ -485,9 +489,10 @@ class Scheduler:
     def _free(self, sequence: Sequence) -> None:
         """Give every page back; what was computed stays in the cache, as far as it is there."""
         for owner, table in zip(sequence.entry.owners, sequence.block_table, strict=True):
-            self._pool.free(owner, table[len(sequence.shared) :].tolist())
+            self._pool.free(owner, [page for page in table[len(sequence.shared) :] if page != GONE])
             del table[:]
-        self.cache.give(sequence.shared, sequence.conversation)
+        self.cache.give(sequence.shared, sequence.conversation, sequence.behind)
+        sequence.behind = [0] * len(sequence.behind)
         sequence.shared.clear()
         sequence.computed = 0
         sequence.held = None

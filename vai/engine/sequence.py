@@ -57,6 +57,9 @@ class Sequence:
         self.running = False
         self.block_table = [array("q") for _ in entry.owners]  # for each cache group, the byte offset of every page
         self.shared: list[CachedPage] = []  # its first pages
+        groups = enumerate(entry.program.groups)
+        self.windows = {number: group.window for number, group in groups if group.window is not None}
+        self.behind = [0] * len(entry.owners)  # for each cache group, how many of the first pages it does not read
         self.conversation: Conversation | None = None  # that it belongs to, where its pages are kept
         self.cached_tokens = 0  # in pages that it found instead of computing them
         self._known_pages = 0  # that it has computed or found, before any preemption

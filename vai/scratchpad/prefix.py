@@ -20,6 +20,7 @@ from vai.scratchpad.headers import Sealed
 from vai.scratchpad.pages import Owner, PagePool
 from vai.scratchpad.retention import Conversation, Kept, Name, Retention
 
+GONE = -1  # in the place of a page that is behind the window of its cache group
 _EXACT = b"\0"  # the kind of a page computed in the exact kind
 
 
@@ -41,9 +42,12 @@ def page_key(before: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class CachedPage(Kept):
-    """One page of every cache group of a model, sealed: `pages` are their offsets, in the order of `owners`."""
+    """One page of every cache group of a model, sealed: `pages` are their offsets, in the order of `owners`.
 
-    __slots__ = ("before", "generations", "holders", "key", "owners", "pages")
+    `behind`: for each group, how many of the holders have it behind their window. Where all have, it is GONE.
+    """
+
+    __slots__ = ("before", "behind", "generations", "holders", "key", "owners", "pages")
 
     def __init__(
         self, key: bytes, before: bytes, owners: tuple[Owner, ...], pages: tuple[int, ...], generations: tuple[int, ...]
@@ -53,9 +57,14 @@ class CachedPage(Kept):
         self.key = key
         self.before = before
         self.owners = owners
-        self.pages = pages
-        self.generations = generations
+        self.pages = list(pages)
+        self.generations = list(generations)
+        self.behind = [0] * len(owners)
         self.holders = 0
+
+    def parts(self) -> list[tuple[Owner, int]]:
+        """(owner, offset) of all that is there of it."""
+        return [part for part in zip(self.owners, self.pages, strict=True) if part[1] != GONE]
 
 
 class PrefixCache:
@@ -93,20 +102,32 @@ class PrefixCache:
 
     # Pages
 
+    def look(self, key: bytes) -> CachedPage | None:
+        """The page with this key, of which the caller is no holder; None where there is none."""
+        page = self._pages.get(key)
+        return page if page is not None and self._is_intact(page) else None
+
     def take(self, key: bytes) -> CachedPage | None:
         """The page with this key, of which the caller is now a holder; None where there is none.
 
-        The caller holds every page before it.
+        The caller holds every page before it, and has what is GONE of it behind.
         """
-        page = self._pages.get(key)
-        if page is None or not self._is_intact(page):
+        page = self.look(key)
+        if page is None:
             return None
         if page.holders == 0:
             self._retention.remove(page)
-            for owner in page.owners:
+            for owner, _ in page.parts():
                 self._pool.wake(owner)
         page.holders += 1
+        for group, offset in enumerate(page.pages):
+            page.behind[group] += offset == GONE
         return page
+
+    def leave_behind(self, page: CachedPage, group: int) -> None:
+        """A holder does not read the part of a page in a cache group any more."""
+        page.behind[group] += 1
+        self._free_behind(page, group)
 
     def put(
         self, key: bytes, before: bytes, number: int, owners: tuple[Owner, ...], pages: tuple[int, ...]
@@ -118,8 +139,14 @@ class PrefixCache:
         """
         found = self.take(key)
         if found is not None:
-            for owner, page in zip(owners, pages, strict=True):
-                self._pool.free(owner, [page])
+            for group, (owner, page) in enumerate(zip(owners, pages, strict=True)):
+                if found.pages[group] == GONE:  # for the others, but the caller still reads it
+                    found.behind[group] -= 1
+                    found.owners = (*found.owners[:group], owner, *found.owners[group + 1 :])
+                    found.pages[group] = page
+                    found.generations[group] = self._pool.headers.seal(page, owner.page_bytes, key, before, number)
+                else:
+                    self._pool.free(owner, [page])
             return found
         damaged = self._pages.get(key)
         if damaged is not None:
@@ -133,17 +160,26 @@ class PrefixCache:
         self._insert(sealed)
         return sealed
 
-    def give(self, chain: Sequence[CachedPage], conversation: Conversation | None) -> None:
-        """Let go of a chain that begins at its root, and that a conversation (None: one that is not told) has read."""
+    def give(
+        self, chain: Sequence[CachedPage], conversation: Conversation | None, behind: Sequence[int] = ()
+    ) -> None:
+        """Let go of a chain that begins at its root, and that a conversation (None: one that is not told) has read.
+
+        `behind`: for each cache group, how many of its first pages are behind the holder's window.
+        """
         if not chain:
             return
         if conversation is None:
             conversation = self._retention.stranger(chain[-1].owners[0].image, chain[-1].key)
-        for page in reversed(chain):
+        for index in reversed(range(len(chain))):
+            page = chain[index]
             self._retention.read(page, conversation)
             page.holders -= 1
+            for group, first in enumerate(behind):
+                page.behind[group] -= index < first
+                self._free_behind(page, group)
             if page.holders == 0:
-                for owner in page.owners:
+                for owner, _ in page.parts():
                     self._pool.rest(owner)
                 if self._pages.get(page.key) is not page:
                     self._free(page)
@@ -239,8 +275,13 @@ class PrefixCache:
         if page.holders == 0:
             self._free(page)
 
+    def _free_behind(self, page: CachedPage, group: int) -> None:
+        if page.holders and page.behind[group] == page.holders and page.pages[group] != GONE:
+            self._pool.free(page.owners[group], [page.pages[group]])
+            page.pages[group] = GONE
+
     def _free(self, page: CachedPage) -> None:
-        for owner, offset in zip(page.owners, page.pages, strict=True):
+        for owner, offset in page.parts():
             self._pool.wake(owner)
             self._pool.free(owner, [offset])
 
@@ -257,4 +298,5 @@ class PrefixCache:
         return all(
             self._pool.headers.says(offset, owner.page_bytes, page.key, generation)
             for owner, offset, generation in zip(page.owners, page.pages, page.generations, strict=True)
+            if offset != GONE
         )

@@ -1,0 +1,167 @@
+"""Cache groups with a window, tried on a stand-in for a model that reads back what a query may read, and no more."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from vai.daemon.pool import SLAB, whole_bytes
+from vai.engine.runner import Runner
+from vai.engine.sampler import Draw
+from vai.engine.scheduler import Scheduler
+from vai.engine.select import Entry
+from vai.engine.sequence import Sequence
+from vai.engine.windows import first_read
+from vai.kernels.program import PAGE_TOKENS, CacheGroup, Program, StepArgs
+from vai.request import Request, SamplingParams
+from vai.scratchpad.pages import Owner, PagePool
+
+VOCABULARY = 251
+WINDOWS = (None, 70, 33)
+GROUPS = tuple(CacheGroup(1, 1, 1, window) for window in WINDOWS)
+
+
+def next_token(history: list[int]) -> int:
+    return sum((i + 1) * token for i, token in enumerate(history)) % VOCABULARY
+
+
+def answer(prompt: list[int], count: int) -> list[int]:
+    history = list(prompt)
+    for _ in range(count):
+        history.append(next_token(history))
+    return history[len(prompt) :]
+
+
+class Echo:
+    """A Plan that writes each token into the page of its position, in every group, and reads back what is in reach."""
+
+    workspace_bytes = 0
+    kv_type = "bf16"
+
+    def forward(self, step: StepArgs, pool: NDArray[np.uint8]) -> NDArray[np.float32]:
+        cells = pool.view(np.int32)
+        logits = np.zeros((len(step.output_rows), VOCABULARY), np.float32)
+        for s, (begin, end) in enumerate(zip(step.seq_start, step.seq_start[1:], strict=False)):
+            for row in range(begin, end):
+                page, cell = divmod(int(step.positions[row]), PAGE_TOKENS)
+                for group, table in enumerate(step.block_tables):
+                    cells[table[s, page] // 4 + cell] = step.tokens[row] + 1000 * group
+                kept = [
+                    [
+                        int(cells[table[s, t // PAGE_TOKENS] // 4 + t % PAGE_TOKENS]) - 1000 * group
+                        for t in range(
+                            max(0, step.positions[row] + 1 - (WINDOWS[group] or 1 << 30)), step.positions[row] + 1
+                        )
+                    ]
+                    for group, table in enumerate(step.block_tables)
+                ]
+                assert all(part == kept[0][len(kept[0]) - len(part) :] for part in kept)
+                for output in np.flatnonzero(step.output_rows == row):
+                    logits[output, next_token(kept[0])] = 1
+        return logits
+
+
+class Bench:
+    def __init__(self, slabs: int, max_rows: int = 64, page_bytes: int = SLAB // 8) -> None:
+        memory = np.zeros(whole_bytes(slabs * SLAB), np.uint8)
+        self.slabs, self.now = slabs, 0.0
+        self.pool = PagePool(memory)
+        self.scheduler = Scheduler(self.pool, max_rows=max_rows, max_sequences=8, clock=lambda: self.now)
+        self.runner = Runner(memory)
+        program = Program((), GROUPS, {}, {}, width=1, vocabulary=VOCABULARY, context=1 << 20)
+        owners = tuple(Owner("a" * 64, group, page_bytes) for group in range(len(GROUPS)))
+        self.entry = Entry("a" * 64, program, Echo(), owners, 0.0, weights="a")
+        self.answers: dict[str, list[int]] = {}
+        self.cached: dict[str, int] = {}
+        self.held: dict[str, list[int]] = {}  # pages of each group, while it ran
+
+    def submit(self, prompt: list[int], count: int, **how: Any) -> str:
+        request = Request(
+            id=str(len(self.held)), image="a" * 64, tokens=prompt, sampling=SamplingParams(max_tokens=count), **how
+        )
+        self.held[request.id], self.answers[request.id], self.cached[request.id] = [0] * len(GROUPS), [], 0
+        sequence = Sequence(request, self.entry, arrival=len(self.held), limit=len(prompt) + count, now=self.now)
+        self.scheduler.add(sequence)
+        return request.id
+
+    def step(self) -> None:
+        batch = self.scheduler.pick()
+        if batch is not None:
+            logits = self.runner.forward(batch)
+            self.scheduler.commit(batch, [Draw(int(row.argmax()), None) for row in logits])
+            for sequence in batch.sequences:
+                if sequence.running:
+                    kept = [sum(page >= 0 for page in table) for table in sequence.block_table]
+                    self.held[sequence.request.id] = kept
+        for output in self.scheduler.take_outputs():
+            assert output.error is None
+            self.answers[output.id] += output.tokens
+            self.cached[output.id] += output.cached_tokens
+
+    def run(self) -> None:
+        while self.scheduler.has_work():
+            self.step()
+
+
+def test_the_first_page_that_is_read() -> None:
+    assert [first_read(tokens, 33) for tokens in (0, 31, 32, 63, 64, 95, 96)] == [0, 0, 0, 0, 1, 1, 2]
+    assert first_read(1000, 1) == 1000 // 32
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_pages_behind_the_window_are_freed(cache: bool) -> None:
+    bench = Bench(slabs=16)
+    request = bench.submit(list(range(200)), 60, cache=cache)
+    bench.run()
+    assert bench.answers[request] == answer(list(range(200)), 60)
+    assert bench.held[request] == [9, 4, 2]
+    assert bench.pool.used_bytes == 0
+    bench.scheduler.cache.forget("a" * 64)
+    assert (bench.pool.cached_bytes, bench.pool.free_slabs) == (0, bench.slabs)
+
+
+def test_a_conversation_goes_on_and_a_fork_that_needs_what_was_freed_computes_it_again() -> None:
+    bench = Bench(slabs=16)
+    prompt = list(range(200))
+    first = bench.submit(prompt, 60)
+    bench.run()
+    said = prompt + bench.answers[first]
+    more, fork = bench.submit([*said, 1, 2], 5), bench.submit([*prompt[:100], 7], 5)
+    bench.run()
+    assert (bench.cached[more], bench.cached[fork]) == (256, 0)
+    assert bench.answers[more] == answer([*said, 1, 2], 5)
+    assert bench.answers[fork] == answer([*prompt[:100], 7], 5)
+    again = bench.submit([*prompt[:100], 8], 5)
+    bench.run()
+    assert bench.cached[again] == 96  # the fork computed what was gone, and it is kept
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_answers_do_not_depend_on_what_is_cached_taken_up_freed_or_evicted(seed: int) -> None:
+    draw = random.Random(seed)
+    bench = Bench(slabs=draw.choice([6, 9]), max_rows=draw.choice([5, 64]))
+    stems = [[draw.randrange(VOCABULARY) for _ in range(150)] for _ in range(2)]
+    asked: dict[str, tuple[list[int], int]] = {}
+    for _ in range(14):
+        done = [
+            prompt + bench.answers[identity] for identity, (prompt, _) in asked.items() if len(bench.answers[identity])
+        ]
+        prompt = draw.choice(stems)[: draw.randrange(1, 150)]
+        if done and draw.random() < 0.5:
+            prompt = draw.choice(done)[: draw.randrange(1, 200)]
+        prompt = [*prompt, *(draw.randrange(VOCABULARY) for _ in range(draw.randrange(1, 6)))][:200]
+        count = draw.randrange(1, 50)
+        asked[bench.submit(prompt, count, cache=draw.random() < 0.9)] = (prompt, count)
+        for _ in range(draw.randrange(15)):
+            bench.step()
+            assert bench.pool.used_bytes + bench.pool.cached_bytes + bench.pool.free_bytes == bench.pool.size
+    bench.run()
+    assert bench.answers == {identity: answer(prompt, count) for identity, (prompt, count) in asked.items()}
+    assert bench.pool.used_bytes == 0
+    assert sum(bench.cached.values()) > 0
+    bench.scheduler.cache.forget("a" * 64)
+    assert (bench.pool.cached_bytes, bench.pool.free_slabs) == (0, bench.slabs)

@@ -1,0 +1,57 @@
+"""Cache groups with a window: what is behind it is freed, and a cached beginning counts where none of it is missing.
+
+A query reads at most `window` tokens of such a group, its own included. So pages before them are read by nobody who is
+further on: their entries in the block table are GONE, and a page of the prefix cache loses the part that all of its
+holders have behind them. A sequence can go on behind a cached page only where every page within the windows there
+still has its part.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from vai.engine.sequence import Sequence
+from vai.kernels.program import PAGE_TOKENS
+from vai.scratchpad.pages import PagePool
+from vai.scratchpad.prefix import GONE, CachedPage, PrefixCache
+
+
+def first_read(tokens: int, window: int) -> int:
+    """The first page that a row behind `tokens` tokens reads."""
+    return max(0, tokens + 1 - window) // PAGE_TOKENS
+
+
+def reach(sequence: Sequence, cache: PrefixCache) -> int:
+    """How many of its first pages a sequence may have from the cache, if they are there."""
+    if not sequence.windows or not sequence.request.cache:
+        return sys.maxsize
+    begin, found = len(sequence.shared), list[CachedPage]()
+    for key in sequence.page_keys()[begin : (len(sequence.tokens) - 1) // PAGE_TOKENS]:
+        page = cache.look(key)
+        if page is None:
+            break
+        found.append(page)
+    for end in range(begin + len(found), begin, -1):
+        parts = (
+            page.pages[group]
+            for group, window in sequence.windows.items()
+            for page in found[max(0, first_read(end * PAGE_TOKENS, window) - begin) : end - begin]
+        )
+        if GONE not in parts:
+            return end
+    return begin
+
+
+def leave_behind(sequence: Sequence, cache: PrefixCache, pool: PagePool) -> None:
+    """Let go of the pages that nobody reads who goes on behind the last full page, as the next turn does."""
+    for group, window in sequence.windows.items():
+        table, first = sequence.block_table[group], first_read(sequence.computed // PAGE_TOKENS * PAGE_TOKENS, window)
+        for index in range(sequence.behind[group], first):
+            if table[index] == GONE:
+                continue  # it was when the page was found
+            if index < len(sequence.shared):
+                cache.leave_behind(sequence.shared[index], group)
+            else:
+                pool.free(sequence.entry.owners[group], [table[index]])
+            table[index] = GONE
+        sequence.behind[group] = max(first, sequence.behind[group])
