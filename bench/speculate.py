@@ -1,8 +1,9 @@
 """What speculation costs and brings: rows of a step, then whole answers with and without guesses, in turns.
 
-Run: python bench/speculate.py TARGET.gguf [DRAFT.gguf [ROUNDS]]. DRAFT, of the same tokenizer, guesses for TARGET;
-where there is none, TARGET guesses for itself: all guesses stand, and none can pay. How many guesses stand is what a
-model makes of a text: on random weights the acceptance printed says nothing about trained ones, the seconds do.
+Run: python bench/speculate.py [TARGET.gguf DRAFT.gguf] [ROUNDS]. DRAFT, of the same vocabulary, guesses for TARGET.
+Without files a pair is made that always agrees, the upper bound of what a draft model can bring: a qwen2-1.5b in which
+the layers behind the first six add nothing, though they are computed, and a model of those six. How many guesses stand
+is what a model makes of a text: on random weights that says nothing about trained ones, the seconds do.
 
 A table for people, then one line of JSON.
 """
@@ -20,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from vai.burn.burn import burn
+from vai.burn.gguf import GgufFile
+from vai.burn.synth import SHAPES, synthesize
 from vai.cli.bench.stand import warm
 from vai.cli.bench.switch import cpu_name
 from vai.engine.engine import Engine
@@ -34,8 +38,24 @@ THREADS = 2
 KV_BYTES = 512 << 20
 ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17)  # a token and its guesses
 CONTEXT = 256
-TOKENS = 96  # of an answer
+TOKENS = 128  # of an answer
 TIMES = 7
+RESIDUAL = ("attn_output", "ffn_down")  # what a layer adds comes out of these
+
+
+def agreeing_pair(place: Path, shape: str = "qwen2-1.5b", layers: int = 6) -> tuple[Path, Path]:
+    """(target, draft) in Q4_0: the first `layers` are the same, and what the target has beyond them adds zeros."""
+    target, draft = place / f"{shape}-q4_0.gguf", place / f"{shape}-of-{layers}-layers-q4_0.gguf"
+    synthesize(target, shape=shape, type="Q4_0", seed=1)
+    synthesize(draft, shape=replace(SHAPES[shape], layers=layers), type="Q4_0", seed=1)
+    with GgufFile(target) as checkpoint:
+        silent = [f"blk.{n}.{part}.weight" for n in range(layers, SHAPES[shape].layers) for part in RESIDUAL]
+        places = [(checkpoint.tensors[name].offset, checkpoint.tensors[name].bytes) for name in silent]
+    with open(target, "r+b") as file:
+        for offset, count in places:
+            file.seek(offset)
+            file.write(bytes(count))  # blocks with a scale of zero
+    return target, draft
 
 
 def row_seconds(root: Path, digest: str) -> dict[int, float]:
@@ -107,11 +127,11 @@ def unlike(draw: np.random.Generator) -> list[int]:
     return ids
 
 
-def main(target: Path, draft: Path | None, rounds: int) -> None:
+def main(target: Path, draft: Path, rounds: int) -> None:
     with tempfile.TemporaryDirectory(prefix="vai-bench-speculate-", dir="/dev/shm") as place:
         root, names = Path(place) / "root", Path(place) / "names"
         digests = {}
-        for name, file in (("target", target), ("draft", draft or target)):
+        for name, file in (("target", target), ("draft", draft)):
             warm(file)
             digests[name] = burn(file, root, threads=THREADS).digest
             Registry(root, names).put(Name(name, str(file), digest=digests[name]))
@@ -129,7 +149,7 @@ def main(target: Path, draft: Path | None, rounds: int) -> None:
             for case, (prompt, speculate, sampling) in cases.items():
                 draw = np.random.default_rng(len(results))
                 results[case] = compare(llm, [prompt(draw) for _ in range(rounds)], speculate, **sampling)
-    print(f"{cpu_name()}, {target.name}, draft {(draft or target).name}, {THREADS} threads, {rounds} rounds")
+    print(f"{cpu_name()}, {target.name}, draft {draft.name}, {THREADS} threads, {rounds} rounds")
     print("\nrows of a step   " + "".join(f"{count:8d}" for count in rows))
     print("milliseconds     " + "".join(f"{1e3 * each:8.1f}" for each in rows.values()))
     print("against one row  " + "".join(f"{each / rows[1]:8.2f}" for each in rows.values()))
@@ -147,7 +167,7 @@ def main(target: Path, draft: Path | None, rounds: int) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "target": target.name,
-        "draft": (draft or target).name,
+        "draft": draft.name,
         "threads": THREADS,
         "row_seconds": rows,
         "draft_step_seconds": draft_step,
@@ -157,8 +177,8 @@ def main(target: Path, draft: Path | None, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(
-        Path(sys.argv[1]),
-        Path(sys.argv[2]) if len(sys.argv) > 2 else None,
-        int(sys.argv[3]) if len(sys.argv) > 3 else 5,
-    )
+    files = [Path(argument) for argument in sys.argv[1:] if argument.endswith(".gguf")]
+    numbers = [int(argument) for argument in sys.argv[1:] if argument.isdecimal()]
+    with tempfile.TemporaryDirectory(prefix="vai-bench-speculate-") as made:
+        pair = files or agreeing_pair(Path(made))
+        main(pair[0], pair[-1], numbers[0] if numbers else 3)
