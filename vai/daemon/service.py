@@ -32,9 +32,9 @@ SERVER_PATIENCE = 10.0  # seconds for open streams to end after SIGTERM
 ENGINE_PATIENCE = 5.0
 REQUEST_PATIENCE = 10.0  # seconds that a request waits for an engine that died
 LONGEST_ANSWER = 1 << 20
-# What vai.engine.port frames, which this room must not import: Hello of protocol 2, then AskStatus. The engine's loop
+# What vai.engine.port frames, which this room must not import: Hello of protocol 3, then AskStatus. The engine's loop
 # answers Hello, the thread that computes answers AskStatus, between two steps.
-HELLO = b"\x1b\0\0\0" + b"\x83\xa4type\xa5hello\xa8protocol\x02\xa3pid\x00"
+HELLO = b"\x1b\0\0\0" + b"\x83\xa4type\xa5hello\xa8protocol\x03\xa3pid\x00"
 ASK_STATUS = b"\x11\0\0\0" + b"\x81\xa4type\xaaask_status"
 LONGEST_SOCKET_PATH = 107  # sun_path of unix(7), less its final zero
 
