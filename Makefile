@@ -43,7 +43,7 @@ build/portable-%: $(PORTABLE) $(wildcard csrc/core/*.h csrc/include/vai/*.h csrc
 	$(PORTABLE_CXX) $(PORTABLE_FLAGS) $(PORTABLE_EXTRA) $(PORTABLE) -o $@
 
 build/portable-plain build/portable-address build/portable-thread: PORTABLE_CXX = $(CXX)
-build/portable-address: PORTABLE_EXTRA = -fsanitize=address,undefined -fno-sanitize-recover=all
+build/portable-address: PORTABLE_EXTRA = -O0 -fsanitize=address,undefined -fno-sanitize-recover=all
 build/portable-thread: PORTABLE_EXTRA = -fsanitize=thread
 build/portable-arm64: PORTABLE_CXX = aarch64-linux-gnu-g++
 build/portable-arm64: PORTABLE_EXTRA = -static
