@@ -209,13 +209,18 @@ def without_the_prefix_cache(make: Make, root: Path, columns: list[Request]) -> 
 
 def guessing_from_the_prompt(make: Make, root: Path, columns: list[Request]) -> Answers:
     engine = make(root, slabs=2, clock=lambda: 0.0)  # steps cost nothing, so that every guess is worth it
-    return run(engine, [replace(each, speculate=Speculate(kind="ngram", max_tokens=5)) for each in columns])
+    answers = run(engine, [replace(each, speculate=Speculate(kind="ngram", max_tokens=5)) for each in columns])
+    verified = [(model.guessed, model.accepted) for model in engine.status().models]
+    assert all(guessed > accepted > 0 for guessed, accepted in verified)  # some stood, and some did not
+    return answers
 
 
 def guessing_with_a_draft_model(make: Make, root: Path, columns: list[Request]) -> Answers:
     """The model itself: nobody else has its vocabulary here, and all its guesses stand."""
     engine = make(root, slabs=2, clock=lambda: 0.0)
-    return run(engine, [replace(each, speculate=Speculate(kind="draft", draft=each.image)) for each in columns])
+    answers = run(engine, [replace(each, speculate=Speculate(kind="draft", draft=each.image)) for each in columns])
+    assert all(model.accepted > 10 for model in engine.status().models)
+    return answers
 
 
 ROWS = (
