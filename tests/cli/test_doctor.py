@@ -25,6 +25,7 @@ def test_it_tells_the_machine_its_ceilings_its_kernels_and_its_checks(vai: Vai) 
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["isas"] == table.isas()
+    assert found["refused"] == {}
     assert found["implementations"] == table.implementations()
     assert found["machine"]["logical_cores"] == len(os.sched_getaffinity(0))
     assert [ceiling["threads"] for ceiling in found["ceilings"]] == [1, found["machine"]["threads"]]

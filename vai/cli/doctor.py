@@ -55,6 +55,7 @@ def examine(settings: Config) -> Report:
     return {
         "machine": {**machine(), "threads": settings.threads, "load": load},
         "isas": kernels.isas(),
+        "refused": dict(kernels.refused()),
         "isa": measured.isa,
         "implementations": kernels.implementations(measured.isa),
         "buffer_bytes": measured.buffer_bytes,
@@ -142,6 +143,7 @@ def _machine(found: Report) -> None:
         for isa in reversed(found["isas"])
         if isa in found["implementations"].values()
     ]
+    rows += [(f"  {isa}", f"promised, but not used: {reason}") for isa, reason in found["refused"].items()]
     table(("MACHINE", ""), rows)
 
 
