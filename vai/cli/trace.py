@@ -94,7 +94,8 @@ def _lowered(settings: Config, image: Image, rows: int) -> Model:
     from vai.models.decoder import build
     from vai.models.spec import Spec
 
-    program, workers = build(Spec.from_bytes(image.spec)), kernels.make_workers(settings.threads)
+    program = build(Spec.from_bytes(image.spec))
+    workers = kernels.make_workers(settings.threads, settings.root / "run" / "cores.lock")  # in turn with an engine
     isa = settings.isa or kernels.isa()
     plan = kernels.lower(
         program, image, kv_type=KV_TYPE, max_rows=rows, max_sequences=1, workers=workers, isa=settings.isa
