@@ -160,9 +160,7 @@ class PrefixCache:
         self._insert(sealed)
         return sealed
 
-    def give(
-        self, chain: Sequence[CachedPage], conversation: Conversation | None, behind: Sequence[int] = ()
-    ) -> None:
+    def give(self, chain: Sequence[CachedPage], conversation: Conversation | None, behind: Sequence[int] = ()) -> None:
         """Let go of a chain that begins at its root, and that a conversation (None: one that is not told) has read.
 
         `behind`: for each cache group, how many of its first pages are behind the holder's window.
