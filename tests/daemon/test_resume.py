@@ -51,8 +51,8 @@ class Reading:
     """A stream on its way: its chunks, and the longest pause between two of them."""
 
     def __init__(self) -> None:
-        self.chunks: list[Any] = []
-        self.pause = 0.0
+        self.chunks: list[Any] = []  # the last one has the usage
+        self.pause, self.characters = 0.0, 0
 
     def read(self, stand, **asked: Any) -> list[Any]:
         with api(stand) as client:
@@ -63,8 +63,19 @@ class Reading:
                 if self.chunks:
                     self.pause = max(self.pause, now - last)
                 last = now
-                self.chunks.append(chunk.choices or chunk.usage.completion_tokens)
-        return self.chunks
+                self.chunks.append(chunk)
+                self.characters += sum(len(choice.text) for choice in chunk.choices)
+        return said(self.chunks)
+
+
+def said(chunks: list[Any]) -> list[Any]:
+    """What came, however many tokens at once (guesses that stand come together)."""
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    logprobs = [choice.logprobs for choice in choices if choice.logprobs is not None]
+    fields = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    together = [[value for each in logprobs for value in getattr(each, field)] for field in fields]
+    text, finish = "".join(choice.text for choice in choices), choices[-1].finish_reason
+    return [text, finish, chunks[-1].usage.completion_tokens, *together]
 
 
 def kill_engine(stand) -> None:
@@ -82,8 +93,8 @@ def test_streams_of_two_models_do_not_see_their_engines_die(stand) -> None:
     with ThreadPoolExecutor(len(STREAMS)) as pool:
         streams = {name: pool.submit(readings[name].read, stand, **asked) for name, asked in STREAMS.items()}
         for more in (1, 30, 60):
-            goal = {name: len(reading.chunks) + more for name, reading in readings.items()}
-            stand.until(lambda goal=goal: all(len(readings[name].chunks) >= goal[name] for name in goal))
+            goal = {name: reading.characters + more for name, reading in readings.items()}
+            stand.until(lambda goal=goal: all(readings[name].characters >= goal[name] for name in goal))
             kill_engine(stand)
         for name, stream in streams.items():
             assert stream.result() == expected[name], name
