@@ -520,6 +520,19 @@ def test_chances_follow_what_stood_and_return_when_nothing_is_tried() -> None:
     assert lookup.chance > 0.95
 
 
+def test_a_request_expects_what_came_of_the_guesses_for_others_before_it() -> None:
+    bench = Bench(slabs=64)
+    drafted = Speculate(kind="draft", draft="b" * 64)
+    tallies = []
+    for first in (1, 2):  # so that nothing is found of the other
+        submit(bench, [first, *(n % 250 for n in range(300))], 120, drafted, draft="b")
+        before = bench.scheduler.tally("a" * 64).guessed
+        tallies.append(
+            drive(bench, lambda batch: 0.02 + 0.001 * batch.rows if batch.drafting else 0.05).guessed - before
+        )
+    assert tallies[1] > 0.8 * tallies[0] > 0  # half of them without, now that it is known what guesses cost
+
+
 def test_a_lookup_goes_on_as_the_text_did_where_it_stood_before() -> None:
     assert Lookup().look_up([1, 2, 3, 4, 5, 1, 2], 3) == [3, 4, 5]
     assert Lookup().look_up([9, 1, 2, 3, 8, 1, 2, 4, 9, 1, 2], 2) == [3, 8]  # three that agree beat two

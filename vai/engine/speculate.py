@@ -39,6 +39,7 @@ from vai.request import SamplingParams, Speculate
 
 SIZES = range(2, 5)  # tokens that must agree for a lookup to say what comes next; the more the better
 CHANCE, WEIGHT = 0.7, 2.0  # a guess's chance to stand before any was tried, and how many trials that is worth
+LEAST, LEARN = 0.5, 0.02  # what others' guesses may teach a new request to expect at worst, and how fast, a trial
 FORGET = 0.8  # what the trials so far count after the next ones
 REST = 8  # steps for which a request is not asked again whether its guesses pay, when they did not
 RELAX = 0.15  # how far it has returned by then to the chance it began with
@@ -136,12 +137,14 @@ def kept(draft: List[int], draws: list[Drawn]) -> list[Drawn]:
 class Guesser:
     """One request's guesses: how often they stood, and those that its next step will verify."""
 
-    def __init__(self) -> None:
+    def __init__(self, usual: float = CHANCE) -> None:
+        """`usual`: the chance of guesses like these, in earlier requests."""
         self.wanted = 0  # guesses of this round
         self.draft: list[int] = []  # those of them that are there
         self.rest = 0  # steps before it is asked for more
+        self._usual = usual
         self._trials = WEIGHT
-        self._stood = WEIGHT * CHANCE
+        self._stood = WEIGHT * usual
 
     @property
     def chance(self) -> float:
@@ -157,14 +160,14 @@ class Guesser:
         """Nothing was tried, because it would not have paid: what is known of it loses weight."""
         self.rest = REST
         self._trials += RELAX * (WEIGHT - self._trials)
-        self._stood += RELAX * (WEIGHT * CHANCE - self._stood)
+        self._stood += RELAX * (WEIGHT * self._usual - self._stood)
 
 
 class Lookup(Guesser):
     """Guesses that the text goes on as it did where its last tokens stood before (prompt lookup; Saxena, 2023)."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, usual: float = CHANCE) -> None:
+        super().__init__(usual)
         self._seen = array("i")
 
     def look_up(self, tokens: List[int], most: int) -> list[int]:
@@ -196,8 +199,8 @@ class Lookup(Guesser):
 class Ahead(Guesser):
     """Guesses of the draft model `entry`, which computes the request in `shadow`."""
 
-    def __init__(self, sequence: Sequence, entry: Entry) -> None:
-        super().__init__()
+    def __init__(self, sequence: Sequence, entry: Entry, usual: float = CHANCE) -> None:
+        super().__init__(usual)
         self.entry = entry
         self.since = sequence.made  # tokens that were there when the shadow had nothing
         self._agreed = len(sequence.tokens)  # tokens that the shadow surely has
@@ -265,6 +268,7 @@ class Speculation:
         self._max_rows = max_rows
         self._guessers: dict[Sequence, Guesser] = {}
         self._paces: dict[str, Pace] = {}
+        self._usual: dict[tuple[str, str | None], float] = {}  # model and draft model -> chance of a guess to stand
         self._tallies: dict[str, Tally] = {}
         self._planned: set[str] = set()  # models whose round has begun
         self._caught_up: set[str] = set()  # models for which a shadow computed a chunk since their last step
@@ -300,10 +304,14 @@ class Speculation:
         guesses = own[-1][0].ahead
         standing = kept(guesses, [draw for _, draw in own])
         if guesses:
-            self._guessers[sequence].judge(len(guesses), len(standing) - 1)
+            stood = len(standing) - 1
+            self._guessers[sequence].judge(len(guesses), stood)
+            pair, trials = _pair(sequence), stood + (stood < len(guesses))
+            usual = self._usual.get(pair, CHANCE)
+            self._usual[pair] = max(LEAST, usual + LEARN * (stood - trials * usual))
             tally = self.tally(sequence.entry.digest)
             tally.guessed += len(guesses)
-            tally.accepted += len(standing) - 1
+            tally.accepted += stood
         return standing, len(guesses)
 
     def tally(self, image: str) -> Tally:
@@ -330,6 +338,7 @@ class Speculation:
 
     def forget(self, image: str) -> None:
         """A model is there no more: no request runs on it or has it guess."""
+        self._usual = {pair: usual for pair, usual in self._usual.items() if image not in pair}
         self._paces.pop(image, None)
         self._tallies.pop(image, None)
         self._planned.discard(image)
@@ -394,7 +403,8 @@ class Speculation:
         """Who guesses for a request; None for nobody."""
         found = self._guessers.get(sequence)
         if found is None and sequence.guesses:
-            made = Lookup() if sequence.draft is None else Ahead(sequence, sequence.draft)
+            usual = self._usual.get(_pair(sequence), CHANCE)
+            made = Lookup(usual) if sequence.draft is None else Ahead(sequence, sequence.draft, usual)
             found = self._guessers[sequence] = made
         return found
 
@@ -486,6 +496,10 @@ class Speculation:
 
     def _pace(self, image: str) -> Pace:
         return self._paces.setdefault(image, Pace())
+
+
+def _pair(sequence: Sequence) -> tuple[str, str | None]:
+    return sequence.entry.digest, None if sequence.draft is None else sequence.draft.digest
 
 
 def _most(sequence: Sequence, guesser: Guesser, *, caught_up: bool = False) -> int:
