@@ -271,7 +271,13 @@ void Plan::bind(const Step& s) {
 
 void Plan::run(const Step& step) {
   bind(step);
+  if (step.seconds) ends_.assign(instructions_.size() + 1, {});
   workers_.run([&](int worker) { work(worker, step); });
+  if (step.seconds)
+    for (size_t i = 0; i < instructions_.size(); ++i) {
+      ends_[i + 1] = std::max(ends_[i], ends_[i + 1]);  // who was to look at the clock may have lost its core
+      step.seconds[i] += std::chrono::duration<double>(ends_[i + 1] - ends_[i]).count();
+    }
 }
 
 // The worker's own share, a range of bytes of the weights, then what others have left of theirs: on a machine that is not ours
@@ -290,8 +296,10 @@ void Plan::multiply(int worker, const Instruction& instruction, const LinearArgs
 
 void Plan::work(int worker, const Step& s) {
   const int count = workers_.count();
-  const bool timed = s.seconds && worker == 0;  // one worker's clock; the others meet it at every barrier
-  auto last = timed ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
+  // The last worker has work wherever there are rows. Where a barrier ends an instruction, it is over when the last one
+  // comes, not when this one has been woken.
+  const bool clock = s.seconds && worker == count - 1;
+  if (clock) ends_[0] = std::chrono::steady_clock::now();
   for (auto& instruction : instructions_) {
     const int rows = int(instruction.where.outputs ? s.outputs : s.rows);
     auto share = [&](int units, auto&& part) {
@@ -322,12 +330,8 @@ void Plan::work(int worker, const Step& s) {
       }
     };
     std::visit(visit, instruction.args);
-    if (instruction.where.barrier) workers_.barrier();
-    if (timed) {
-      const auto now = std::chrono::steady_clock::now();
-      s.seconds[&instruction - instructions_.data()] += std::chrono::duration<double>(now - last).count();
-      last = now;
-    }
+    const bool ends = instruction.where.barrier ? workers_.barrier() && s.seconds : clock;
+    if (ends) ends_[size_t(&instruction - instructions_.data()) + 1] = std::chrono::steady_clock::now();
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <optional>
@@ -144,6 +145,7 @@ class Plan {
   std::deque<std::atomic<int>> counters_;
   std::deque<std::vector<Cursor>> cursors_;
   std::vector<int32_t> sequence_of_row_;
+  std::vector<std::chrono::steady_clock::time_point> ends_;  // of a timed step: its beginning, then each instruction's end
   std::vector<RowTile> tiles_[kAttentionQueries + 1];  // by rows in a tile
   float* result_ = nullptr;
   size_t result_columns_ = 0, result_width_ = 0;

@@ -78,15 +78,16 @@ void Workers::run(const std::function<void(int)>& task) {
   lease_.give();
 }
 
-void Workers::barrier() {
+bool Workers::barrier() {
   const int phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count()) {
     arrived_.store(0, std::memory_order_relaxed);
     phase_.store((phase + 1) & INT_MAX, std::memory_order_release);
     phase_.notify_all();
-  } else {
-    await(phase_, phase, kSpins);
+    return true;
   }
+  await(phase_, phase, kSpins);
+  return false;
 }
 
 void Workers::serve(int worker) {

@@ -28,8 +28,8 @@ class Workers {
   // Throws std::runtime_error in a forked child, which has no threads.
   void run(const std::function<void(int)>& task);
 
-  // Called by every worker of a run: returns when all have called it.
-  void barrier();
+  // Called by every worker of a run: returns when all have called it, true to the last of them.
+  bool barrier();
 
  private:
   void serve(int worker);
