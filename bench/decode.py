@@ -32,7 +32,8 @@ from vai.models.spec import Spec
 from vai.rom import segment
 
 DECODE, PREFILL, LONG = (1, 4, 8, 16), (96, 512), 4096
-CONTEXT, STEPS = 32, 16  # tokens before the first decode step, and how many steps
+CONTEXT, STEPS = 8, 16  # tokens before the first decode step, and how many steps
+WARM_UP = 8  # tokens of a prompt that is not counted; the peer's own warm-up is as long as what it measures
 SETTINGS = {"default": ([], []), "no repack": (["--repack", "0"], ["--no-repack"])}
 
 Samples = dict[str, dict[str, list[float]]]  # work -> who -> tokens/s
@@ -108,7 +109,8 @@ class Peer:
     def __init__(self, folder: Path, file: Path, threads: int, setting: str) -> None:
         bench, batched = SETTINGS[setting]
         self.setting = setting
-        self.bench = [f"{folder}/llama-bench", "-m", f"{file}", "-t", f"{threads}", "-n", "0", "-r", "1", *bench]
+        self.bench = [f"{folder}/llama-bench", "-m", f"{file}", "-t", f"{threads}", "-n", "0", "-r", "1"]
+        self.bench += ["--no-warmup", *bench]
         self.batched = [f"{folder}/llama-batched-bench", "-m", f"{file}", "-t", f"{threads}", *batched]
         self.batched += ["-c", "2048", "-b", "2048", "-ub", "512", "-npp", str(CONTEXT), "-ntg", str(STEPS)]
         self.batched += ["-npl", ",".join(map(str, DECODE))]
@@ -119,9 +121,10 @@ class Peer:
             for found in output_of([*self.batched, "--output-format", "jsonl"]):
                 samples[f"decode {found['pl']}"][self.setting].append(found["speed_tg"])
         if prompts:
-            cold = ["--no-warmup"] if LONG in prompts else []  # a warm-up is a whole prompt
-            for found in output_of([*self.bench, "-p", ",".join(map(str, prompts)), "-o", "jsonl", *cold]):
-                samples[f"prefill {found['n_prompt']}"][self.setting].append(found["avg_ts"])
+            sizes = ",".join(map(str, (WARM_UP, *prompts)))
+            for found in output_of([*self.bench, "-p", sizes, "-o", "jsonl"]):
+                if found["n_prompt"] != WARM_UP:
+                    samples[f"prefill {found['n_prompt']}"][self.setting].append(found["avg_ts"])
 
     def flags(self) -> dict[str, str]:
         """What was run, without machine paths."""
