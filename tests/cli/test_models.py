@@ -173,3 +173,19 @@ def test_an_unknown_model_is_an_error_that_lists_the_known(vai: Vai, loaded: str
         refused = vai(command, "unknown")
         assert refused.returncode == 4, command
         assert refused.stderr == "vai: There is no model 'unknown'. Known: m.\n"
+
+
+def test_a_draft_is_named_with_a_load_and_must_have_the_same_tokenizer(
+    vai: Vai, registry: Registry, loaded: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert vai("load", checkpoint, "--name", "large", "--draft", "m").returncode == 0
+    assert registry.get("large").overrides == {"draft": "m"}
+    assert vai("load", checkpoint, "--name", "large").returncode == 0
+    assert registry.get("large").overrides == {"draft": "m"}
+
+    stranger = tmp_path / "stranger.gguf"
+    assert vai("synth", "tiny-qwen2", "Q4_0", stranger).returncode == 0
+    refused = vai("load", stranger, "--draft", "m")
+    assert refused.returncode == 2
+    assert "tokenizers differ" in refused.stderr
+    assert registry.get("stranger").overrides == {}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ Show = Callable[[int, int], None]  # bytes done, bytes in all
 @click.command()
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--name", help="What to call it; default: the file's name without .gguf.")
-def load(file: Path | None, name: str | None) -> None:
+@click.option("--draft", metavar="NAME", help="A smaller model in memory, with the same tokenizer, that guesses ahead.")
+def load(file: Path | None, name: str | None, draft: str | None) -> None:
     """Burn a GGUF FILE into memory and give it a name. No server has to run.
 
     The file is read once. What is in memory then is shared by every process that uses the model, and stays until
@@ -37,14 +39,18 @@ def load(file: Path | None, name: str | None) -> None:
     Examples:
       vai load qwen2-1.5b-q4_0.gguf --name qwen
       vai load --name qwen                  (again, after a reboot)
+      vai load qwen2-7b.gguf --name large --draft qwen
     """
     settings = config.load()
     if file is not None:
-        _load(settings, file, name or file.name.removesuffix(".gguf"))
+        name = name or file.name.removesuffix(".gguf")
+        _load(settings, file, name)
     elif name is not None:
         load_again(settings, name)
     else:
         raise BadRequest("Say which file to load: vai load FILE [--name NAME].")
+    if draft is not None:
+        _set_draft(settings, name, draft)
 
 
 def load_again(settings: Config, name: str) -> None:
@@ -53,6 +59,20 @@ def load_again(settings: Config, name: str) -> None:
     if not file.is_file():
         raise BadRequest(f"The file of '{name}' is gone ({file}); load it from elsewhere: vai load FILE --name {name}")
     _load(settings, file, name)
+
+
+def _set_draft(settings: Config, name: str, draft: str) -> None:
+    """Have the model `draft` guess for `name` from now on. Raises ModelNotFound, Unavailable, BadRequest."""
+    from vai.llm import Library  # heavy, and nobody else's need here
+
+    library = Library(settings.root, settings.names)
+    try:
+        library.draft(library.open(name), draft)
+    finally:
+        library.close()
+    registry = Registry(settings.root, settings.names)
+    known = registry.get(name)
+    registry.put(replace(known, overrides={**known.overrides, "draft": draft}))
 
 
 def _load(settings: Config, file: Path, name: str) -> None:

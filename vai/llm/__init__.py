@@ -9,6 +9,7 @@ from vai.llm.answer import Delta as Delta
 from vai.llm.frontend import Frontend as Frontend
 from vai.llm.frontend import Model as Model
 from vai.llm.frontend import connect as connect
+from vai.llm.library import Library as Library
 from vai.llm.offline import LLM as LLM
 from vai.llm.words import ModelCard as ModelCard
 from vai.text.chat import Reading as Reading
