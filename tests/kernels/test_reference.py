@@ -347,8 +347,8 @@ def test_a_draw_depends_on_seed_choice_and_position_alone() -> None:
     base = args(rows)
     first = reference.sample_reference(logits, base).tokens
     order = np.random.default_rng(0).permutation(rows)
-    columns = [name for name in SampleArgs.__slots__ if name != "adjustments"]
-    shuffled = SampleArgs(*(getattr(base, name)[order] for name in columns))
+    columns = [name for name in SampleArgs.__slots__ if getattr(base, name) is not None]
+    shuffled = SampleArgs(**{name: getattr(base, name)[order] for name in columns})
     np.testing.assert_array_equal(reference.sample_reference(logits[order], shuffled).tokens, first[order])
     for name in ("seed", "choice", "position"):
         changed = {each: getattr(base, each) for each in columns}
