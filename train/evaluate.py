@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Bits per byte of held-out text.")
     parser.add_argument("corpus", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="*")
-    parser.add_argument("--bytes", type=int, default=1 << 20, help="of held-out text")
+    parser.add_argument("--bytes", type=int, default=1 << 62, help="of held-out text; all of it if not given")
     parser.add_argument("--train-bytes", type=int, default=64 << 20, help="of training text for the 5-gram model")
     args = parser.parse_args()
     text, tokens = held_out(args.corpus, args.bytes)
