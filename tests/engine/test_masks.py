@@ -231,7 +231,7 @@ def test_the_engines_thread_sleeps_while_it_waits_for_masks_and_wakes_to_end_who
         said.extend(outputs)
         over.set()
 
-    engine.step = counted  # type: ignore[method-assign]  # to see that it does not spin
+    engine.step = counted  # to see that it does not spin
     thread = EngineThread(engine, deliver, over.set)
     thread.do(lambda engine: engine.submit(held("silent", tiny_root[2]["tiny"], [1, 2, 3])))
     assert over.wait(20)

@@ -20,8 +20,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
 
 from vai.rom import image as form  # noqa: E402 - a script has to find the package first
-from vai.rom import segment  # noqa: E402
-from vai.rom.image import Part, StoredTensor, TensorTable  # noqa: E402
+from vai.rom import segment  # noqa: E402 - as above
+from vai.rom.image import Part, StoredTensor, TensorTable  # noqa: E402 - as above
 
 Start = Callable[[str, Path, str], "subprocess.Popen[str]"]  # the fixture `start`: role, root, argument
 

@@ -55,7 +55,7 @@ def read(
         if isinstance(event, Call) or last is None or type(last) is not type(event):
             joined.append(event)
         else:
-            joined[-1] = last._replace(text=last.text + event.text)  # type: ignore[union-attr]
+            joined[-1] = last._replace(text=last.text + event.text)
     return joined
 
 

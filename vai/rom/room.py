@@ -79,7 +79,7 @@ def _memory_cgroups() -> Iterator[tuple[Path, Path]]:
         if kind == "cgroup" and "memory" not in options.split(" ")[-1].split(","):
             continue
         path = os.path.relpath(own[controller], root)
-        inside = mount if path.startswith("..") else os.path.normpath(os.path.join(mount, path))  # noqa: PTH118
+        inside = mount if path.startswith("..") else os.path.normpath(mount + "/" + path)
         yield Path(inside if Path(inside).is_dir() else mount), Path(mount)
 
 
