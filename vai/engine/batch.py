@@ -52,7 +52,12 @@ class Batch:
         Its block tables must cover them all.
         """
         self._add_rows(sequence, count, draft)
-        if sequence.computed + count == len(sequence.tokens):
+        if sequence.computed + count < len(sequence.tokens):
+            return
+        if not draft:
+            self.places.append(Place(sequence))
+            self._output_rows.append(self.rows - 1)
+        else:
             self.places += [Place(sequence, draft[:guesses]) for guesses in range(len(draft) + 1)]
             self._output_rows += range(self.rows - len(draft) - 1, self.rows)
 
@@ -88,6 +93,8 @@ class Batch:
 
     def _block_table(self, group: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
         tables = [sequence.block_table[group] for sequence in self.sequences]
+        if len(tables) == 1 and not self.sequences[0].windows:
+            return np.array([tables[0]], np.int64)
         padded = np.zeros((len(tables), max(map(len, tables))), np.int64)
         for row, pages in enumerate(tables):
             padded[row, : len(pages)] = pages

@@ -53,5 +53,6 @@ def displaced(sequence: Ranked, running: Iterable[RankedT]) -> list[RankedT]:
 
 def urgent(queues: list[ServedT]) -> list[ServedT]:
     """The models that have a request of the best priority there is."""
-    best = min(queue.most_urgent for queue in queues)
-    return [queue for queue in queues if queue.most_urgent == best]
+    urgencies = [queue.most_urgent for queue in queues]
+    best = min(urgencies)
+    return [queue for queue, urgency in zip(queues, urgencies, strict=True) if urgency == best]

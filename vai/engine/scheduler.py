@@ -262,22 +262,31 @@ class Scheduler:
         """
         batch = Batch(queue.entry, picked_at)
         ready = [sequence for sequence in queue.running if sequence.uncomputed == 1]
+        prompting = len(ready) < len(queue.running)
         ready = [sequence for sequence in ready if sequence.running and self._grow(sequence)]
         ready = [sequence for sequence in ready if sequence.running]  # growing may have preempted others
         if any(sequence.guesses for sequence in ready):
             drafting = self._speculation.next_step(queue.entry, ready, self._room(queue, ready), picked_at)
             if drafting is not None:
                 return drafting
-        for sequence, draft in zip(ready, self._speculation.drafts(queue.entry, ready), strict=True):
-            fits = self._reserve(sequence, sequence.computed + 1 + len(draft))
-            batch.add(sequence, 1, draft if fits else [])
+            for sequence, draft in zip(ready, self._speculation.drafts(queue.entry, ready), strict=True):
+                fits = self._reserve(sequence, sequence.computed + 1 + len(draft))
+                batch.add(sequence, 1, draft if fits else [])
+        else:
+            for sequence in ready:
+                batch.add(sequence, 1)
+        if prompting:
+            self._fill_up(queue, batch)
+        return batch
+
+    def _fill_up(self, queue: ModelQueue, batch: Batch) -> None:
+        """Prompts for the rest of a step."""
         room = self._prompt_rows(queue, batch.rows)
         prompts = self._prompts(queue) if room else []
         needs = [Prompt(sequence.uncomputed, sequence.priority) for sequence in prompts]
         for sequence, count in zip(prompts, portions(needs, room), strict=True):
             if count:
                 batch.add(sequence, count)
-        return batch
 
     def _prompts(self, queue: ModelQueue) -> list[Sequence]:
         """Whose prompts a step may go on with, in order of rank."""
