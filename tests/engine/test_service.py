@@ -230,6 +230,20 @@ def test_a_client_that_only_asks_and_never_reads_loses_its_connection(tiny_root:
     assert asyncio.run(answer_length(process.socket, tiny_root[2]["tiny"])) == 30
 
 
+def test_a_connection_that_is_refused_ends_though_its_client_reads_nothing(
+    tiny_root: Root, start_engine: Start
+) -> None:
+    process = start_engine(tiny_root[0])
+    with socket.socket(socket.AF_UNIX) as deaf:
+        deaf.settimeout(DEADLINE)
+        deaf.connect(str(process.socket))
+        deaf.sendall(frame(Hello()) + frame(AskStatus()) * 900)  # the answers are more than a socket holds
+        assert asyncio.run(answer_length(process.socket, tiny_root[2]["tiny"])) == 30  # they are on their way
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            while True:
+                deaf.sendall(frame(Hello()) * 1000)
+
+
 async def answer_length(path: Path, digest: str) -> int:
     async with connected(path) as client:
         return len(await collect(client, request("a", digest, [1])))

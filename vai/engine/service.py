@@ -61,6 +61,7 @@ STOP_PATIENCE = 2.0  # seconds that a running step has to end after SIGTERM
 BACKLOG = 128
 MAX_UNREAD = 8 << 20  # bytes kept for a client that does not read
 MAX_UNANSWERED = 1000  # questions of one client
+LINGER = 5.0  # seconds that a client has to read the last of what was sent to it
 
 log = logging.getLogger("vai.engine")
 
@@ -145,8 +146,9 @@ class Connection:
         self.send(message)
 
     def close(self) -> None:
-        """End the connection once what was sent is out."""
+        """End the connection once what was sent is out, or where the client does not read it, LINGER later."""
         self._writer.close()
+        asyncio.get_running_loop().call_later(LINGER, self._writer.transport.abort)
 
 
 class Service:
