@@ -76,10 +76,10 @@ void bind_plan(nb::module_& m) {
       .def("embed", [](Plan& p, WeightOf table, PlaceOf out, WhereOf where) {
              p.embed(made<vai::Weight>(table), made<Place>(out), made<Where>(where));
            }, nb::kw_only(), nb::arg("table"), nb::arg("out"), nb::arg("where"))
-      .def("norm", [](Plan& p, PlaceOf x, int columns, std::optional<VectorOf> weight, float epsilon, std::optional<PlaceOf> out,
+      .def("norm", [](Plan& p, PlaceOf x, int heads, int columns, std::optional<VectorOf> weight, float epsilon, std::optional<PlaceOf> out,
                       std::optional<size_t> packed32, std::optional<size_t> packed256, WhereOf where) {
-             p.norm(made<Place>(x), columns, made<vai::Vector>(weight), epsilon, made<Place>(out), packed32, packed256, made<Where>(where));
-           }, nb::kw_only(), nb::arg("x"), nb::arg("columns"), nb::arg("weight").none(), nb::arg("epsilon"), nb::arg("out").none(),
+             p.norm(made<Place>(x), heads, columns, made<vai::Vector>(weight), epsilon, made<Place>(out), packed32, packed256, made<Where>(where));
+           }, nb::kw_only(), nb::arg("x"), nb::arg("heads"), nb::arg("columns"), nb::arg("weight").none(), nb::arg("epsilon"), nb::arg("out").none(),
            nb::arg("packed32").none(), nb::arg("packed256").none(), nb::arg("where"))
       .def("linear", [](Plan& p, WeightOf weight, int blocks, std::optional<PlaceOf> x, std::optional<size_t> packed,
                         std::optional<VectorOf> bias, std::optional<PlaceOf> addend, std::optional<PlaceOf> residual, PlaceOf out,

@@ -96,16 +96,18 @@ void Plan::embed(const Weight& table, Place out, Where where) {
   add(EmbedArgs{matrix(table), nullptr, place(out, table.columns, false), out.width}, where);
 }
 
-void Plan::norm(Place x, int columns, std::optional<Vector> weight, float epsilon, std::optional<Place> out,
+void Plan::norm(Place x, int heads, int columns, std::optional<Vector> weight, float epsilon, std::optional<Place> out,
                 std::optional<size_t> packed32, std::optional<size_t> packed256, Where where) {
   NormArgs a{};
-  a.x = place(x, columns, where.outputs);
+  require(heads > 0 && (heads == 1 || (!packed32 && !packed256)), "heads of quantized rows");
+  a.x = place(x, heads * columns, where.outputs);
   a.ldx = x.width;
+  a.heads = heads;
   a.columns = columns;
   if (weight) a.weight = vector(*weight, (columns + 15) / 16);
   require(!weight || (weight->first == 0 && weight->step == 1), "a norm weight that is a part");
   a.epsilon = epsilon;
-  if (out) a.out = place(*out, columns, where.outputs), a.ldo = out->width;
+  if (out) a.out = place(*out, heads * columns, where.outputs), a.ldo = out->width;
   if (packed32) a.packed32 = packed(*packed32, kGroup, columns, where.outputs);
   if (packed256) a.packed256 = packed(*packed256, kWideGroup, columns, where.outputs);
   add(a, where);

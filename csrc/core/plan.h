@@ -82,7 +82,8 @@ class Plan {
   // Building, in order. What an instruction will touch is checked against image and workspace once, here; one that does not
   // fit is a mistake of the lowering: std::logic_error. `columns` count the values of a row that are read or written.
   void embed(const Weight& table, Place out, Where where);
-  void norm(Place x, int columns, std::optional<Vector> weight, float epsilon, std::optional<Place> out,
+  // `columns` of each of `heads`, which stand one after the other and share the weight.
+  void norm(Place x, int heads, int columns, std::optional<Vector> weight, float epsilon, std::optional<Place> out,
             std::optional<size_t> packed32, std::optional<size_t> packed256, Where where);
   // Exactly one of `x` and `records`, as the weight's type wants. `blocks`: output blocks of 16 columns.
   void linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records, std::optional<Vector> bias,

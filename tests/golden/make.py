@@ -3,8 +3,8 @@
     pip install ".[dev,oracle]" && python tests/golden/make.py
 
 An implementation that shares nothing with ours: the GGUF file is read and dequantized by the `gguf` package, and the
-forward pass is LlamaForCausalLM or Qwen2ForCausalLM in binary64 (transformers computes norms, angles and softmax in
-binary32 all the same). Writes SHAPE-TYPE.npz: `tokens`, `rows` (positions), `logits` [rows, vocabulary] in binary32,
+forward pass is transformers' class of the family in binary64 (which computes norms, angles and softmax in binary32 all
+the same). Writes SHAPE-TYPE.npz: `tokens`, `rows` (positions), `logits` [rows, vocabulary] in binary32,
 and `greedy`, the tokens that follow by greedy decoding. Bits are another matter: see bits.py.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+import transformers
 
 from vai.burn.synth import SHAPES, synthesize
 from vai.models.spec import Spec
@@ -29,12 +29,15 @@ NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -70,11 +73,9 @@ def model(path: Path, spec: Spec) -> torch.nn.Module:
     rope = {"rope_theta": spec.rope_base, "rope_type": "default"}
     if spec.rope_scaling == "linear":
         rope |= {"rope_type": "linear", "factor": spec.rope_factor}
-    config_class, model_class = (
-        (LlamaConfig, LlamaForCausalLM) if spec.architecture == "llama" else (Qwen2Config, Qwen2ForCausalLM)
-    )
-    built = model_class(
-        config_class(
+    name = CLASSES[spec.architecture]
+    built = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(
             vocab_size=spec.vocabulary,
             hidden_size=spec.width,
             intermediate_size=spec.ffn,
@@ -99,7 +100,7 @@ def model(path: Path, spec: Spec) -> torch.nn.Module:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
-        for shape in ("tiny", "tiny-qwen2"):
+        for shape in ("tiny", "tiny-qwen2", "tiny-qwen3"):
             for type in ("F32", "Q8_0", "Q4_0"):
                 path = Path(directory) / f"{shape}-{type}.gguf"
                 synthesize(path, shape=shape, type=type)

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from vai.burn.synth import SHAPES
-from vai.kernels.ops import Attention, KvWrite, Linear, RmsNorm, Rope, Rows
+from vai.kernels.ops import Attention, HeadNorm, KvWrite, Linear, RmsNorm, Rope, Rows
 from vai.models.decoder import build, rope_frequencies
 from vai.models.spec import Spec
 
@@ -57,6 +57,16 @@ def test_a_tied_model_projects_with_its_embedding() -> None:
     assert isinstance(head, Linear) and head.weight == "token_embd.weight"
     head = build(SHAPES["tiny"]).ops[-1]
     assert isinstance(head, Linear) and head.weight == "output.weight"
+
+
+def test_heads_are_normalized_between_their_projection_and_rope() -> None:
+    ops = {op.output: op for op in build(SHAPES["tiny-qwen3"]).ops if not isinstance(op, KvWrite)}
+    for name, heads in (("q", 6), ("k", 2)):
+        rope = ops[f"blk.1.{name}.rope"]
+        assert isinstance(rope, Rope)
+        norm = ops[rope.x]
+        assert isinstance(norm, HeadNorm) and isinstance(ops[norm.x], Linear)
+        assert (norm.weight, norm.heads) == (f"blk.1.attn_{name}_norm.weight", heads)
 
 
 def test_linear_scaling_divides_every_frequency() -> None:

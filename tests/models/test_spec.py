@@ -47,6 +47,11 @@ def test_the_metadata_of_a_file_gives_back_its_spec(name: str) -> None:
     assert spec_from_gguf(metadata(SHAPES[name]), shapes(SHAPES[name])) == SHAPES[name]
 
 
+def test_a_field_that_came_later_changes_no_section_that_does_without_it() -> None:
+    assert b"qk_norm" not in TINY.to_bytes()
+    assert b'"qk_norm":true' in SHAPES["tiny-qwen3"].to_bytes()
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_spec_survives_its_section_of_the_image(name: str) -> None:
     section = SHAPES[name].to_bytes()

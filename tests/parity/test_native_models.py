@@ -27,6 +27,8 @@ MIXED = [
     ("tiny-256", "Q6_K"),
     ("tiny-qwen2", "Q5_K_M"),
     ("tiny", "Q4_1"),
+    ("tiny-qwen3", "Q4_0"),
+    ("tiny-qwen3", "F32"),
 ]
 TOKENS = 128  # of room for each sequence
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from vai.burn.synth import SHAPES
 from vai.kernels import reference
-from vai.kernels.ops import Linear
+from vai.kernels.ops import HeadNorm, Linear
 from vai.kernels.program import PAGE_TOKENS, Program, StepArgs
 from vai.models.decoder import build
 from vai.models.spec import Spec
@@ -37,7 +37,7 @@ Burned = Callable[[str, str], Image]
 Checkpoint = Callable[[str, str], Path]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-MODELS = ("tiny", "tiny-qwen2")
+MODELS = ("tiny", "tiny-qwen2", "tiny-qwen3")
 DRAWS = 16
 
 
@@ -126,12 +126,15 @@ class Ideal:
         return project(noise.activation(self._norm(x, t["output_norm.weight"])), head)
 
     def _norm(self, x: Doubles, weight: Doubles) -> Doubles:
-        scaled: Doubles = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + self.spec.norm_epsilon) * weight
+        scaled: Doubles = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + self.spec.norm_epsilon) * weight
         return scaled
 
     def _attention(self, w: dict[str, Doubles], x: Doubles, noise: Noise) -> Doubles:
         s, h = self.spec, noise.activation(x)
         q, k, v = (project(h, w[f"attn_{n}.weight"]) + w.get(f"attn_{n}.bias", 0.0) for n in "qkv")
+        if s.qk_norm:
+            q = self._norm(q.reshape(len(x), s.heads, -1), w["attn_q_norm.weight"])
+            k = self._norm(k.reshape(len(x), s.kv_heads, -1), w["attn_k_norm.weight"])
         q, k = self._rotate(q, s.heads), noise.stored(self._rotate(k, s.kv_heads))
         v = noise.stored(v.reshape(len(x), s.kv_heads, s.head_dim))
         out = np.empty_like(q)
@@ -234,6 +237,10 @@ MUTATIONS = [
     ("tiny-qwen2", {"rope_base": 10_000.0}),
     ("tiny-qwen2", {"rope_scaling": "linear", "rope_factor": 4.0}),
     ("tiny-qwen2", {"qkv_bias": False}),
+    ("tiny-qwen3", {"norm_epsilon": 1e-5}),
+    ("tiny-qwen3", {"pairing": "norm"}),
+    ("tiny-qwen3", {"rope_base": 10_000.0}),
+    ("tiny-qwen3", {"qk_norm": False}),
 ]
 
 
@@ -257,6 +264,23 @@ def test_each_bias_moves_the_logits(which: str, burned: Burned) -> None:
     ]
     mutant = dataclasses.replace(program, ops=tuple(without))
     logits = Runner(mutant, burned("tiny-qwen2", "F32"), "f32", 40)(oracle["tokens"])[oracle["rows"]]
+    assert nmse(logits, oracle["logits"].astype(np.float64)) > 1e-3
+
+
+@pytest.mark.parametrize("which", ["q", "k"])
+@pytest.mark.parametrize("changes", [{"heads": 1}, {"weight": "blk.0.attn_k_norm.weight"}], ids=["heads", "weight"])
+def test_each_norm_of_heads_moves_the_logits(
+    which: str, changes: dict[str, object], burned: Burned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle, program = golden("tiny-qwen3", "F32"), build(SHAPES["tiny-qwen3"])
+    norm = reference.rms_norm
+    monkeypatch.setattr(reference, "rms_norm", lambda x, w, e: norm(x, np.resize(w, x.shape[-1]), e))
+    ops = [
+        dataclasses.replace(op, **changes) if isinstance(op, HeadNorm) and op.x.endswith(f".{which}") else op
+        for op in program.ops
+    ]
+    mutant = dataclasses.replace(program, ops=tuple(ops))
+    logits = Runner(mutant, burned("tiny-qwen3", "F32"), "f32", 40)(oracle["tokens"])[oracle["rows"]]
     assert nmse(logits, oracle["logits"].astype(np.float64)) > 1e-3
 
 

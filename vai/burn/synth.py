@@ -58,6 +58,23 @@ SHAPES: Mapping[str, Spec] = {
         tied=True,
         qkv_bias=True,
     ),
+    "tiny-qwen3": Spec(
+        architecture="qwen3",
+        pairing="neox",
+        layers=2,
+        width=160,
+        ffn=416,
+        heads=6,
+        kv_heads=2,
+        head_dim=48,
+        vocabulary=523,
+        context=4096,
+        norm_epsilon=0.0625,
+        rope_base=1_000_000.0,
+        rope_dims=48,
+        tied=True,
+        qk_norm=True,
+    ),
     # For block types of 256 columns, with an output matrix of its own and layers of both kinds in a mix.
     "tiny-256": Spec(
         architecture="qwen2",
@@ -91,6 +108,23 @@ SHAPES: Mapping[str, Spec] = {
         rope_dims=64,
         tied=True,
         qkv_bias=True,
+    ),
+    "qwen3-0.6b": Spec(
+        architecture="qwen3",
+        pairing="neox",
+        layers=28,
+        width=1024,
+        ffn=3072,
+        heads=16,
+        kv_heads=8,
+        head_dim=128,
+        vocabulary=151_936,
+        context=40_960,
+        norm_epsilon=1e-6,
+        rope_base=1_000_000.0,
+        rope_dims=128,
+        tied=True,
+        qk_norm=True,
     ),
     "deepseek-coder-1.3b": Spec(
         architecture="llama",
@@ -489,7 +523,7 @@ def _integers(spec: Spec) -> Iterator[tuple[str, int]]:
 
 def _write_tokenizer(writer: GgufWriter, spec: Spec) -> None:
     """A byte-level BPE vocabulary with the special tokens, roles and template of the family's instruct models."""
-    if spec.architecture == "qwen2":
+    if spec.architecture.startswith("qwen"):
         pre, template, add_bos = "qwen2", _QWEN2_TEMPLATE, False
         bos, eos, pad, *others = "<|endoftext|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>"
     else:

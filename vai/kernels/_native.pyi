@@ -40,6 +40,7 @@ class Plan:
         self,
         *,
         x: Place,
+        heads: int,
         columns: int,
         weight: Vector | None,
         epsilon: float,

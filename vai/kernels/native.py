@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vai.errors import BadRequest, CorruptImage, NotSupported, Unavailable, UnsupportedModel
 from vai.kernels import _native
-from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
+from vai.kernels.ops import Attention, Embed, Glu, HeadNorm, KvWrite, Linear, Op, RmsNorm, Rope, Rows
 from vai.kernels.program import KV_BYTES, PlanLine, Program, StepArgs
 from vai.rom.image import BLOCK_TYPES, VECTOR, Part, StoredTensor, TensorTable
 
@@ -231,6 +231,8 @@ class _Fuser:
                     self._embed(index, op)
                 case RmsNorm():
                     self._norm(index, op)
+                case HeadNorm():
+                    self._head_norm(index, op)
                 case Linear():
                     self._linear(index, op)
                 case Rope():
@@ -295,6 +297,26 @@ class _Fuser:
             op=op,
             text=f"{op.weight} {x.columns}",
             image_bytes=4 * x.columns,
+        )
+
+    def _head_norm(self, index: int, op: HeadNorm) -> None:
+        """Over its input where nobody else reads that, as rope does; no barrier is between the two."""
+        x = self._views[op.x]
+        out = x
+        if self._readers[op.x] != [index]:
+            out = self._new(op.output, x.columns, outputs=x.outputs)
+        self._views[op.output] = out
+        head_dim = x.columns // op.heads
+        weight = self._vector(op.weight, head_dim)
+        self._add(
+            "head_norm",
+            [index],
+            x,
+            views={"x": x, "out": out},
+            vector=weight,
+            op=op,
+            text=f"{op.weight} {op.heads} heads of {head_dim}",
+            image_bytes=4 * head_dim,
         )
 
     def _linear(self, index: int, op: Linear) -> None:
@@ -647,7 +669,7 @@ def _reads(op: Op) -> list[str]:
     match op:
         case Embed():
             return []
-        case RmsNorm() | Rope() | Rows():
+        case RmsNorm() | HeadNorm() | Rope() | Rows():
             return [op.x]
         case Linear():
             return [value for value in (op.x, op.addend, op.residual) if value is not None]
@@ -710,11 +732,13 @@ def _emit(native: _native.Plan, made: _Instruction) -> None:
     match made.kind:
         case "embed" if made.weight:
             native.embed(table=made.weight, out=place["out"], where=where)
-        case "norm" | "quantize":
-            epsilon = op.epsilon if isinstance(op, RmsNorm) else 0.0
+        case "norm" | "quantize" | "head_norm":
+            heads = op.heads if isinstance(op, HeadNorm) else 1
+            epsilon = op.epsilon if isinstance(op, RmsNorm | HeadNorm) else 0.0
             native.norm(
                 x=place["x"],
-                columns=made.views["x"].columns,
+                heads=heads,
+                columns=made.views["x"].columns // heads,
                 weight=made.vector,
                 epsilon=epsilon,
                 out=place.get("out"),

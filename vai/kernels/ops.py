@@ -36,6 +36,17 @@ class RmsNorm:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """RmsNorm over the `head_dim` columns of each head of x [M, heads * head_dim] on its own, all with `weight`."""
+
+    output: str
+    x: str
+    weight: str
+    heads: int
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
 class Linear:
     """output [M, N] = x [M, K] times `weight` [N, K] transposed, in the exact kind; then + addend, + bias, + residual.
 
@@ -123,4 +134,4 @@ class Rows:
     x: str
 
 
-Op = Embed | RmsNorm | Linear | Rope | KvWrite | Attention | Glu | Rows
+Op = Embed | RmsNorm | HeadNorm | Linear | Rope | KvWrite | Attention | Glu | Rows

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vai.errors import BadRequest, CorruptImage
-from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
+from vai.kernels.ops import Attention, Embed, Glu, HeadNorm, KvWrite, Linear, Op, RmsNorm, Rope, Rows
 from vai.kernels.program import (
     ATTENTION_CHUNK,
     PAGE_TOKENS,
@@ -546,6 +546,9 @@ class ReferencePlan:
                 values[op.output] = embed(self._matrices[op.weight], step.tokens)
             case RmsNorm():
                 values[op.output] = rms_norm(values[op.x], self._vectors[op.weight], op.epsilon)
+            case HeadNorm():
+                heads = values[op.x].reshape(len(step.tokens), op.heads, -1)
+                values[op.output] = rms_norm(heads, self._vectors[op.weight], op.epsilon).reshape(len(heads), -1)
             case Linear():
                 values[op.output] = self._linear(op, values)
             case Rope():
@@ -604,7 +607,7 @@ def _value_widths(program: Program) -> dict[str, int]:
                 widths[op.output] = program.constants[op.weight][1]
             case Linear():
                 widths[op.output] = program.constants[op.weight][0]
-            case RmsNorm() | Rope() | Rows():
+            case RmsNorm() | HeadNorm() | Rope() | Rows():
                 widths[op.output] = widths[op.x]
             case Attention():
                 widths[op.output] = widths[op.q]

@@ -6,13 +6,16 @@ import decimal
 import math
 from collections.abc import Sequence
 
-from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
+from vai.kernels.ops import Attention, Embed, Glu, HeadNorm, KvWrite, Linear, Op, RmsNorm, Rope, Rows
 from vai.kernels.program import CacheGroup, Program
 from vai.models.spec import Spec, expected_tensors
 
 
 def build(spec: Spec) -> Program:
-    """The forward pass of `spec`, from token ids to logits (Llama: Touvron et al. 2023; Qwen 2: Yang et al. 2024)."""
+    """The forward pass of `spec`, from token ids to logits.
+
+    Llama: Touvron et al. 2023; Qwen 2: Yang et al. 2024; Qwen 3: Yang et al. 2025.
+    """
     frequencies = rope_frequencies(spec.rope_base, spec.rope_dims, spec.rope_factor, spec.rope_divisors)
     ops: list[Op] = [Embed("embedding", "token_embd.weight")]
     x = "embedding"
@@ -40,13 +43,22 @@ def _block(spec: Spec, layer: int, x: str, frequencies: tuple[float, ...]) -> li
     """x + attention(norm(x)), then that plus feed_forward(norm of that)."""
     b = f"blk.{layer}."
     bias = {name: f"{b}attn_{name}.bias" if spec.qkv_bias else None for name in "qkv"}
+    q, k = b + "q", b + "k"
+    normed: list[Op] = []
+    if spec.qk_norm:
+        normed = [
+            HeadNorm(q + ".norm", q, b + "attn_q_norm.weight", spec.heads, spec.norm_epsilon),
+            HeadNorm(k + ".norm", k, b + "attn_k_norm.weight", spec.kv_heads, spec.norm_epsilon),
+        ]
+        q, k = q + ".norm", k + ".norm"
     return [
         RmsNorm(b + "attn_norm", x, b + "attn_norm.weight", spec.norm_epsilon),
         Linear(b + "q", b + "attn_norm", b + "attn_q.weight", bias=bias["q"]),
         Linear(b + "k", b + "attn_norm", b + "attn_k.weight", bias=bias["k"]),
         Linear(b + "v", b + "attn_norm", b + "attn_v.weight", bias=bias["v"]),
-        Rope(b + "q.rope", b + "q", spec.heads, spec.head_dim, spec.pairing, frequencies),
-        Rope(b + "k.rope", b + "k", spec.kv_heads, spec.head_dim, spec.pairing, frequencies),
+        *normed,
+        Rope(b + "q.rope", q, spec.heads, spec.head_dim, spec.pairing, frequencies),
+        Rope(b + "k.rope", k, spec.kv_heads, spec.head_dim, spec.pairing, frequencies),
         KvWrite(b + "k.rope", b + "v", group=0, layer=layer),
         Attention(
             b + "attention",

@@ -14,16 +14,19 @@ import msgspec
 from msgspec import Meta
 
 from vai.errors import CorruptImage, MalformedFile, UnsupportedModel
-from vai.models.families import llama, qwen2
+from vai.models.families import llama, qwen2, qwen3
 from vai.models.family import Family, Pairing
 from vai.rom.image import canonical_json
 
-FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (llama.FAMILY, qwen2.FAMILY)}
+FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)}
 ROPE_DIVISORS = "rope_freqs.weight"  # a tensor that becomes part of the spec, not of the image
 
 MAX_LAYERS, MAX_WIDTH, MAX_FFN, MAX_HEADS, MAX_HEAD_DIM = 1024, 1 << 16, 1 << 20, 1 << 10, 1 << 10
 MAX_VOCABULARY, MAX_CONTEXT = 1 << 24, 1 << 24
 MAX_ROPE_BASE, MAX_ROPE_FACTOR = 1e15, 1e6
+
+# Fields that came after the first images: left out where they have their default, so that no digest changes.
+_LATER = frozenset({"qk_norm"})
 
 Positive = Annotated[float, Meta(gt=0)]
 
@@ -33,7 +36,8 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     context: longest sequence in tokens. rope_dims: leading elements of a head that RoPE rotates. rope_factor: positions
     are divided by it ("linear"); 1 for "none". rope_divisors: one for each rotated pair, or empty.
-    tied: the output projection is the token embedding. Raises ValueError where fields contradict one another.
+    tied: the output projection is the token embedding. qk_norm: each query and key head is normalized before RoPE.
+    Raises ValueError where fields contradict one another.
     """
 
     architecture: str
@@ -54,6 +58,7 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     rope_divisors: tuple[Positive, ...] = ()
     tied: bool = False
     qkv_bias: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.architecture not in FAMILIES:
@@ -69,7 +74,11 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: equal specs give equal bytes."""
-        return canonical_json(msgspec.to_builtins(self))
+        fields = msgspec.to_builtins(self)
+        for field in msgspec.structs.fields(Spec):
+            if field.name in _LATER and fields[field.name] == field.default:
+                del fields[field.name]
+        return canonical_json(fields)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Spec:
@@ -126,6 +135,7 @@ def spec_from_gguf(
         "rope_divisors": _rope_divisors(family, tensors, rope_divisors),
         "tied": "output.weight" not in tensors,
         "qkv_bias": _qkv_bias(family, tensors),
+        "qk_norm": family.qk_norm,
     }
     try:
         spec = msgspec.convert(spec_fields, Spec)
@@ -153,6 +163,8 @@ def expected_tensors(spec: Spec) -> dict[str, tuple[int, int]]:
         }
         if spec.qkv_bias:
             block |= {"attn_q.bias": (q, 1), "attn_k.bias": (kv, 1), "attn_v.bias": (kv, 1)}
+        if spec.qk_norm:
+            block |= {"attn_q_norm.weight": (spec.head_dim, 1), "attn_k_norm.weight": (spec.head_dim, 1)}
         tensors |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
     tensors["output_norm.weight"] = (spec.width, 1)
     if not spec.tied:

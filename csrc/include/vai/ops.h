@@ -75,10 +75,11 @@ void embed(const EmbedArgs&, int begin, int end);
 // packed32: per 32 columns R x 32 codes, R scales (binary32), R sums of the codes (int32).
 // packed256: per 256 columns 8 x R x 32 codes, R scales, 4 x R pairs of sums of 32 columns, 8 x R pairs of sums of 16
 // columns (pairs of int16, neighbours in column order). With a null `weight` the rows are quantized as they are.
+// Each of `heads` runs of `columns` is normalized on its own; one that is more than one is not quantized.
 struct NormArgs {
   const float* x;
   size_t ldx;
-  int rows, columns;
+  int rows, heads = 1, columns;
   const float* weight;
   float epsilon;
   float* out;  // may be null

@@ -103,9 +103,10 @@ template <class V>
 void norm(const NormArgs& a, int begin, int end) {
   using F = typename V::F;
   constexpr int W = V::kLanes;
-  for (int m = begin; m < end; ++m) {
-    const float* x = a.x + size_t(m) * a.ldx;
-    float* out = a.out ? a.out + size_t(m) * a.ldo : nullptr;
+  for (int unit = begin * a.heads; unit < end * a.heads; ++unit) {
+    const int m = unit / a.heads, head = unit % a.heads * a.columns;
+    const float* x = a.x + size_t(m) * a.ldx + head;
+    float* out = a.out ? a.out + size_t(m) * a.ldo + head : nullptr;
     float r = 1.0f;
     if (a.weight) {
       const float mean = sum_of_squares<V>(x, a.columns) / float(a.columns);
