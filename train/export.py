@@ -15,11 +15,11 @@ from torch import Tensor
 from train.model import Decoder
 from train.tokenizer import END, PRE, SPECIALS, TURN, TURN_END
 from train.train import load
-from vai.burn.gguf import GgufWriter, ValueType
+from vai.burn.gguf import FILE_TYPES, GgufWriter, ValueType
 from vai.models.spec import Spec, expected_tensors
 from vai.text.vocabulary import CONTROL, NORMAL
 
-FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # general.file_type
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TEMPLATE = (
     "{% for message in messages %}{{ '"
     + TURN
@@ -31,7 +31,7 @@ TEMPLATE = (
 
 
 def export(model: Decoder, tokenizer: Path, out: Path, *, name: str, type: str) -> None:
-    """Write model and tokenizer.json as GGUF: matrices of `type` (a key of FILE_TYPES), vectors of F32."""
+    """Write model and tokenizer.json as GGUF: matrices of `type` (a key of TYPES), vectors of F32."""
     tensors = expected_tensors(model.spec)
     weights = dict(model.named_parameters())
     with GgufWriter(out) as writer:
@@ -44,8 +44,7 @@ def export(model: Decoder, tokenizer: Path, out: Path, *, name: str, type: str) 
 
 
 def _bytes(weight: Tensor, type: str) -> bytes:
-    kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[type]
-    return weight.detach().cpu().to(kind).contiguous().view(torch.uint8).numpy().tobytes()
+    return weight.detach().cpu().to(TYPES[type]).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _write_metadata(writer: GgufWriter, spec: Spec, name: str, type: str) -> None:
@@ -95,7 +94,7 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--name", default="vai-mini")
-    parser.add_argument("--type", choices=sorted(FILE_TYPES), default="BF16")
+    parser.add_argument("--type", choices=sorted(TYPES), default="BF16")
     args = parser.parse_args()
     export(load(args.checkpoint)[0], args.tokenizer, args.out, name=args.name, type=args.type)
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")

@@ -99,6 +99,21 @@ TENSOR_TYPES: dict[str, TensorType] = {
     "BF16": TensorType(30, 1, 2),
 }
 _USABLE = {kind.number: name for name, kind in TENSOR_TYPES.items()}
+FILE_TYPES = {  # general.file_type: what most matrices are
+    "F32": 0,
+    "F16": 1,
+    "BF16": 32,
+    "Q8_0": 7,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q4_K": 14,
+    "Q5_K": 16,
+    "Q6_K": 18,
+    "Q4_K_M": 15,
+    "Q5_K_M": 17,
+}
 # The rest of what the format has numbers for, so that a refusal says the name people know.
 _OTHER_TYPES: dict[int, str] = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
@@ -239,14 +254,17 @@ def _array(cursor: _Cursor, what: str) -> Value:
     return [bool(value) for value in values]
 
 
-def _metadata(cursor: _Cursor, count: int) -> tuple[dict[str, Value], dict[str, int]]:
+def _metadata(cursor: _Cursor, count: int) -> tuple[dict[str, Value], dict[str, int], dict[str, tuple[int, int]]]:
+    """Values, their types, and the extents of both in the file, by key."""
     values: dict[str, Value] = {}
     types: dict[str, int] = {}
+    extents: dict[str, tuple[int, int]] = {}
     for index in range(count):
         key = cursor.identifier(f"Metadata key {index}", MAX_KEY_BYTES)
         if key in values:
             raise MalformedFile(f"The metadata key '{_printable(key.encode())}' is there twice.")
         what = f"Metadata '{_printable(key.encode())}'"
+        start = cursor.position
         kind = cursor.number(_U32, what)
         if kind == ValueType.ARRAY:
             values[key] = _array(cursor, what)
@@ -255,7 +273,8 @@ def _metadata(cursor: _Cursor, count: int) -> tuple[dict[str, Value], dict[str, 
         else:
             raise MalformedFile(f"{what} has an unknown value type, {kind}.")
         types[key] = kind
-    return values, types
+        extents[key] = (start, cursor.position)
+    return values, types, extents
 
 
 def _tensor(cursor: _Cursor, index: int) -> tuple[str, str, tuple[int, ...], int]:
@@ -338,7 +357,7 @@ class GgufFile:
         if tensor_count > min(MAX_TENSORS, cursor.left() // 33):
             raise MalformedFile(f"The header says {tensor_count} tensors, more than fit or than is sane.")
         self.version: int = _U32.unpack_from(self._map, 4)[0]
-        self.metadata, self.types = _metadata(cursor, key_count)
+        self.metadata, self.types, self._extents = _metadata(cursor, key_count)
         _refuse_split(self.metadata)
         self.alignment = _alignment(self.metadata, self.types)
         described = [_tensor(cursor, index) for index in range(tensor_count)]
@@ -373,6 +392,11 @@ class GgufFile:
         """The bytes of a tensor, read-only, uncopied; release it before close()."""
         tensor = self.tensors[name]
         return self._view[tensor.offset : tensor.offset + tensor.bytes]
+
+    def encoded(self, key: str) -> bytes:
+        """Type and value of a metadata key as the file has them, for GgufWriter.add_encoded."""
+        start, end = self._extents[key]
+        return bytes(self._view[start:end])
 
     def header_sha256(self) -> str:
         """SHA-256 of everything before the tensors' bytes: metadata and tensor descriptions."""
@@ -449,16 +473,20 @@ class GgufWriter:
 
     def add(self, key: str, value: Scalar | Sequence[Scalar], type: ValueType) -> None:
         """One metadata value; a sequence is written as an array of `type`."""
-        if self._started:
-            raise ValueError("metadata comes before tensor bytes")
-        if key in self._keys:
-            raise ValueError(f"key {key} is there already")
         encode = _encoder(type)
         if isinstance(value, str | int | float):
             body = _U32.pack(type) + encode(value)
         else:
             body = _U32.pack(ValueType.ARRAY) + _U32.pack(type) + _U64.pack(len(value))
             body += b"".join(map(encode, value))
+        self.add_encoded(key, body)
+
+    def add_encoded(self, key: str, body: bytes) -> None:
+        """One metadata value as another file has it: GgufFile.encoded."""
+        if self._started:
+            raise ValueError("metadata comes before tensor bytes")
+        if key in self._keys:
+            raise ValueError(f"key {key} is there already")
         self._keys[key] = body
 
     def declare(self, name: str, type: str, shape: tuple[int, ...]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vai.burn.gguf import TENSOR_TYPES, GgufWriter, ValueType, tensor_bytes
+from vai.burn.gguf import FILE_TYPES, TENSOR_TYPES, GgufWriter, ValueType, tensor_bytes
 from vai.errors import BadRequest
 from vai.models.spec import Spec, expected_tensors
 from vai.text.vocabulary import byte_level_bpe
@@ -181,24 +181,9 @@ SHAPES: Mapping[str, Spec] = {
 
 MAX_BYTES = 8 << 30
 PIECE = 1 << 21  # weights made at a time
-FILE_TYPES = {  # general.file_type
-    "F32": 0,
-    "F16": 1,
-    "BF16": 32,
-    "Q8_0": 7,
-    "Q4_0": 2,
-    "Q4_1": 3,
-    "Q5_0": 8,
-    "Q5_1": 9,
-    "Q4_K": 14,
-    "Q5_K": 16,
-    "Q6_K": 18,
-    "Q4_0+Q6_K": 2,
-    "Q4_K_M": 15,
-    "Q5_K_M": 17,
-}
 # What people's files hold: the type of most matrices. The output is Q6_K, and in the last two some layers are as well.
 MIXES = {"Q4_0+Q6_K": "Q4_0", "Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
+TYPES = {**FILE_TYPES, "Q4_0+Q6_K": FILE_TYPES["Q4_0"]}  # with general.file_type
 _NARROW = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # in a mix, where columns are not whole blocks of 256
 
 # ChatML with tools in Hermes' form, as Qwen2.5 has it: tools in the system turn, results in a turn of the user's.
@@ -243,12 +228,12 @@ _DEEPSEEK_TEMPLATE = (
 def synthesize(path: Path, *, shape: str | Spec, type: str, seed: int = 0) -> int:
     """Write a checkpoint of `shape` (a name of SHAPES, or a Spec) with matrices of `type`; return its bytes.
 
-    `type` is a key of FILE_TYPES: a block type, or a mix of them as llama.cpp makes it. Vectors are F32. Raises
+    `type` is a key of TYPES: a block type, or a mix of them as llama.cpp makes it. Vectors are F32. Raises
     BadRequest for an unknown shape or type, a width that is not whole blocks, or a file over MAX_BYTES.
     """
     name, spec = (shape, _shape(shape)) if isinstance(shape, str) else (f"{shape.architecture}-synthetic", shape)
-    if type not in FILE_TYPES:
-        raise BadRequest(f"'{type}' is not a type that can be synthesized; choose one of {', '.join(FILE_TYPES)}.")
+    if type not in TYPES:
+        raise BadRequest(f"'{type}' is not a type that can be synthesized; choose one of {', '.join(TYPES)}.")
     if not 0 <= seed < 1 << 63:
         raise BadRequest("The seed must be a whole number from 0 to 2^63 - 1.")
     tensors = expected_tensors(spec)
@@ -496,7 +481,7 @@ def _write_metadata(writer: GgufWriter, name: str, spec: Spec, type: str) -> Non
     prefix = spec.architecture
     writer.add("general.architecture", prefix, ValueType.STRING)
     writer.add("general.name", f"{name} (synthetic)", ValueType.STRING)
-    writer.add("general.file_type", FILE_TYPES[type], ValueType.UINT32)
+    writer.add("general.file_type", TYPES[type], ValueType.UINT32)
     writer.add("general.quantization_version", 2, ValueType.UINT32)
     for key, value in _integers(spec):
         writer.add(f"{prefix}.{key}", value, ValueType.UINT32)

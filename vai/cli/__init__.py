@@ -25,6 +25,7 @@ _COMMANDS = {
     "stop": ("stop", "End all processes of VAI; the weights stay in memory."),
     "logs": ("logs", "Show what the processes wrote."),
     "synth": ("synth", "Make a model file with random weights, for tests and measurements."),
+    "quantize": ("quantize", "Make a model file of fewer bits."),
     "doctor": ("doctor", "Look at this machine: its ceilings, and what people stumble over."),
     "trace": ("trace", "Show where the time of a step goes, operation by operation."),
     "bench": ("bench", "Measure this machine."),

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
 from vai import config
-from vai.cli.output import short, size
+from vai.cli.output import Show, progress, short, size
 from vai.config import Config
 from vai.daemon.loads import burn_argv, parse, renamed, wish
 from vai.daemon.supervise import last_line, open_log
 from vai.errors import BadRequest, Interrupted, by_code
 from vai.rom import segment
 from vai.rom.registry import Registry
-
-Show = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @click.command()
@@ -78,7 +72,7 @@ def _set_draft(settings: Config, name: str, draft: str) -> None:
 def _load(settings: Config, file: Path, name: str) -> None:
     registry, source = Registry(settings.root, settings.names), str(file.resolve())
     began = time.monotonic()
-    with wish(registry, name, source), _progress(file.name) as show:
+    with wish(registry, name, source), progress(f"burning {file.name}") as show:
         digest = _burn(settings.root, source, settings.logs / "burn.log", show)
     registry.put(renamed(registry, name, source, digest))
     seconds = time.monotonic() - began
@@ -109,19 +103,3 @@ def _burn(root: Path, source: str, output: Path, show: Show) -> str:
         if "total" in message:
             show(int(message["done"]), int(message["total"]))
     raise Interrupted(f"The burn of {source} ended early (exit code {burner.wait()}): {last_line(output)}")
-
-
-@contextlib.contextmanager
-def _progress(label: str) -> Iterator[Show]:
-    """A bar with rate and time left on a terminal; silence elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)]
-    columns += [TransferSpeedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"burning {label}", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,13 +1,16 @@
-"""How the command line writes: sizes, durations, tables, JSON."""
+"""How the command line writes: sizes, durations, tables, JSON, progress."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
 
+Show = Callable[[int, int], None]  # bytes done, bytes in all
 DIGEST_DIGITS = 12
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -47,3 +50,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def print_json(value: Any) -> None:
     """For programs. Keys stay as they are from one version to the next; new ones may come."""
     click.echo(json.dumps(value, indent=2))
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Show]:
+    """A bar with rate and time left on a terminal; silence elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)]
+    columns += [TransferSpeedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
