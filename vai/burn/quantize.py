@@ -169,9 +169,8 @@ def _inverse(scales: Floats) -> Floats:
 
 def _packed(codes: Bytes, bits: int) -> list[Bytes]:
     """Code bytes of blocks: the fifth bits of all, then nibbles, the second half of a block above the first."""
-    nibbles: Bytes = (codes[:, :16] & 15) | codes[:, 16:] << 4
-    fifth: Bytes = np.packbits(codes >> 4, axis=1, bitorder="little")
-    return [fifth, nibbles] if bits == 5 else [nibbles]
+    nibbles = (codes[:, :16] & np.uint8(15)) | (codes[:, 16:] << np.uint8(4))
+    return [np.packbits(codes >> 4, axis=1, bitorder="little"), nibbles] if bits == 5 else [nibbles]
 
 
 def _codes(data: Bytes, bits: int) -> Floats:

@@ -231,7 +231,7 @@ def synthesize(path: Path, *, shape: str | Spec, type: str, seed: int = 0) -> in
     `type` is a key of TYPES: a block type, or a mix of them as llama.cpp makes it. Vectors are F32. Raises
     BadRequest for an unknown shape or type, a width that is not whole blocks, or a file over MAX_BYTES.
     """
-    name, spec = (shape, _shape(shape)) if isinstance(shape, str) else (f"{shape.architecture}-synthetic", shape)
+    name, spec = (shape, shape_named(shape)) if isinstance(shape, str) else (f"{shape.architecture}-synthetic", shape)
     if type not in TYPES:
         raise BadRequest(f"'{type}' is not a type that can be synthesized; choose one of {', '.join(TYPES)}.")
     if not 0 <= seed < 1 << 63:
@@ -257,7 +257,8 @@ def synthesize(path: Path, *, shape: str | Spec, type: str, seed: int = 0) -> in
     return path.stat().st_size
 
 
-def _shape(name: str) -> Spec:
+def shape_named(name: str) -> Spec:
+    """Raises BadRequest for a name that is none of SHAPES."""
     if name not in SHAPES:
         raise BadRequest(f"There is no shape '{name}'; choose one of {', '.join(SHAPES)}.")
     return SHAPES[name]
