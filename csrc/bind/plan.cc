@@ -64,7 +64,7 @@ void bind_plan(nb::module_& m) {
           "__init__",
           [](Plan* self, vai::Workers& workers, const std::string& isa, const Bytes& data, size_t workspace_bytes, int max_rows,
              int max_outputs, int vocabulary, int context, const std::string& kv_type,
-             const std::vector<std::tuple<int, int, int>>& groups) {
+             const std::vector<std::tuple<int, int, int, int>>& groups) {
             vai::PlanShape shape{workspace_bytes, max_rows, max_outputs, vocabulary, context,
                                  kv_type == "bf16" ? vai::KvType::kBf16 : vai::KvType::kF32, {}};
             for (const auto& group : groups) shape.groups.push_back(made<vai::GroupShape>(group));
@@ -102,10 +102,11 @@ void bind_plan(nb::module_& m) {
       .def("kv_write", [](Plan& p, PlaceOf k, PlaceOf v, int group, int layer, WhereOf where) {
              p.kv_write(made<Place>(k), made<Place>(v), group, layer, made<Where>(where));
            }, nb::kw_only(), nb::arg("k"), nb::arg("v"), nb::arg("group"), nb::arg("layer"), nb::arg("where"))
-      .def("attention", [](Plan& p, PlaceOf q, PlaceOf out, int group, int layer, int heads, float scale, size_t scratch, WhereOf where) {
-             p.attention(made<Place>(q), made<Place>(out), group, layer, heads, scale, scratch, made<Where>(where));
+      .def("attention", [](Plan& p, PlaceOf q, PlaceOf out, int group, int layer, int heads, float scale, int window, float softcap,
+                           size_t scratch, WhereOf where) {
+             p.attention(made<Place>(q), made<Place>(out), group, layer, heads, scale, window, softcap, scratch, made<Where>(where));
            }, nb::kw_only(), nb::arg("q"), nb::arg("out"), nb::arg("group"), nb::arg("layer"), nb::arg("heads"), nb::arg("scale"),
-           nb::arg("scratch"), nb::arg("where"))
+           nb::arg("window"), nb::arg("softcap"), nb::arg("scratch"), nb::arg("where"))
       .def("rows", [](Plan& p, PlaceOf x, int columns, PlaceOf out, WhereOf where) {
              p.rows(made<Place>(x), columns, made<Place>(out), made<Where>(where));
            }, nb::kw_only(), nb::arg("x"), nb::arg("columns"), nb::arg("out"), nb::arg("where"))

@@ -168,12 +168,15 @@ void Plan::kv_write(Place k, Place v, int group, int layer, Where where) {
       where, group);
 }
 
-void Plan::attention(Place q, Place out, int group, int layer, int heads, float scale, size_t scratch, Where where) {
+void Plan::attention(Place q, Place out, int group, int layer, int heads, float scale, int window, float softcap, size_t scratch,
+                     Where where) {
   const Pages p = pages(group, layer);
+  const int kept = shape_.groups[size_t(group)].window;
+  require(window >= 0 && softcap >= 0.0f && (kept == 0 || (window > 0 && window <= kept)), "a window wider than its group's");
   require(!where.outputs && heads > 0 && heads % p.kv_heads == 0, "heads that do not share evenly");
   const size_t context = size_t(shape_.context + 15) / 16 * 16, floats = attention_scratch(context, p.head_dim);
   AttentionArgs a{p,       place(q, heads * p.head_dim, false), q.width, place(out, heads * p.head_dim, false), out.width, heads, scale,
-                  nullptr, sequence_of_row_.data(),             nullptr, context};
+                  nullptr, sequence_of_row_.data(),             nullptr, context, window, softcap};
   add(a, where, group);
   Instruction& instruction = instructions_.back();
   instruction.next = &counters_.emplace_back(0);
@@ -222,7 +225,8 @@ void Plan::check(const Step& s) const {
       const Step::Table& table = s.tables[g];
       const size_t bytes = page_bytes(int(g));
       accept(pages <= table.width, "a block table is too short for its sequence");
-      for (size_t i = 0; i < pages; ++i) {
+      const int window = shape_.groups[g].window, seen = s.context[q] + 1;  // nothing behind the first row's window is read
+      for (size_t i = window && seen > window ? size_t((seen - window) / kPageTokens) : 0; i < pages; ++i) {
         const int64_t offset = table.pages[q * table.width + i];
         accept(offset >= 0 && offset % 64 == 0 && bytes <= s.pool_bytes && size_t(offset) <= s.pool_bytes - bytes,
                "a block table names a page outside the pool");

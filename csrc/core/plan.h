@@ -37,8 +37,9 @@ struct Where {
   bool outputs, barrier;
 };
 
+// `window`: tokens that a row sees at most, its own the last; 0: all.
 struct GroupShape {
-  int layers, kv_heads, head_dim;
+  int layers, kv_heads, head_dim, window;
 };
 
 struct PlanShape {
@@ -93,7 +94,8 @@ class Plan {
   void rope(Place x, Place out, int heads, int head_dim, int pairs, bool neox, size_t angles, Where where);
   void kv_write(Place k, Place v, int group, int layer, Where where);
   // `scratch`: byte offset of the workers' scratch, one after the other.
-  void attention(Place q, Place out, int group, int layer, int heads, float scale, size_t scratch, Where where);
+  void attention(Place q, Place out, int group, int layer, int heads, float scale, int window, float softcap, size_t scratch,
+                 Where where);
   void rows(Place x, int columns, Place out, Where where);
   void result(Place out, int columns, bool of_outputs);
 

@@ -21,7 +21,7 @@ constexpr size_t kPage = 2 * kPageTokens * kHeadDim * sizeof(float);
 struct Outputs {
   uint8_t narrow[4096], wide[4096];
   float normal[kRows * kColumns], gated[kRows * kColumns], products[kBlockTypes][kRows * kOutputs];
-  float mixed[kRows * kHeads * kHeadDim], probabilities[kColumns], maximum;
+  float mixed[2][kRows * kHeads * kHeadDim], probabilities[kColumns], maximum;
 };
 Outputs found[2];
 struct Inputs {
@@ -64,9 +64,10 @@ void run(const Isa& isa, Outputs& out) {
   for (KvType type : {KvType::kBf16, KvType::kF32}) {
     AttentionArgs attention{};
     attention.pages = {in.pages, table, 2, 0, 1, kHeadDim, type};
-    attention.q = in.x, attention.ldq = kColumns, attention.out = out.mixed, attention.ldo = kHeads * kHeadDim;
+    attention.q = in.x, attention.ldq = kColumns, attention.out = out.mixed[int(type)], attention.ldo = kHeads * kHeadDim;
     attention.heads = kHeads, attention.scale = 0.2f, attention.positions = positions, attention.sequence_of_row = sequences;
     attention.tiles = &tile, attention.context = 64;
+    if (type == KvType::kF32) attention.window = 20, attention.softcap = 3.0f;
     isa.attention(attention, 0, in.scratch);
   }
   isa.probabilities({in.x, kColumns, 0.7f, out.probabilities}, &out.maximum);

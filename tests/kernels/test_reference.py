@@ -48,6 +48,14 @@ def test_exp_at_its_ends() -> None:
     assert not np.signbit(value[:8]).any()
 
 
+def test_tanh_is_within_two_steps_of_the_truth() -> None:
+    x = np.concatenate([np.linspace(-12, 12, 200_001), np.geomspace(1e-30, 1, 1001), [0.625, -0.625]]).astype(F)
+    truth = np.array([math.tanh(each) for each in x])
+    assert (np.abs(reference.tanh(x) - truth) <= 1.5 * np.spacing(np.abs(truth).astype(F)).astype(np.float64)).all()
+    ends = reference.tanh(np.array([0, 50, -50, 1e30, np.inf, -np.inf, np.nan], F))
+    np.testing.assert_array_equal(ends, np.array([0, 1, -1, 1, 1, -1, np.nan], F))
+
+
 def test_sine_and_cosine_are_right_to_a_few_steps_of_binary64() -> None:
     angles = np.concatenate([
         np.linspace(0, 100, 20_001),
@@ -187,29 +195,35 @@ def test_rope_turns_its_pairs_and_leaves_the_rest(pairing: str) -> None:
         np.testing.assert_allclose(found[:, :, a] + 1j * found[:, :, b], turned, atol=2e-6)
 
 
-def test_attention_is_the_specified_sequence_of_operations() -> None:
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (0, 0.5), (20, 0.0), (1030, 0.5)])
+def test_attention_is_the_specified_sequence_of_operations(window: int, softcap: float) -> None:
     """Over the edge of a chunk, grouped heads, several rows: every bit from scalar loops."""
     tokens, heads, kv_heads, d = 1040, 4, 2, 2
     q, k, v = random(3, heads, d), random(kv_heads, tokens, d, seed=1), random(kv_heads, tokens, d, seed=2)
     positions = np.array([3, 1023, 1039], np.int32)
-    found = reference.attend(q, positions, k, v, 1 / math.sqrt(d))
+    found = reference.attend(q, positions, k, v, 1 / math.sqrt(d), window=window, softcap=softcap)
     for row, position in enumerate(positions):
         for head in range(heads):
             keys, values = k[head // 2], v[head // 2]
-            scores = []
-            for t in range(position + 1):
+            seen = range(max(0, position + 1 - window) if window else 0, position + 1)
+            scores = {}
+            for t in seen:
                 s = F(0)
                 for i in range(d):
                     s = s + q[row, head, i] * keys[t, i]
-                scores.append(s * F(1 / math.sqrt(d)))
-            e = reference.exp(np.array(scores, F) - max(scores))
+                scores[t] = s * F(1 / math.sqrt(d))
+                if softcap:
+                    scores[t] = F(softcap) * reference.tanh(np.array([scores[t] / F(softcap)]))[0]
+            top = max(scores.values())
+            e = {t: reference.exp(np.array([s - top]))[0] for t, s in scores.items()}
             total, mixed = None, None
-            for start in range(0, position + 1, 1024):
+            for start in range(seen[0] // 1024 * 1024, position + 1, 1024):
                 chunk = range(start, min(start + 1024, position + 1))
                 part = [F(0)] * d
                 for t in chunk:
-                    part = [part[i] + e[t] * values[t, i] for i in range(d)]
-                weight = scalar_r16([e[t] for t in chunk])
+                    if t in seen:
+                        part = [part[i] + e[t] * values[t, i] for i in range(d)]
+                weight = scalar_r16([e.get(t, F(0)) for t in chunk])
                 total = weight if total is None else total + weight
                 mixed = part if mixed is None else [m + p for m, p in zip(mixed, part, strict=True)]
             assert [m / total for m in mixed] == list(found[row, head])

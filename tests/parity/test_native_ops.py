@@ -630,7 +630,7 @@ def test_a_norm_serves_readers_of_every_group_and_of_floats(isa: str, pools: lis
 # ---------------------------------------------------------------- with pages
 
 
-def attending(heads: int, kv_heads: int, head_dim: int, seed: int) -> tuple[Rom, Program]:
+def attending(heads: int, kv_heads: int, head_dim: int, seed: int, **how: float) -> tuple[Rom, Program]:
     """Queries, keys and values straight from tables; the second of two layers is the one that is read."""
     rng = np.random.default_rng(seed)
     rom = Rom(
@@ -643,9 +643,9 @@ def attending(heads: int, kv_heads: int, head_dim: int, seed: int) -> tuple[Rom,
         Embed("k", "k.weight"),
         Embed("v", "v.weight"),
         KvWrite("k", "v", group=0, layer=1),
-        Attention("y", "q", 0, 1, heads, kv_heads, head_dim, scale=0.3),
+        Attention("y", "q", 0, 1, heads, kv_heads, head_dim, scale=0.3, **how),
     ]
-    return rom, program(rom, ops, "y", [CacheGroup(2, kv_heads, head_dim)])
+    return rom, program(rom, ops, "y", [CacheGroup(2, kv_heads, head_dim, how.get("window"))])
 
 
 @pytest.mark.parametrize("kv_type", ["bf16", "f32"])
@@ -673,8 +673,41 @@ def test_attention_over_pages_in_any_order(
         contexts = [c + n for c, n in zip(contexts, lengths, strict=True)]
 
 
-def test_attention_adds_chunks_of_1024_from_position_0(isa: str, pools: list[table.Workers]) -> None:
-    rom, prog = attending(4, 2, 16, 11)
+@pytest.mark.parametrize("kv_type", ["bf16", "f32"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 8), (4, 4, 64), (6, 3, 20), (8, 2, 32)])
+@pytest.mark.parametrize("window", [1, 3, 16, 32, 33, 70])
+def test_a_window_reads_nothing_behind_it(
+    isa: str, pools: list[table.Workers], heads: int, kv_heads: int, head_dim: int, window: int, kv_type: str
+) -> None:
+    rom, prog = attending(heads, kv_heads, head_dim, heads, window=window, softcap=1.5)
+    rng = np.random.default_rng(16)
+    page = prog.groups[0].page_bytes(kv_type)
+    places = (rng.permutation(10).astype(np.int64) * page).reshape(2, 5)
+    pools_of = [np.full(10 * page, 0xFF, np.uint8) for _ in range(2)]
+    twin = reference.ReferencePlan(prog, rom, kv_type=kv_type, max_rows=64, max_sequences=64)
+    plan = native(rom, prog, isa, pools[1], kv_type)
+    contexts = [0, 0]
+    for lengths in ([40, 1], [1, 30], [23, 7], [1, 1], [31, 31], [1, 1], [30, 20]):
+        starts = np.cumsum([0, *lengths])
+        pages = places.copy()
+        for sequence, context in enumerate(contexts):
+            behind = max(0, context + 1 - window) // PAGE_TOKENS
+            for pool in pools_of:  # NaNs now, and nobody knows where they are
+                for gone in places[sequence, :behind]:
+                    pool[gone : gone + page] = 0xFF
+            pages[sequence, :behind] = -1
+        args = step(rng.integers(0, 64, starts[-1]), starts[:-1].tolist(), contexts, [pages])
+        got = plan.forward(args, pools_of[0])
+        assert np.isfinite(got).all()
+        same(got, twin.forward(args, pools_of[1]))
+        contexts = [c + n for c, n in zip(contexts, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("how", [{}, {"softcap": 0.7}, {"window": 40}, {"window": 1100, "softcap": 2.0}])
+def test_attention_adds_chunks_of_1024_from_position_0(
+    isa: str, pools: list[table.Workers], how: dict[str, float]
+) -> None:
+    rom, prog = attending(4, 2, 16, 11, **how)
     page = prog.groups[0].page_bytes("bf16")
     pages = np.arange(72, dtype=np.int64)[None, ::-1] * page
     pools_of = [np.zeros(72 * page, np.uint8) for _ in range(2)]
@@ -690,7 +723,7 @@ def test_attention_adds_chunks_of_1024_from_position_0(isa: str, pools: list[tab
         if rows == 3 or context > 2200:
             same(got, twin.forward(args, pools_of[1]))
         else:
-            twin.forward(args, pools_of[1])
+            pools_of[1][:] = pools_of[0]
         context += rows
 
 

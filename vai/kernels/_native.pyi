@@ -33,7 +33,7 @@ class Plan:
         vocabulary: int,
         context: int,
         kv_type: str,
-        groups: Sequence[tuple[int, int, int]],
+        groups: Sequence[tuple[int, int, int, int]],  # layers, KV heads, head_dim, window or 0
     ) -> None: ...
     def embed(self, *, table: Weight, out: Place, where: Where) -> None: ...
     def norm(
@@ -87,6 +87,8 @@ class Plan:
         layer: int,
         heads: int,
         scale: float,
+        window: int,
+        softcap: float,
         scratch: int,
         where: Where,
     ) -> None: ...

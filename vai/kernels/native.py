@@ -105,7 +105,7 @@ def lower(
     """
     if kv_type not in KV_BYTES:
         raise NotSupported(f"There is no KV type {kv_type!r}; choose one of {', '.join(KV_BYTES)}.")
-    fuser = _fuser(program, image.table, _Shape(max_rows, max_sequences, program.context, workers.threads))
+    fuser = _Fuser(program, image.table, _Shape(max_rows, max_sequences, program.context, workers.threads))
     instructions = fuser.instructions()
     workspace_bytes = _assign(instructions)
     native = _native.Plan(
@@ -118,7 +118,7 @@ def lower(
         vocabulary=program.vocabulary,
         context=program.context,
         kv_type=kv_type,
-        groups=[(group.layers, group.kv_heads, group.head_dim) for group in program.groups],
+        groups=[(group.layers, group.kv_heads, group.head_dim, group.window or 0) for group in program.groups],
     )
     for instruction in instructions:
         _emit(native, instruction)
@@ -129,13 +129,7 @@ def lower(
 
 def workspace_bytes(program: Program, table: TensorTable, *, max_rows: int, max_sequences: int, threads: int) -> int:
     """The bytes that `lower` would give the workspace, from the tensor table alone. Raises as `lower` does."""
-    return _assign(_fuser(program, table, _Shape(max_rows, max_sequences, program.context, threads)).instructions())
-
-
-def _fuser(program: Program, table: TensorTable, shape: _Shape) -> _Fuser:
-    if any(group.window is not None for group in program.groups):
-        raise UnsupportedModel("This model attends within a window, which the native executor does not do yet.")
-    return _Fuser(program, table, shape)
+    return _assign(_Fuser(program, table, _Shape(max_rows, max_sequences, program.context, threads)).instructions())
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,6 +448,7 @@ class _Fuser:
             head_dim = max(group.head_dim for group in self._program.groups)
             self._scratch = _Slot(4 * self._shape.threads * _native.attention_scratch(context, head_dim))
         out = self._new(op.output, op.heads * op.head_dim, outputs=False)
+        extra = [f"{name} {getattr(op, name):g}" for name in ("window", "softcap") if getattr(op, name)]
         self._add(
             "attention",
             [index],
@@ -461,7 +456,9 @@ class _Fuser:
             views={"q": q, "out": out},
             areas={"scratch": self._scratch},
             op=op,
-            text=f"group {op.group} layer {op.layer}, {op.heads}/{op.kv_heads} heads of {op.head_dim}",
+            text=" ".join(
+                [f"group {op.group} layer {op.layer}, {op.heads}/{op.kv_heads} heads of {op.head_dim}", *extra]
+            ),
         )
 
     def _glu(self, index: int, op: Glu) -> None:
@@ -801,6 +798,8 @@ def _emit_positional(
                 layer=op.layer,
                 heads=op.heads,
                 scale=op.scale,
+                window=op.window,
+                softcap=op.softcap,
                 scratch=area["scratch"],
                 where=where,
             )

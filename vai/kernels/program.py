@@ -25,7 +25,7 @@ class CacheGroup:
 
     A page holds PAGE_TOKENS tokens of all layers. At offset layer * layer_bytes stands K as
     [kv_heads][PAGE_TOKENS / 16][head_dim][16 tokens], then V as [kv_heads][PAGE_TOKENS][head_dim].
-    `window`: tokens a query may look back, None for all.
+    `window`: tokens a query reads at most, its own the last; None for all.
     """
 
     layers: int
@@ -63,7 +63,8 @@ class StepArgs:
 
     seq_start: sequence s owns rows [seq_start[s], seq_start[s+1]). context[s]: its tokens already in the cache before
     this step. positions[m]: absolute. block_tables[g][s, i]: byte offset in the pool of the page with tokens
-    [32 i, 32 i + 32) of group g; entries past the sequence's last page are not read. output_rows: indices into the M
+    [32 i, 32 i + 32) of group g; entries past the sequence's last page, and those that its first row has behind the
+    group's window, are not read. output_rows: indices into the M
     rows, ascending. kind: "exact" (the only one so far).
     """
 

@@ -22,6 +22,21 @@ inline typename V::F exp(typename V::F x0) {
   return V::select(V::unordered(x0), x0, clipped);
 }
 
+// tanh (Cephes): a polynomial below 0.625, else 1 - 2 / (exp(2 |x|) + 1) with the sign of x. NaN passes.
+template <class V>
+inline typename V::F tanh(typename V::F x) {
+  using F = typename V::F;
+  const F size = V::from_bits(V::iand(V::bits(x), V::iset1(INT32_MAX)));
+  const F far = V::sub(V::set1(1.0f), V::div(V::set1(2.0f), V::add(exp<V>(V::add(size, size)), V::set1(1.0f))));
+  const F signed_far = V::from_bits(V::ior(V::bits(far), V::iand(V::bits(x), V::iset1(INT32_MIN))));
+  constexpr float kC[4] = {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f};
+  const F z = V::mul(x, x);
+  F p = V::set1(-5.70498872745e-3f);
+  for (float c : kC) p = V::add(V::mul(p, z), V::set1(c));
+  const F near = V::add(V::mul(V::mul(p, z), x), x);
+  return V::select(V::greater_equal(size, V::set1(0.625f)), signed_far, near);
+}
+
 // silu(x) = x / (1 + exp(-x)).
 template <class V>
 inline typename V::F silu(typename V::F x) {

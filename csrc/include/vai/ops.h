@@ -169,6 +169,8 @@ struct AttentionArgs {
   const int32_t *positions, *sequence_of_row;
   const RowTile* tiles;  // unit u is tile u / kv_heads under KV head u % kv_heads
   size_t context;        // capacity of a score row, a multiple of 16
+  int window;            // tokens a row sees, its own the last; 0: all
+  float softcap;         // scores are softcap * tanh(score / softcap); 0: as they are
 };
 
 struct SampleRow {

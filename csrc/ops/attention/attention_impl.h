@@ -68,22 +68,32 @@ void weigh(const uint8_t* values, int head_dim, int tokens, const float* const* 
     }
 }
 
-// Scores to weights: e[t] = exp(s[t] - max) for t < end, 0 up to the next multiple of 16; the R16 sum of each chunk.
+// s[t] = cap * tanh(s[t] / cap) for t in [begin, end), both multiples of 16.
 template <class V>
-void soften(float* s, int end) {
+void cap_scores(float* s, int begin, int end, float cap) {
+  for (int t = begin; t < end; t += V::kLanes)
+    V::store(s + t, V::mul(V::set1(cap), tanh<V>(V::div(V::load(s + t), V::set1(cap)))));
+}
+
+// Scores to weights: e[t] = exp(s[t] - max) for t in [first, end), 0 on either side from a multiple of 16 to one.
+template <class V>
+void soften(float* s, int first, int end) {
   using F = typename V::F;
   constexpr int W = V::kLanes;
   const F lowest = V::set1(-__builtin_inff());
   F top = lowest;
-  for (int t = 0; t < end; t += W) top = V::max(V::select(V::before(t, end), V::load(s + t), lowest), top);
+  const int begin = first & ~15;
+  for (int t = begin; t < first; ++t) s[t] = -__builtin_inff();  // of which exp is 0
+  for (int t = begin; t < end; t += W) top = V::max(V::select(V::before(t, end), V::load(s + t), lowest), top);
   float lanes[W];
   V::store(lanes, top);
   float m = lanes[0];
   for (int i = 1; i < W; ++i) m = lanes[i] > m ? lanes[i] : m;
-  for (int t = 0; t < (end + 15) / 16 * 16; t += W)
+  for (int t = begin; t < (end + 15) / 16 * 16; t += W)
     V::store(s + t, V::select(V::before(t, end), exp<V>(V::sub(V::load(s + t), V::set1(m))), V::set1(0.0f)));
 }
 
+// The R16 sum of a chunk's weights.
 template <class V>
 float chunk_sum(const float* e, int count) {
   constexpr int W = V::kLanes, H = 16 / W;
@@ -96,12 +106,13 @@ float chunk_sum(const float* e, int count) {
   return sum16(partial);
 }
 
-// One to four queries of one sequence and KV head. `end[i]`: how many tokens query i sees; ascending with i.
+// One to four queries of one sequence and KV head. Query i sees the tokens [first[i], end[i]); both ascend with i.
 template <class V, KvType T, int Q>
-void attend(const AttentionArgs& a, int sequence, int kv_head, const float* const* q, const int* end, float* const* out,
-            float* scratch) {
+void attend(const AttentionArgs& a, int sequence, int kv_head, const float* const* q, const int* first, const int* end,
+            float* const* out, float* scratch) {
   constexpr size_t kBytes = kKvBytes<T>;
   const int width = a.pages.head_dim, padded = (width + 15) / 16 * 16, longest = end[Q - 1], shortest = end[0];
+  const int begin = first[0] & ~15;  // nothing before it is read
   const size_t plane = size_t(kPageTokens) * size_t(a.pages.kv_heads) * size_t(width) * kBytes;
   float *s[Q], *chunk[Q], *o[Q];
   for (int i = 0; i < Q; ++i) {
@@ -109,41 +120,46 @@ void attend(const AttentionArgs& a, int sequence, int kv_head, const float* cons
     chunk[i] = scratch + Q * a.context + size_t(2 * i) * size_t(padded);
     o[i] = chunk[i] + padded;
   }
-  for (int t = 0; t < longest; t += 16) {
+  for (int t = begin; t < longest; t += 16) {
     const uint8_t* keys = a.pages.layer(sequence, t) + size_t(kv_head * 2 + t % kPageTokens / 16) * size_t(width) * 16 * kBytes;
     float* at[Q];
     for (int i = 0; i < Q; ++i) at[i] = s[i] + t;
     score<V, T, Q>(keys, width, q, a.scale, at);
   }
-  for (int i = 0; i < Q; ++i) soften<V>(s[i], end[i]);
+  if (a.softcap != 0.0f)
+    for (int i = 0; i < Q; ++i) cap_scores<V>(s[i], begin, (longest + 15) / 16 * 16, a.softcap);
+  for (int i = 0; i < Q; ++i) soften<V>(s[i], first[i], end[i]);
   float l[Q] = {};
-  for (int c = 0; c < longest; c += kAttentionChunk) {
+  for (int c = begin / kAttentionChunk * kAttentionChunk; c < longest; c += kAttentionChunk) {
     const int chunk_end = longest - c < kAttentionChunk ? longest : c + kAttentionChunk;
-    float* sums[Q];  // the first chunk goes straight to the result
+    float* sums[Q];  // the first chunk that a query sees something of goes straight to the result
     for (int i = 0; i < Q; ++i) {
-      sums[i] = c == 0 ? o[i] : chunk[i];
+      sums[i] = c <= first[i] ? o[i] : chunk[i];
       for (int d = 0; d < padded; ++d) sums[i][d] = 0.0f;
     }
-    for (int t = c; t < chunk_end; t += kPageTokens) {
+    for (int t = c > begin ? c : begin / kPageTokens * kPageTokens; t < chunk_end; t += kPageTokens) {
       const uint8_t* values = a.pages.layer(sequence, t) + plane + size_t(kv_head) * kPageTokens * size_t(width) * kBytes;
       const int last = chunk_end - t < kPageTokens ? chunk_end : t + kPageTokens;
-      const int common = shortest < t ? t : shortest < last ? shortest : last;  // tokens that all queries see
+      auto value = [&](int token) { return values + size_t(token - t) * size_t(width) * kBytes; };
+      auto alone = [&](int i, int from, int to) {
+        const float* e = s[i] + from;
+        if (from < to) weigh<V, T, 1>(value(from), width, to - from, &e, &sums[i]);
+      };
+      // All queries see [from, to); before it those see more that come first, behind it those that come last.
+      const int to = shortest < t ? t : shortest < last ? shortest : last;
+      const int from = first[Q - 1] < t ? t : first[Q - 1] < to ? first[Q - 1] : to;
+      for (int i = 0; i < Q - 1; ++i) alone(i, first[i] < t ? t : first[i], from);
       const float* e[Q];
-      for (int i = 0; i < Q; ++i) e[i] = s[i] + t;
-      if (common > t) weigh<V, T, Q>(values, width, common - t, e, sums);
-      for (int i = 0; i < Q; ++i) {
-        const int own = end[i] < last ? end[i] : last;
-        if (own <= common) continue;
-        const float* rest = s[i] + common;
-        weigh<V, T, 1>(values + size_t(common - t) * size_t(width) * kBytes, width, own - common, &rest, &sums[i]);
-      }
+      for (int i = 0; i < Q; ++i) e[i] = s[i] + from;
+      if (from < to) weigh<V, T, Q>(value(from), width, to - from, e, sums);
+      for (int i = 0; i < Q; ++i) alone(i, first[i] < to ? to : first[i], end[i] < last ? end[i] : last);
     }
     for (int i = 0; i < Q; ++i) {
-      const int seen = end[i] < chunk_end ? end[i] : chunk_end;
-      if (seen <= c) continue;
-      const float sum = chunk_sum<V>(s[i] + c, seen - c);
-      l[i] = c == 0 ? sum : l[i] + sum;
-      if (c != 0)
+      const int seen = end[i] < chunk_end ? end[i] : chunk_end, from = c > (first[i] & ~15) ? c : first[i] & ~15;
+      if (seen <= from) continue;
+      const float sum = chunk_sum<V>(s[i] + from, seen - from);
+      l[i] = c <= first[i] ? sum : l[i] + sum;
+      if (c > first[i])
         for (int d = 0; d < width; ++d) o[i][d] = o[i][d] + chunk[i][d];
     }
   }
@@ -159,7 +175,7 @@ void attention_unit(const AttentionArgs& a, int unit, float* scratch) {
   for (int i = 0; i < queries;) {
     const float* q[kAttentionQueries];
     float* out[kAttentionQueries];
-    int end[kAttentionQueries];
+    int first[kAttentionQueries], end[kAttentionQueries];
     const int count = queries - i >= 4 ? 4 : queries - i >= 2 ? 2 : 1;
     for (int j = 0; j < count; ++j) {
       const size_t row = size_t(tile.first + (i + j) / shared);
@@ -167,13 +183,14 @@ void attention_unit(const AttentionArgs& a, int unit, float* scratch) {
       q[j] = a.q + row * a.ldq + column;
       out[j] = a.out + row * a.ldo + column;
       end[j] = a.positions[row] + 1;
+      first[j] = a.window && end[j] > a.window ? end[j] - a.window : 0;
     }
     if (count == 4)
-      attend<V, T, 4>(a, sequence, kv_head, q, end, out, scratch);
+      attend<V, T, 4>(a, sequence, kv_head, q, first, end, out, scratch);
     else if (count == 2)
-      attend<V, T, 2>(a, sequence, kv_head, q, end, out, scratch);
+      attend<V, T, 2>(a, sequence, kv_head, q, first, end, out, scratch);
     else
-      attend<V, T, 1>(a, sequence, kv_head, q, end, out, scratch);
+      attend<V, T, 1>(a, sequence, kv_head, q, first, end, out, scratch);
     i += count;
   }
 }
