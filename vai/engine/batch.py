@@ -9,7 +9,10 @@ import numpy as np
 
 from vai.engine.select import Entry
 from vai.engine.sequence import Sequence
-from vai.kernels.program import StepArgs
+from vai.kernels.program import MAX_ROWS, StepArgs
+
+COUNTING = np.arange(MAX_ROWS + 1, dtype=np.int32)
+COUNTING.setflags(write=False)
 
 
 class Place(NamedTuple):
@@ -82,19 +85,24 @@ class Batch:
 
     def step_args(self) -> StepArgs:
         """The arrays of this step."""
+        count = len(self.sequences)
+        positions = np.array(self._positions, np.int32)
+        one_row_each = self.rows == count  # as when all decode: then much is the same
         return StepArgs(
-            tokens=np.array(self._tokens, np.int32),
-            positions=np.array(self._positions, np.int32),
-            seq_start=np.array(self._starts, np.int32),
-            context=np.array(self._context, np.int32),
-            block_tables=tuple(map(self._block_table, range(len(self.entry.owners)))),
-            output_rows=np.array(self._output_rows, np.int32),
+            np.array(self._tokens, np.int32),
+            positions,
+            COUNTING[: count + 1] if one_row_each else np.array(self._starts, np.int32),
+            positions if one_row_each else np.array(self._context, np.int32),
+            tuple(map(self._block_table, range(len(self.entry.owners)))),
+            COUNTING[: self.rows] if len(self.places) == self.rows else np.array(self._output_rows, np.int32),
         )
 
     def _block_table(self, group: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+        if (
+            len(self.sequences) == 1 and not self.sequences[0].windows
+        ):  # by way of lists, as the others: less code to fetch
+            return np.array([self.sequences[0].block_table[group].tolist()], np.int64)
         tables = [sequence.block_table[group] for sequence in self.sequences]
-        if len(tables) == 1 and not self.sequences[0].windows:
-            return np.array([tables[0]], np.int64)
         padded = np.zeros((len(tables), max(map(len, tables))), np.int64)
         for row, pages in enumerate(tables):
             padded[row, : len(pages)] = pages

@@ -49,6 +49,8 @@ class Engine:
     ) -> None:
         """`pool`: see scratchpad.pages.map_pool; the engine alone writes it. `isa`: force a lower instruction set.
 
+        `max_rows`: of one step, at most MAX_ROWS.
+
         `mask_patience`: seconds that a constrained request waits for the mask of its next token before it ends.
         `clock`: seconds, which decide about turns, chunks and guesses, never about tokens.
         """

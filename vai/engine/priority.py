@@ -24,15 +24,7 @@ class Ranked(Protocol):
     def priority(self) -> int: ...
 
 
-class Served(Protocol):
-    """The requests of one model that have pages."""
-
-    @property
-    def most_urgent(self) -> int: ...
-
-
 RankedT = TypeVar("RankedT", bound=Ranked)
-ServedT = TypeVar("ServedT", bound=Served)
 
 
 def rank(submitted: float, priority: int, arrival: int) -> tuple[float, int]:
@@ -49,10 +41,3 @@ def displaced(sequence: Ranked, running: Iterable[RankedT]) -> list[RankedT]:
     """Those that must make way for a request which waits, the last first: equals in priority never do."""
     worse = [each for each in running if each.priority > sequence.priority and each.rank > sequence.rank]
     return sorted(worse, key=by_rank, reverse=True)
-
-
-def urgent(queues: list[ServedT]) -> list[ServedT]:
-    """The models that have a request of the best priority there is."""
-    urgencies = [queue.most_urgent for queue in queues]
-    best = min(urgencies)
-    return [queue for queue, urgency in zip(queues, urgencies, strict=True) if urgency == best]

@@ -25,7 +25,7 @@ from itertools import groupby
 from vai.engine import windows
 from vai.engine.batch import Batch, Place
 from vai.engine.portions import Prompt, portions
-from vai.engine.priority import by_rank, displaced, urgent
+from vai.engine.priority import by_rank, displaced
 from vai.engine.sampler import Draw
 from vai.engine.select import Entry
 from vai.engine.sequence import Sequence
@@ -58,16 +58,26 @@ class ModelQueue:
         self.waiting: list[Sequence] = []
         self.sleeping: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.most_urgent = 0  # the best priority of those that run
         self.served = 0.0  # seconds of steps, set forward after idle times
         self.passed_over_since = 0.0
         self.tokens = 0  # made since the attach
         self.preemptions = 0  # since the attach
         self.rows_per_second = 0.0  # in the last step that had prompt rows; 0 before the first
 
-    @property
-    def most_urgent(self) -> int:
-        """The best priority of those that run; there must be one."""
-        return min(each.priority for each in self.running)
+    def enter(self, sequence: Sequence) -> None:
+        """It runs from now on."""
+        insort(self.running, sequence, key=by_rank)
+        self.most_urgent = min(each.priority for each in self.running)
+
+    def leave(self, sequence: Sequence) -> None:
+        """It runs no more."""
+        self.running.remove(sequence)
+        self.most_urgent = min((each.priority for each in self.running), default=0)
+
+    def has_rows(self) -> bool:
+        """Whether there is anything to compute: not where all wait for a mask."""
+        return any([each.computed < len(each.tokens) for each in self.running])  # noqa: C419 - see _whose_turn
 
 
 class Scheduler:
@@ -225,23 +235,41 @@ class Scheduler:
     # Turns
 
     def _choose(self, now: float) -> ModelQueue | None:
-        ready = [queue for queue in self._queues.values() if any(each.uncomputed for each in queue.running)]
-        if not ready:
-            return None
-        first = urgent(ready) if len(ready) > 1 else ready
-        self._floor = max(self._floor, min(queue.served for queue in first))
-        for queue in ready:  # who waits for better priorities saves nothing up by it
-            queue.served = max(queue.served, self._floor)
-        longest = min(ready, key=lambda queue: queue.passed_over_since)
-        if now - longest.passed_over_since > MAX_WAIT:
-            chosen = longest
-        elif self._turn is not None and self._turn in first and self._turn_used < QUANTUM:
-            chosen = self._turn
+        ready = [queue for queue in self._queues.values() if queue.has_rows()]
+        if len(ready) > 1:
+            chosen = self._whose_turn(ready, now)
+        elif ready:
+            chosen = ready[0]
+            self._floor = chosen.served = max(chosen.served, self._floor)
         else:
-            chosen = min(first, key=lambda queue: (queue.served, queue.passed_over_since))
+            return None
         if chosen is not self._turn:
             self._turn, self._turn_used = chosen, 0.0
         return chosen
+
+    def _whose_turn(self, ready: List[ModelQueue], now: float) -> ModelQueue:
+        """One of several models with work. This runs before every step, when all that it looks at has been driven out
+        of the caches by gigabytes of weights: plain loops over few fields, and no generators.
+        """
+        longest, best = ready[0], ready[0].most_urgent
+        for queue in ready:
+            if queue.served < self._floor:  # who waits for better priorities saves nothing up by it
+                queue.served = self._floor
+            if queue.passed_over_since < longest.passed_over_since:
+                longest = queue
+            if queue.most_urgent < best:
+                best = queue.most_urgent
+        first = [queue for queue in ready if queue.most_urgent == best]
+        least = first[0]
+        for queue in first:
+            if (queue.served, queue.passed_over_since) < (least.served, least.passed_over_since):
+                least = queue
+        self._floor = least.served
+        if now - longest.passed_over_since > MAX_WAIT:
+            return longest
+        if self._turn is not None and self._turn_used < QUANTUM and self._turn in first:
+            return self._turn
+        return least
 
     def _charge(self, batch: Batch, now: float) -> ModelQueue:
         queue = self._queues[batch.turn]
@@ -261,11 +289,14 @@ class Scheduler:
         Where guesses are still to be made, the step of a draft model that makes them.
         """
         batch = Batch(queue.entry, picked_at)
-        ready = [sequence for sequence in queue.running if sequence.uncomputed == 1]
+        ready = [each for each in queue.running if len(each.tokens) - each.computed == 1]
         prompting = len(ready) < len(queue.running)
-        ready = [sequence for sequence in ready if sequence.running and self._grow(sequence)]
-        ready = [sequence for sequence in ready if sequence.running]  # growing may have preempted others
-        if any(sequence.guesses for sequence in ready):
+        if full := [each for each in ready if each.page_is_full()]:
+            for each in full:
+                if each.running:
+                    self._grow(each)
+            ready = [each for each in ready if each.running]  # growing may have preempted some
+        if any([each.guesses for each in ready]):  # noqa: C419 - see _whose_turn
             drafting = self._speculation.next_step(queue.entry, ready, self._room(queue, ready), picked_at)
             if drafting is not None:
                 return drafting
@@ -336,7 +367,7 @@ class Scheduler:
             if len(queue.running) >= self._max_sequences:
                 self._preempt(displaced(sequence, queue.running)[0])
             queue.waiting.remove(sequence)
-            insort(queue.running, sequence, key=by_rank)
+            queue.enter(sequence)
             sequence.admit(now)
 
     def _has_place(self, queue: ModelQueue) -> bool:
@@ -488,7 +519,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         queue = self._queues[sequence.entry.digest]
-        queue.running.remove(sequence)
+        queue.leave(sequence)
         queue.preemptions += 1
         self._queue_up(sequence)
         self._free(sequence)
@@ -517,7 +548,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         queue = self._queues[sequence.entry.digest]
         if sequence.running:
-            queue.running.remove(sequence)
+            queue.leave(sequence)
         elif sequence in queue.sleeping:
             queue.sleeping.remove(sequence)
         else:

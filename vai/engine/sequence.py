@@ -87,6 +87,11 @@ class Sequence:
         """Rows still to compute before the next token can be drawn: 1 while decoding, more in prefill."""
         return len(self.tokens) - self.computed
 
+    def page_is_full(self) -> bool:
+        """Whether the next row needs a page that is not there, in any cache group."""
+        pages = self.computed // PAGE_TOKENS
+        return any([len(table) <= pages for table in self.block_table])  # noqa: C419 - a generator costs more
+
     def masks_stop(self, ahead: int) -> bool:
         """Whether the token behind the next `ahead` must not be a stop id.
 

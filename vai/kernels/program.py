@@ -57,7 +57,7 @@ class Program:
     context: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would set seven fields one by one through a function, before every step
 class StepArgs:
     """One step: M rows of S sequences of one model, flattened. All arrays C-contiguous.
 
