@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vai.engine.portions import KEPT, Prompt, portions
+from vai.engine.portions import KEPT, Prompt, portions, rows_within, work
 
 
 def rows(*needs: int, room: int) -> list[int]:
@@ -44,3 +44,31 @@ def test_the_first_never_loses_more_than_is_kept_and_no_row_is_wasted(needs: lis
     assert sum(given_rows) == min(room, sum(prompt.rows for prompt in prompts))
     if prompts:
         assert given_rows[0] >= min(prompts[0].rows, room - room // KEPT)
+
+
+@given(st.floats(0, 5000), st.integers(0, 100_000), st.floats(0, 1 / 32))
+def test_rows_within_is_the_most_that_fits(room: float, context: int, slope: float) -> None:
+    rows = rows_within(room, context, slope)
+    assert work(rows, context, slope) <= room * (1 + 1e-9)
+    assert work(rows + 1, context, slope) > room * (1 - 1e-9)
+
+
+def test_a_prompt_with_a_long_beginning_gets_fewer_rows_and_takes_none_from_a_short_one() -> None:
+    given_rows = portions([Prompt(4000, 0, context=8000), Prompt(6, 0)], 64, 512, 0.001)
+    assert given_rows == [6, 6]  # 58 of work, a row being 9
+    assert portions([Prompt(4000, 0, context=8000)], 32, 512, 0.01) == [1]  # less than what it costs, or it never ends
+
+
+@given(
+    st.lists(st.builds(Prompt, st.integers(1, 5000), st.integers(-1, 1), st.integers(0, 20_000)), max_size=20),
+    st.floats(1, 2000),
+    st.integers(1, 512),
+    st.floats(0, 1 / 32),
+)
+def test_no_more_is_given_than_there_is_room_for(prompts: list[Prompt], room: float, most: int, slope: float) -> None:
+    given_rows = portions(prompts, room, most, slope)
+    assert sum(given_rows) <= most
+    assert all(0 <= rows <= prompt.rows for rows, prompt in zip(given_rows, prompts, strict=True))
+    spent = sum(work(rows, prompt.context, slope) for rows, prompt in zip(given_rows, prompts, strict=True))
+    assert spent <= room * (1 + 1e-9) or sum(given_rows) == 1
+    assert not prompts or sum(given_rows) > 0

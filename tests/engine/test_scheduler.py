@@ -25,12 +25,12 @@ from vai.engine.scheduler import (
     MAX_WAITING,
     MAX_WAITING_OF_ONE,
     QUANTUM,
-    SMALLEST_CHUNK,
     STEP_WHILE_STREAMING,
     Scheduler,
 )
 from vai.engine.select import Entry
 from vai.engine.sequence import Sequence
+from vai.engine.worth import SMALLEST_CHUNK
 from vai.errors import BadRequest, Overloaded, VaiError
 from vai.kernels.program import PAGE_TOKENS, CacheGroup, Program, StepArgs
 from vai.request import Output, Request, SamplingParams

@@ -83,6 +83,11 @@ class Batch:
         self.rows += rows
         self._starts.append(self.rows)
 
+    def reads(self) -> int:
+        """Tokens in the contexts of all rows of sequences, their own included, those of guesses left out."""
+        counts = zip(self._context, self.counts, strict=True)
+        return sum(count * before + count * (count + 1) // 2 for before, count in counts)
+
     def step_args(self) -> StepArgs:
         """The arrays of this step."""
         count = len(self.sequences)

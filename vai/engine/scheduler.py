@@ -5,7 +5,7 @@ under load the order is A A A B B and not A B A B. Models with requests of the b
 waits longer than MAX_WAIT plus a step of each other. Inside a model, every decoding sequence has a row in every step,
 and prompts fill the rest of the step, most of it in order of rank (age, less a head start for priority: priority.py,
 portions.py), as many of their tokens as the model computes in STEP_WHILE_STREAMING (or STEP, where nobody waits for the
-next token).
+next token): fewer behind a long context than at a beginning (worth.py).
 
 Pages come from one pool for all models. A full page goes into the prefix cache, where every request that begins the
 same finds it; when nobody reads it any more it stays until its room is needed. Requests are admitted in order of rank
@@ -30,6 +30,7 @@ from vai.engine.sampler import Draw
 from vai.engine.select import Entry
 from vai.engine.sequence import Sequence
 from vai.engine.speculate import Pages, Room, Speculation, Tally
+from vai.engine.worth import SMALLEST_CHUNK, Worth
 from vai.errors import BadRequest, NotEnoughRoom, Overloaded, VaiError
 from vai.kernels.program import PAGE_TOKENS
 from vai.request import Output
@@ -44,7 +45,6 @@ MAX_WAITING = 1024  # requests that are not admitted yet
 MAX_WAITING_OF_ONE = 768  # of them, those of one model and tenant: nobody fills the queue alone
 STEP_WHILE_STREAMING = 0.15  # seconds of one step with prompt rows in it, as far as measured rates foretell
 STEP = 1.0
-SMALLEST_CHUNK = 32  # prompt rows that a step may always have, and the size of the first, which tells the rate
 
 
 class ModelQueue:
@@ -63,7 +63,7 @@ class ModelQueue:
         self.passed_over_since = 0.0
         self.tokens = 0  # made since the attach
         self.preemptions = 0  # since the attach
-        self.rows_per_second = 0.0  # in the last step that had prompt rows; 0 before the first
+        self.worth = Worth()  # of its prompt rows
 
     def enter(self, sequence: Sequence) -> None:
         """It runs from now on."""
@@ -276,9 +276,10 @@ class Scheduler:
         seconds = now - batch.picked_at
         queue.served += seconds
         self._speculation.note(batch, seconds)
-        if batch.rows >= SMALLEST_CHUNK and not batch.drafting:
-            queue.rows_per_second = batch.rows / max(seconds, 1e-9)
-            self.retention.measured(queue.entry.digest, queue.rows_per_second)
+        if batch.rows > len(batch.places) and not batch.drafting:  # there are prompts in it
+            queue.worth.note(batch.rows, batch.reads(), seconds)
+            if queue.worth.speed:
+                self.retention.measured(queue.entry.digest, queue.worth.speed)
         queue.passed_over_since = now
         self._turn_used += seconds
         return queue
@@ -312,10 +313,11 @@ class Scheduler:
 
     def _fill_up(self, queue: ModelQueue, batch: Batch) -> None:
         """Prompts for the rest of a step."""
-        room = self._prompt_rows(queue, batch.rows)
-        prompts = self._prompts(queue) if room else []
-        needs = [Prompt(sequence.uncomputed, sequence.priority) for sequence in prompts]
-        for sequence, count in zip(prompts, portions(needs, room), strict=True):
+        most = self._max_rows - batch.rows
+        prompts = self._prompts(queue) if most else []
+        needs = [Prompt(sequence.uncomputed, sequence.priority, sequence.computed) for sequence in prompts]
+        room = self._prompt_work(queue, batch.rows, batch.reads())
+        for sequence, count in zip(prompts, portions(needs, room, most, queue.worth.slope), strict=True):
             if count:
                 batch.add(sequence, count)
 
@@ -336,18 +338,20 @@ class Scheduler:
     def _room(self, queue: ModelQueue, ready: List[Sequence]) -> Room:
         """What may join the rows of the decoding sequences in the next step: prompts, and guesses."""
         prompts = sum(max(0, each.uncomputed - 1) for each in queue.running)
-        rows = min(prompts, self._prompt_rows(queue, len(ready)))
+        rows = min(prompts, int(self._prompt_work(queue, len(ready), 0)), self._max_rows - len(ready))
         left = (self._max_rows - len(ready)) // (2 if prompts else 1)
         return Room(rows, min(left, self._max_sequences - len(queue.running)))
 
-    def _prompt_rows(self, queue: ModelQueue, decoding: int) -> int:
-        """How many prompt rows may join `decoding` rows in this step: never fewer than those, or many streams would
-        leave a first token next to nothing on a machine that decodes them no faster than the budget.
+    def _prompt_work(self, queue: ModelQueue, decoding: int, reads: int) -> float:
+        """How much work prompts may add to `decoding` rows, whose contexts have `reads` tokens, in this step.
+
+        Never less than those rows are without their contexts, or many streams would leave a first token next to
+        nothing on a machine that decodes them no faster than the budget.
         """
         streaming = any(each.uncomputed <= 1 for other in self._queues.values() for each in other.running)
         seconds = STEP_WHILE_STREAMING if streaming else STEP
-        rows = min(int(seconds * queue.rows_per_second), self._max_rows) - decoding
-        return min(max(rows, SMALLEST_CHUNK, decoding), self._max_rows - decoding)
+        worth = queue.worth
+        return max(seconds * worth.speed - decoding - worth.slope * reads, SMALLEST_CHUNK, decoding)
 
     # Pages
 
