@@ -12,6 +12,7 @@ import json
 import lzma
 import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,23 +26,30 @@ ORDER = 5
 
 
 def bits_per_byte(model: Decoder, tokens: np.ndarray, size: int) -> float:
-    """Bits a byte of text `tokens` (each document with its end) of `size` bytes in all.
+    """Bits a byte of text `tokens` (each document with its end) of `size` bytes in all."""
+    nats = 0.0
+    with torch.inference_mode():
+        for window, skip in windows(tokens, model.spec.context):
+            row = torch.from_numpy(window.astype(np.int64))
+            logits = model(row[None, :-1])[0, skip:].float()
+            nats += float(functional.cross_entropy(logits, row[1 + skip :], reduction="sum"))
+    return nats / math.log(2) / size
+
+
+def windows(tokens: np.ndarray, context: int) -> Iterator[tuple[np.ndarray, int]]:
+    """(tokens, skip): each token but the first is to be predicted from those before it, after the first `skip` of them.
 
     Windows of the whole context advance by half of it, and a token is scored in the first window that holds it: all but
     the first have at least half a context before them. The first document's first token follows its last one's end.
     """
-    context, half = model.spec.context, model.spec.context // 2
-    row = torch.from_numpy(np.concatenate([tokens[-1:], tokens]).astype(np.int64))
-    nats = 0.0
-    with torch.inference_mode():
-        for start in range(0, len(row) - 1, half):
-            window = row[start : start + context + 1]
-            skip = context - half if start else 0
-            if len(window) - 1 <= skip:
-                break
-            logits = model(window[None, :-1])[0, skip:].float()
-            nats += float(functional.cross_entropy(logits, window[1 + skip :], reduction="sum"))
-    return nats / math.log(2) / size
+    half = context // 2
+    row = np.concatenate([tokens[-1:], tokens])
+    for start in range(0, len(row) - 1, half):
+        window = row[start : start + context + 1]
+        skip = context - half if start else 0
+        if len(window) - 1 <= skip:
+            break
+        yield window, skip
 
 
 def ngram_bits_per_byte(train: bytes, held: bytes, order: int = ORDER) -> float:

@@ -10,11 +10,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from train import corpus, evaluate, tokenizer
+from train import corpus, evaluate, quantize, tokenizer
 from train.export import export
-from train.model import greedy
+from train.model import SHAPES, greedy
+from train.score import score
 from train.train import Recipe, load, train
 from vai.burn.burn import burn
+from vai.burn.gguf import GgufFile, GgufTensor
+from vai.burn.grow import grow
+from vai.burn.synth import synthesize
 from vai.llm import LLM
 from vai.request import SamplingParams
 from vai.rom.registry import Name, Registry
@@ -147,3 +151,77 @@ def test_vai_writes_what_torch_writes(text: Path, trained: Path, tmp_path: Path)
         assert ids == [learned.token_to_id(tokenizer.END), *learned.encode(PROMPT).ids]
         answer = llm.generate(ids, SamplingParams(temperature=0.0, max_tokens=COUNT))
     assert list(answer.token_ids) == greedy(model, ids, COUNT)
+
+
+@pytest.fixture(scope="module")
+def held(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some documents, as a corpus has its held-out ones."""
+    out = tmp_path_factory.mktemp("held")
+    documents = [document for document in corpus.read(text, "train") if len(document) < 6000][:4]
+    (out / "held.text").write_text("".join(documents))
+    np.save(out / "held.ends.npy", np.cumsum([len(document.encode()) for document in documents]))
+    learned = Tokenizer.from_file(str(text / "tokenizer.json"))
+    np.save(out / "held.tokens.npy", tokenizer.encode(learned, iter(documents)))
+    return out
+
+
+def test_vai_scores_text_as_torch_does(held: Path, text: Path, trained: Path, tmp_path: Path) -> None:
+    model, _ = load(trained / "checkpoint.npz")
+    export(model, text / "tokenizer.json", tmp_path / "micro.gguf", name="micro", type="F32")
+    tokens = np.load(held / "held.tokens.npy")[:1000]
+    found = score(tmp_path / "micro.gguf", tokens, threads=1)
+    assert found.bits == pytest.approx(evaluate.bits_per_byte(model, tokens, 1), rel=1e-4)
+    assert len(found.greedy) == len(tokens)
+    assert [path.name for path in tmp_path.iterdir()] == ["micro.gguf"]
+
+
+def test_bits_go_where_they_are_worth_most() -> None:
+    def unit(rows: int) -> list[GgufTensor]:
+        return [GgufTensor("x", "BF16", (rows, 32), (32, rows), 0, 64 * rows)]
+
+    found = {"small": unit(1), "large": unit(10), "indifferent": unit(1)}
+    narrow, types = 12 * 18, ("Q4_0", "Q8_0")
+    losses = {(name, type): 10.0 for name in found for type in types} | {("small", "Q4_0"): 11, ("large", "Q4_0"): 15}
+    for budget, wide in ((narrow, ""), (narrow + 16, "small"), (narrow + 160, "small"), (narrow + 176, "small large")):
+        choice = quantize.choose(found, losses, types, budget)
+        assert [name for name, type in choice.types.items() if type == "Q8_0"] == wide.split()
+        assert choice.bytes <= budget
+    with pytest.raises(SystemExit, match="fits"):
+        quantize.choose(found, losses, types, narrow - 1)
+
+
+def test_a_mix_is_chosen_by_measuring_and_goes_on_where_it_was_stopped(
+    held: Path, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Random weights, which tell more tokens apart than a model that was hardly trained.
+    sensitive, micro = SHAPES["micro"].spec(recipe.vocabulary, recipe.context), tmp_path / "micro.gguf"
+    synthesize(micro, shape=sensitive, type="BF16", seed=1)
+    options = {"types": ("Q4_0", "Q8_0"), "budget": None, "tried": 3000, "reported": 20_000}
+    quantize.run(micro, held, tmp_path, **options)
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert list(rows) == ["float", "Q4_0", "Q8_0", "mixed"]
+    assert rows["Q4_0"]["bytes"] < rows["mixed"]["bytes"] < rows["Q8_0"]["bytes"] < rows["float"]["bytes"]
+    assert rows["mixed"]["bytes"] <= (rows["Q4_0"]["bytes"] + rows["Q8_0"]["bytes"]) // 2
+    assert rows["float"]["agreement"] == 1 > rows["Q8_0"]["agreement"] > rows["Q4_0"]["agreement"] > 0.3
+    assert rows["Q8_0"]["agreement"] > rows["mixed"]["agreement"] > rows["Q4_0"]["agreement"]
+    chosen = json.loads((tmp_path / "recipe.json").read_text())
+    with GgufFile(tmp_path / "mixed.gguf") as file:
+        wide = {tensor.name for tensor in file.tensors.values() if tensor.type == "Q8_0"}
+    assert wide == {name for name, _ in chosen["keep"]} != set()
+    lines = (tmp_path / "measured.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 9  # four units a layer, and the embedding
+    (tmp_path / "measured.jsonl").write_text("".join(line + "\n" for line in lines[:-1]))
+    capsys.readouterr()
+    quantize.run(micro, held, tmp_path, **options)
+    assert capsys.readouterr().out.count(" bits\n") == 1
+    assert json.loads((tmp_path / "recipe.json").read_text()) == chosen
+
+
+def test_a_trained_model_grown_writes_what_it_wrote(text: Path, held: Path, trained: Path, tmp_path: Path) -> None:
+    micro = tmp_path / "micro.gguf"
+    export(load(trained / "checkpoint.npz")[0], text / "tokenizer.json", micro, name="micro", type="BF16")
+    grow(micro, tmp_path / "large.gguf", shape="tiny-256")
+    tokens = np.load(held / "held.tokens.npy")[:300]
+    small, large = score(micro, tokens, threads=1), score(tmp_path / "large.gguf", tokens, threads=1)
+    assert small.bits == large.bits
+    assert np.array_equal(small.greedy, large.greedy)

@@ -261,6 +261,7 @@ ENCODERS: Mapping[str, Callable[[Floats], Bytes]] = {
     "Q5_0": _encode_signed(5),
     "Q5_1": _encode_ranged(5),
     "Q8_0": _encode_q8_0,
+    "F32": lambda weights: weights.astype("<f4", copy=False).reshape(-1).view(np.uint8),
     "F16": lambda weights: _half(weights.reshape(1, -1)),
     "BF16": _encode_bf16,
 }

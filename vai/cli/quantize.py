@@ -22,8 +22,8 @@ File = click.Path(dir_okay=False, path_type=Path)
 def quantize(source: Path, destination: Path, type_: str, keep: tuple[str, ...], allow_requantize: bool) -> None:
     """Write the GGUF file SOURCE to DESTINATION with quantized matrices.
 
-    Types are Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16 and BF16. Scales come from each block's own weights, without a search
-    and without sample text; the same file gives the same bytes everywhere. Norms and biases stay as they are.
+    Types are Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16 and F32. Scales come from each block's own weights, without a
+    search and without sample text; the same file gives the same bytes everywhere. Norms and biases stay as they are.
 
     \b
     Examples:
