@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from vai.burn.burn import burn
 from vai.burn.synth import synthesize
 from vai.rom.registry import Name, Registry
+
+# Machines are shared: how long an example takes says nothing about the code.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 TINY_MODELS = {"tiny": "Q4_0", "tiny-qwen2": "Q8_0"}
 

@@ -280,6 +280,8 @@ async def test_a_prompt_past_the_context_is_refused_with_both_numbers_before_the
         for ids in ([], [512], [-1]):
             with pytest.raises(BadRequest):
                 await collect(model.stream(ids))
+        with pytest.raises(ContextTooLong, match="1073741824 tokens"):  # none of which is looked at
+            await collect(model.stream(range(1 << 30)))
     assert port.requests == []
 
 
@@ -332,7 +334,7 @@ async def test_leaving_an_answer_before_its_grammar_is_compiled_leaves_nothing_b
             with contextlib.suppress(asyncio.CancelledError, Unavailable):
                 await first
             await stream.aclose()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while any(grammar.users for grammar in grammars._grammars.values()):
             assert time.monotonic() < deadline
             await asyncio.sleep(0.01)
@@ -606,13 +608,13 @@ async def test_an_engine_process_gives_the_same_answers_as_one_in_this_process(l
 
 
 async def until_answered(ask: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         try:
             await ask()
             return
         except Unavailable:
-            assert time.monotonic() < deadline, "the engine was not ready in 30 s"
+            assert time.monotonic() < deadline, "the engine was not ready in 60 s"
             await asyncio.sleep(0.02)
 
 

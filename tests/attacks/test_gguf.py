@@ -247,7 +247,7 @@ def mutate(raw: bytes, end: int, mutations: Sequence[tuple[str, float, object]])
     return bytes(out)
 
 
-LENIENT = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LENIENT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @settings(LENIENT, max_examples=400)

@@ -220,7 +220,7 @@ def test_the_proof_sees_every_single_bit(type: str) -> None:
             tile[at] ^= 1 << bit
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     type=st.sampled_from(MATRICES),
     rows=st.integers(1, 70),
@@ -238,7 +238,7 @@ def test_any_cut_into_windows_gives_the_same_bytes(type: str, rows: int, groups:
     assert np.array_equal(out, whole)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     type=st.sampled_from(MATRICES),
     rows=st.integers(1, 50),
@@ -356,7 +356,7 @@ def test_the_proof_of_a_vector_sees_every_single_bit(type: str) -> None:
 # --- hashes -----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=700), piece=st.integers(1, 300))
 def test_pieces_are_hashed_in_order_as_the_standard_library_hashes_them(data: bytes, piece: int) -> None:
     expected = [hashlib.sha256(data[at : at + piece]).digest() for at in range(0, len(data), piece)]

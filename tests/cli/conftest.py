@@ -42,7 +42,7 @@ def vai(environment: dict[str, str]) -> Iterator[Vai]:
             input=input,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=250,
             env={**environment, **more},
         )
 

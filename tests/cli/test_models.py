@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from vai.rom import segment
 from vai.rom.registry import Name, Registry
 
@@ -97,6 +99,13 @@ def test_an_interrupted_load_leaves_nothing(registry: Registry, checkpoint: Path
     assert b"Traceback" not in errors
     assert registry.names() == []
     assert registry.resident() == []
+
+
+@pytest.mark.parametrize(("typed", "told"), [("pull", "vai load"), ("list", "vai ls"), ("version", "vai --version")])
+def test_words_of_other_programs_are_answered_with_ours(vai: Vai, typed: str, told: str) -> None:
+    refused = vai(typed, "qwen")
+    assert refused.returncode == 2
+    assert told in refused.stderr
 
 
 def test_verify_finds_a_flipped_bit_and_names_its_tensor(vai: Vai, registry: Registry, loaded: str) -> None:

@@ -178,6 +178,44 @@ def test_logs_follow_what_is_written(environment: dict[str, str]) -> None:
         assert process.wait(20) == 130
 
 
+def test_ctrl_c_ends_a_single_answer_and_the_command(
+    registry: Registry, loaded: str, environment: dict[str, str]
+) -> None:
+    """Also on a terminal, where it ends only the answer in a chat."""
+    registry.put(Name("m", "/gone", digest=loaded))
+    ours, theirs = os.openpty()
+    argv = [sys.executable, "-m", "vai", "run", "m", "Hello", "--max-tokens", "4000", "--temperature", "1"]
+    with subprocess.Popen(argv, env=environment, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as one:
+        os.close(theirs)
+        assert one.stdout is not None and one.stderr is not None
+        assert one.stdout.read(1)
+        one.send_signal(signal.SIGINT)
+        one.stdout.read()
+        assert b"Traceback" not in one.stderr.read()
+    os.close(ours)
+    assert one.returncode == 130
+
+
+def test_a_chat_goes_on_after_a_turn_that_is_too_long(
+    registry: Registry, loaded: str, environment: dict[str, str]
+) -> None:
+    registry.put(Name("m", "/gone", digest=loaded))
+    ours, theirs = os.openpty()
+    argv = [sys.executable, "-m", "vai", "run", "m", *GREEDY]
+    with subprocess.Popen(argv, env=environment, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as chat:
+        os.close(theirs)
+        assert chat.stdout is not None and chat.stderr is not None
+        for line in ("§" * 1600, "§" * 1600, "Hello"):  # 3,200 tokens of 4,096, and again
+            os.write(ours, line.encode() + b"\n")
+        os.write(ours, b"\x04")
+        output, errors = chat.communicate(timeout=60)
+    os.close(ours)
+    assert chat.returncode == 0
+    assert b"Shorten it" in errors
+    answers = output.decode().split(">>> ")[1:4]
+    assert answers[0].strip() and not answers[1].strip() and answers[2].strip()
+
+
 def test_a_chat_remembers_until_its_end(registry: Registry, loaded: str, environment: dict[str, str]) -> None:
     """On a terminal: two turns, then Ctrl-D."""
     registry.put(Name("m", "/gone", digest=loaded))

@@ -30,7 +30,7 @@ async def loading(tmp_path: Path) -> AsyncIterator[Loader]:
 
 
 async def over(load: Load) -> Load:
-    await asyncio.wait_for(load.over.wait(), 30)
+    await asyncio.wait_for(load.over.wait(), 60)
     return load
 
 

@@ -30,7 +30,7 @@ def job(root: Path, *options: str) -> Job:
     return Job("engine", root, argv, root / "engine.log", ready, lambda pid: str(path))
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
@@ -94,7 +94,7 @@ async def test_a_living_role_is_adopted_and_not_started_twice(tmp_path: Path, li
         await until(lambda: supervisor.state == "ready")
         assert supervisor.report()["adopted"]
         assert pid_of(supervisor) == living.pid
-    assert living.wait(5) == 0
+    assert living.wait(60) == 0
 
 
 async def test_an_adopted_role_that_dies_is_replaced_by_an_own_one(
@@ -141,7 +141,7 @@ async def test_a_role_that_crashes_at_start_is_tried_ever_more_rarely(
 async def test_a_role_that_refuses_its_arguments_is_not_tried_again(tmp_path: Path) -> None:
     supervisor = Supervisor(job(tmp_path, "--exit", "2"))
     with pytest.raises(BadRequest, match="it does not like its arguments"):
-        await asyncio.wait_for(supervisor.run(), 20)
+        await asyncio.wait_for(supervisor.run(), 60)
     assert supervisor.state == "failed"
     assert supervisor.restarts == 0
 

@@ -20,7 +20,7 @@ from vai.burn.synth import SHAPES, synthesize
 from vai.daemon.pool import SLAB, whole_bytes
 from vai.engine.engine import Engine
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 
 def _burn(base: Path, **changes: int) -> tuple[Path, str]:

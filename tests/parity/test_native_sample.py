@@ -166,7 +166,7 @@ def adjustments(rows: int, vocabulary: int, rng: np.random.Generator, penalties:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 5),
     vocabulary=st.sampled_from([1, 2, 17, 500, 3000]),

@@ -11,14 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # rom_toy is also a script; importlib mode does not make it importable
 
 from rom_toy import SCRIPT, Start
-
-settings.register_profile("rom", deadline=None)  # machines are shared
-settings.load_profile("rom")
 
 
 @pytest.fixture

@@ -204,6 +204,20 @@ def test_pins_have_a_share_of_the_pool_for_each_session_tenant_and_all_together(
     assert cache.retention._pinned == cache.retention._pinned_of == {}
 
 
+def test_a_pin_that_is_renewed_again_and_again_takes_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "LEAST_SWEPT", 32)
+    cache = Cache()
+    for _ in range(500):
+        cache.request([1, 2, 3], session="s", retain=86400)
+        cache.now += 1
+    assert len(cache.retention._pins.entries) <= 32
+    assert cache.retention.pinned_bytes == 3 * PAGE
+    cache.now += 86398
+    assert cache.retention.pinned_bytes == 3 * PAGE
+    cache.now += 1
+    assert cache.retention.pinned_bytes == 0
+
+
 def test_the_end_of_a_conversation_frees_what_only_it_has_read_pinned_or_not() -> None:
     cache = Cache()
     cache.request([1, 2, 3], session="s", retain=600)

@@ -21,7 +21,7 @@ from vai.engine.client import EngineClient
 from vai.engine.port import EngineStatus
 
 
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Wait for a condition that another process or thread brings about, or fail."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -76,7 +76,7 @@ def start_engine(root: Path) -> subprocess.Popen[bytes]:
         with socket.socket(socket.AF_UNIX) as probe:
             return probe.connect_ex(str(path)) == 0
 
-    until(listening, 30)
+    until(listening)
     return process
 
 
@@ -103,7 +103,7 @@ def running_server(
             port = int(found[1]) if found else 0
             return port > 0 and httpx2.get(f"http://127.0.0.1:{port}/livez").status_code == 200
 
-        until(answers, 30)
+        until(answers)
         yield process, port
     finally:
         process.kill()

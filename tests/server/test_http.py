@@ -396,6 +396,14 @@ def test_a_load_without_room_is_503_with_the_daemons_own_sentence(serve: Callabl
     assert (answer.status_code, answer.json()["error"]["message"]) == (503, error["message"])
 
 
+def test_a_load_whose_file_is_gone_is_404_for_the_model(serve: Callable[..., Served], tmp_path: Path) -> None:
+    daemon = LoadingDaemon(tmp_path / "d.sock", {"error": {"code": "model_not_found", "message": "It is gone."}})
+    served = serve(daemon_socket=tmp_path / "d.sock")
+    answer = served.post("/v1/chat/completions", CHAT | {"model": "cold"})
+    daemon.close()
+    assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
+
+
 @pytest.mark.parametrize("daemon", [True, False])
 def test_without_a_daemon_an_absent_model_is_503_saying_what_to_run(
     serve: Callable[..., Served], tmp_path: Path, daemon: bool

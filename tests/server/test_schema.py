@@ -70,6 +70,7 @@ def test_what_is_harmless_or_asks_for_nothing_is_taken() -> None:
         safety_identifier="s",
         verbosity="low",
         parallel_tool_calls=True,
+        top_logprobs=0,
         reasoning_effort=None,
         audio=None,
         web_search_options=None,
@@ -128,6 +129,7 @@ def test_what_is_harmless_or_asks_for_nothing_is_taken() -> None:
         ("cache_control", {"type": "ephemeral", "ttl": 300}),
         ("cache_control", {"type": "ephemeral", "ttl": "5 minutes"}),
         ("cache_control", {"type": "ephemeral", "ttl": "25h"}),
+        ("cache_control", {"type": "ephemeral", "ttl": "5m\n"}),
         ("cache_control", {"type": "ephemeral", "scope": "all"}),
     ],
 )
@@ -363,7 +365,7 @@ EXTREME = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from(FIELDS), EXTREME, max_size=4), st.sampled_from([CHAT, TEXT]))
 def test_extreme_values_are_read_or_refused_with_the_field_named(fields: dict[str, Any], base: dict[str, Any]) -> None:
     body = json.dumps(base | fields).encode()

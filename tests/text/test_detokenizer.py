@@ -32,7 +32,7 @@ CUTS = st.lists(st.integers(0, 1 << 16), max_size=10)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ids=IDS, cuts=CUTS)
 def test_the_pieces_add_up_to_the_decoding_of_all_ids(kind: str, ids: list[int], cuts: list[int]) -> None:
     detokenizer = Detokenizer(made(kind))
@@ -76,7 +76,7 @@ def expected(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     text=st.text(alphabet="ab\n#", max_size=30),
     stops=st.lists(st.text(alphabet="ab\n#", min_size=1, max_size=5), max_size=4),

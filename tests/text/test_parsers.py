@@ -240,7 +240,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from([Parser, *FAMILIES]),
     st.lists(st.sampled_from(PIECES), max_size=14).map("".join),

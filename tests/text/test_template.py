@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -145,10 +144,8 @@ def test_a_template_cannot_leave_the_sandbox(render, source: str) -> None:
     ],
 )
 def test_a_template_cannot_run_write_or_allocate_without_end(render, source: str) -> None:
-    start = time.monotonic()
     with pytest.raises(BadRequest, match="chat template failed"):
         render(source, deadline=1)
-    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(

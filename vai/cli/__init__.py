@@ -32,6 +32,21 @@ _COMMANDS = {
 }
 
 
+# What people type who come from elsewhere, and what they are told.
+_ELSEWHERE = {
+    "list": "vai ls",
+    "models": "vai ls",
+    "chat": "vai run NAME",
+    "start": "vai serve",
+    "create": "vai load FILE --name NAME",
+    "import": "vai load FILE --name NAME",
+    "unload": "vai rm NAME",
+    "kill": "vai stop",
+    "version": "vai --version",
+    "pull": "vai load FILE --name NAME; VAI downloads nothing, so get the GGUF file first",
+}
+
+
 class _Commands(click.Group):
     """A group that knows its commands by name and imports one when it is run."""
 
@@ -44,6 +59,15 @@ class _Commands(click.Group):
         module = importlib.import_module(f"vai.cli.{_COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, cmd_name)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] in _ELSEWHERE:
+            raise click.UsageError(
+                f"There is no command '{args[0]}' here; what you want is: {_ELSEWHERE[args[0]]}", ctx
+            )
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

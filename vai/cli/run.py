@@ -14,6 +14,7 @@ from vai import config
 from vai.cli.load import load_again
 from vai.config import Config
 from vai.daemon import roles
+from vai.errors import VaiError
 from vai.rom.registry import Registry
 
 if TYPE_CHECKING:
@@ -72,18 +73,24 @@ def _chat(answer: Answer, conversation: Conversation) -> None:
         if not text.strip():
             continue
         conversation.append({"role": "user", "content": text})
-        conversation.append({"role": "assistant", "content": _print(answer(conversation))})
+        try:
+            said = _print(answer(conversation), ends=False)
+        except VaiError as error:  # too long a conversation, an engine that is away: the chat can go on
+            click.echo(f"vai: {error.message}", err=True)
+            conversation.pop()
+        else:
+            conversation.append({"role": "assistant", "content": said})
 
 
-def _print(pieces: Iterator[str]) -> str:
-    """Write an answer as it comes and return it. Ctrl-C ends it, and the command too unless it is a chat."""
+def _print(pieces: Iterator[str], *, ends: bool = True) -> str:
+    """Write an answer as it comes and return it. Ctrl-C ends it, and where it `ends` the command, that too."""
     whole = ""
     try:
         for piece in pieces:
             whole += piece
             click.echo(piece, nl=False)
     except KeyboardInterrupt:
-        if not sys.stdin.isatty():
+        if ends:
             raise
     click.echo()
     return whole

@@ -122,10 +122,6 @@ class Words:
         """The engine's request for a prompt, checked. Raises BadRequest, ContextTooLong."""
         if not ids:
             raise BadRequest("The prompt is empty; it needs at least one token.", param="prompt")
-        if not all(0 <= id < self.vocabulary for id in ids):
-            raise BadRequest(f"Token ids of '{self.card.name}' go from 0 to {self.vocabulary - 1}.", param="prompt")
-        if any(id >= self.vocabulary for id in sampling.logit_bias):
-            raise BadRequest(f"Token ids of '{self.card.name}' go from 0 to {self.vocabulary - 1}.", param="logit_bias")
         left = self.card.context - len(ids)
         if left < 1:
             raise ContextTooLong(
@@ -133,6 +129,10 @@ class Words:
                 "answer included. Shorten it.",
                 param="prompt",
             )
+        if not all(0 <= id < self.vocabulary for id in ids):  # after the length: of millions nobody looks at each
+            raise BadRequest(f"Token ids of '{self.card.name}' go from 0 to {self.vocabulary - 1}.", param="prompt")
+        if any(id >= self.vocabulary for id in sampling.logit_bias):
+            raise BadRequest(f"Token ids of '{self.card.name}' go from 0 to {self.vocabulary - 1}.", param="logit_bias")
         sampling = msgspec.structs.replace(sampling, max_tokens=min(sampling.max_tokens, left))
         return Request(
             id=secrets.token_hex(16),

@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 from math import log2
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from vai.kernels.program import PAGE_TOKENS
 
@@ -40,6 +40,7 @@ UNKNOWN_SPEED = 1000.0  # tokens per second of a model that has not been measure
 RENEWED = 16  # pauses after which the chances of all are renewed
 STEPS = 2  # for each doubling of worth: what lies within one step goes in the order of the longest unused
 CONVERSATIONS = 4096  # that are remembered while they pause
+LEAST_SWEPT = 4 * CONVERSATIONS  # entries of a heap that may be out of date
 SESSION_SHARE = 1 / 8  # of the pool, pinned at most
 TENANT_SHARE = 1 / 4
 PINNED_SHARE = 1 / 2  # by all together
@@ -48,6 +49,7 @@ _ENDS = [SHORTEST * 2**span for span in range(SPANS)]
 _WIDTHS = [SHORTEST, *_ENDS[:-1]]
 _UNKNOWN = [CHANCE] * SPANS
 _Key = TypeVar("_Key")
+_Entry = TypeVar("_Entry", bound=tuple[object, ...])
 _Place = tuple[float, int, int, "Conversation"]  # worth but for the price, number of the pause, stamp
 
 
@@ -128,6 +130,22 @@ class Kept:
         self.pinned_by: Name | None = None
 
 
+class _Heap(Generic[_Entry]):
+    """A heap in which entries may be out of date: they go before they are most of it, at a constant cost a push."""
+
+    def __init__(self, fresh: Callable[[_Entry], bool]) -> None:
+        self.entries: list[_Entry] = []
+        self._fresh = fresh
+        self._most = LEAST_SWEPT
+
+    def push(self, entry: _Entry) -> None:
+        heapq.heappush(self.entries, entry)
+        if len(self.entries) > self._most:
+            self.entries = [each for each in self.entries if self._fresh(each)]
+            heapq.heapify(self.entries)
+            self._most = max(LEAST_SWEPT, 2 * len(self.entries))
+
+
 class Retention:
     """The order in which pages go. Times are seconds of `clock`; a pool has `size` bytes."""
 
@@ -140,12 +158,12 @@ class Retention:
         self._until_renewed = RENEWED
         self._speeds: dict[str, float] = {}  # tokens of a prompt per second, by image
         self._serial = itertools.count()
-        self._rankings: dict[str, list[_Place]] = {}  # of each image, a heap with what is out of date in it
+        self._rankings: dict[str, _Heap[_Place]] = {}  # of each image
         self._edges: list[tuple[float, int, int, Conversation]] = []  # a heap: when a pause gets into its next span
         self._sessions: dict[Name, dict[str, Conversation]] = {}  # by image
         self._tails: dict[bytes, Conversation] = {}
         self._paused: OrderedDict[Conversation, None] = OrderedDict()  # and remembered, the longest pause first
-        self._pins: list[tuple[float, int, Kept]] = []  # a heap, by the end
+        self._pins = _Heap[tuple[float, int, Kept]](lambda pin: pin[2].pinned_until == pin[0])  # by the end
         self._pinned_leaves: dict[Kept, None] = {}
         self._pinned: dict[Name, int] = {}  # bytes
         self._pinned_of: dict[str, int] = {}  # bytes of a tenant
@@ -216,7 +234,7 @@ class Retention:
         """Forget a conversation, its pins too. Pages that others have read too stay, as those of a stranger."""
         self._forget(conversation)
         conversation.pauses = None
-        pinned = [page for _, _, page in self._pins if page.conversation is conversation]
+        pinned = [page for _, _, page in self._pins.entries if page.conversation is conversation]
         for page in pinned:
             if not page.shared:
                 self.unpin(page)
@@ -283,7 +301,7 @@ class Retention:
             self._account(page, -page.bytes)
             page.pinned_by, page.pinned_until = name, until
             self._account(page, page.bytes)
-            heapq.heappush(self._pins, (until, next(self._serial), page))
+            self._pins.push((until, next(self._serial), page))
             if leaf:
                 self.add(page)
 
@@ -325,8 +343,8 @@ class Retention:
             self._entered(conversation)
             self._expect_next_span(conversation)
             self._rank_anew(conversation)
-        while self._pins and self._pins[0][0] <= now:
-            until, _, page = heapq.heappop(self._pins)
+        while self._pins.entries and self._pins.entries[0][0] <= now:
+            until, _, page = heapq.heappop(self._pins.entries)
             if page.pinned_until == until:
                 self.unpin(page)
 
@@ -364,20 +382,18 @@ class Retention:
         if conversation.worth is None:
             conversation.worth = self._worth(conversation)
         conversation.stamp = next(self._serial)
-        ranking = self._rankings.setdefault(conversation.image, [])
-        heapq.heappush(ranking, (conversation.worth, conversation.pause, conversation.stamp, conversation))
-        if len(ranking) > 4 * CONVERSATIONS:  # mostly places that are out of date
-            ranking[:] = [place for place in ranking if place[2] == place[3].stamp and place[3].leaves]
-            heapq.heapify(ranking)
+        ranking = self._rankings.get(conversation.image)
+        if ranking is None:
+            ranking = self._rankings[conversation.image] = _Heap(_stands)
+        ranking.push((conversation.worth, conversation.pause, conversation.stamp, conversation))
 
     def _first(self, image: str) -> _Place | None:
         """The place of the conversation of an image that is worth least; None where no page of it may go."""
-        ranking = self._rankings[image]
-        while ranking:
-            place = ranking[0]
-            if place[2] == place[3].stamp and place[3].leaves:
-                return place
-            heapq.heappop(ranking)
+        places = self._rankings[image].entries
+        while places:
+            if _stands(places[0]):
+                return places[0]
+            heapq.heappop(places)
         del self._rankings[image]
         return None
 
@@ -429,6 +445,11 @@ class Retention:
         if page.pinned_by is not None:
             _add(self._pinned, page.pinned_by, bytes)
             _add(self._pinned_of, page.pinned_by.salt, bytes)
+
+
+def _stands(place: _Place) -> bool:
+    """Whether a place in a ranking is still that of its conversation."""
+    return place[2] == place[3].stamp and bool(place[3].leaves)
 
 
 def _add(account: dict[_Key, int], key: _Key, bytes: int) -> None:

@@ -163,16 +163,17 @@ class Routes:
         Raises ModelNotFound, Unavailable (with the way out) or NotEnoughRoom.
         """
         try:
+            try:
+                return await self._frontend.open(name)
+            except Unavailable:
+                absent = {card.name for card in self._frontend.models() if not card.resident}
+                if name not in absent or self._daemon_socket is None:
+                    raise
+            await self._load(self._daemon_socket, name)
             return await self._frontend.open(name)
         except ModelNotFound as error:
             error.param = "model"
             raise
-        except Unavailable:
-            absent = {card.name for card in self._frontend.models() if not card.resident}
-            if name not in absent or self._daemon_socket is None:
-                raise
-        await self._load(self._daemon_socket, name)
-        return await self._frontend.open(name)
 
     async def _load(self, daemon_socket: Path, name: str) -> None:
         """Have the daemon make a model resident. Everybody who waits for one name waits for one load."""

@@ -26,7 +26,7 @@ class CacheControl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """`ttl`: a number of seconds, minutes or hours, as in "5m" (as if none is given), "1h", "90s"."""
 
     type: Literal["ephemeral"]
-    ttl: Annotated[str, Meta(pattern="^[0-9]{1,5}[smh]$")] = "5m"
+    ttl: Annotated[str, Meta(pattern=r"^[0-9]{1,5}[smh]\Z")] = "5m"
 
     def __post_init__(self) -> None:
         if self.seconds > MAX_RETAIN:

@@ -8,7 +8,7 @@ NotSupported for what is meaningful but not done here, with `param` naming the f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -330,7 +330,7 @@ def decode_chat(body: bytes) -> ChatRequest:
     """A chat request. Raises BadRequest or NotSupported."""
     request = _decode(_chat_decoder, body)
     _refuse(request, _REFUSED_IN_CHAT)
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise BadRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
     given = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(given) > 1:
@@ -423,12 +423,10 @@ def prompts(request: CompletionRequest) -> list[str | list[int]]:
 def _prompts(given: str | list[int | str | list[int]]) -> list[str | list[int]]:
     if isinstance(given, str):
         return [given]
-    kinds = {type(item) for item in given}
+    kinds = set(map(type, given))
     if len(kinds) > 1:
         raise BadRequest("'prompt' mixes texts, token ids and lists; send one kind.", param="prompt")
-    if int in kinds:
-        return [[item for item in given if isinstance(item, int)]]
-    return [item for item in given if not isinstance(item, int)]
+    return [cast(list[int], given)] if int in kinds else cast(list[str | list[int]], given)
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
@@ -128,7 +128,8 @@ class EventStream:
             await until_gone(receive, self._carry(send))
         except asyncio.CancelledError:  # the server is stopping: no stream ends as if it were complete
             if not self._refuse():
-                await asyncio.wait_for(self._end(send, event(error_bytes(stopping()))), LAST_WORD_SECONDS)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._end(send, event(error_bytes(stopping()))), LAST_WORD_SECONDS)
             raise
         finally:
             pinging.cancel()

@@ -21,7 +21,7 @@ Schema = msgspec.Raw | UnsetType  # an object, or a text that holds one
 class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """OpenAI's wrapping of a schema. Whether `strict` or not, the answer satisfies it."""
 
-    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
     description: Annotated[str, Meta(max_length=1 << 16)] | None = None
     schema: Schema = UNSET
     strict: bool | None = None

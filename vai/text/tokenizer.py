@@ -305,8 +305,13 @@ class Tokenizer:
             raise BadRequest(
                 "The text has half of a surrogate pair in it, which is no character; send UTF-8."
             ) from None
-        # The batch call releases the interpreter lock, the single one does not.
-        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        try:
+            # The batch call releases the interpreter lock, the single one does not.
+            [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # the library's, which cannot be imported and is no Exception
+                raise
+            raise BadRequest(f"The text cannot be cut into tokens: {error}.") from None
         return list(encoding.ids)
 
     def _find_control(self, text: str) -> Iterator[tuple[int, int, int]]:
