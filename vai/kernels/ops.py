@@ -103,8 +103,8 @@ class Attention:
     `window` for the last `window` of them only: s[t] = (sum over ascending d of q[d] * k[t][d], multiply and add
     rounded apart) * scale; with a `softcap` then s[t] = softcap * tanh(s[t] / softcap); m = max s;
     e[t] = exp(s[t] - m). In chunks of 1,024 tokens counted from position 0: l_c = R16 sum of e, with token t in partial
-    sum t mod 16, o_c[d] = sum over ascending t of e[t] * v[t][d], both from +0. Then l and o are the sums of l_c and o_c over
-    ascending chunks, from the first chunk with such a token on, and output[d] = o[d] / l.
+    sum t mod 16, o_c[d] = sum over ascending t of e[t] * v[t][d], both from +0. Then l and o are the sums of l_c and
+    o_c over ascending chunks, from the first chunk with such a token on, and output[d] = o[d] / l.
 
     `window`, `softcap`: 0 for none. A group with a window of its own has no layer that looks further back.
     """
