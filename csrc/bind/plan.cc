@@ -73,25 +73,28 @@ void bind_plan(nb::module_& m) {
           nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>(), nb::kw_only(), nb::arg("workers"), nb::arg("isa"),
           nb::arg("data").noconvert(), nb::arg("workspace_bytes"), nb::arg("max_rows"), nb::arg("max_outputs"),
           nb::arg("vocabulary"), nb::arg("context"), nb::arg("kv_type"), nb::arg("groups"))
-      .def("embed", [](Plan& p, WeightOf table, PlaceOf out, WhereOf where) {
-             p.embed(made<vai::Weight>(table), made<Place>(out), made<Where>(where));
-           }, nb::kw_only(), nb::arg("table"), nb::arg("out"), nb::arg("where"))
-      .def("norm", [](Plan& p, PlaceOf x, int heads, int columns, std::optional<VectorOf> weight, float epsilon, std::optional<PlaceOf> out,
+      .def("embed", [](Plan& p, WeightOf table, float scale, PlaceOf out, WhereOf where) {
+             p.embed(made<vai::Weight>(table), scale, made<Place>(out), made<Where>(where));
+           }, nb::kw_only(), nb::arg("table"), nb::arg("scale"), nb::arg("out"), nb::arg("where"))
+      .def("norm", [](Plan& p, PlaceOf x, int heads, int columns, std::optional<VectorOf> weight, float epsilon,
+                      std::optional<PlaceOf> residual, std::optional<PlaceOf> out,
                       std::optional<size_t> packed32, std::optional<size_t> packed256, WhereOf where) {
-             p.norm(made<Place>(x), heads, columns, made<vai::Vector>(weight), epsilon, made<Place>(out), packed32, packed256, made<Where>(where));
-           }, nb::kw_only(), nb::arg("x"), nb::arg("heads"), nb::arg("columns"), nb::arg("weight").none(), nb::arg("epsilon"), nb::arg("out").none(),
+             p.norm(made<Place>(x), heads, columns, made<vai::Vector>(weight), epsilon, made<Place>(residual), made<Place>(out), packed32,
+                    packed256, made<Where>(where));
+           }, nb::kw_only(), nb::arg("x"), nb::arg("heads"), nb::arg("columns"), nb::arg("weight").none(), nb::arg("epsilon"),
+           nb::arg("residual").none(), nb::arg("out").none(),
            nb::arg("packed32").none(), nb::arg("packed256").none(), nb::arg("where"))
       .def("linear", [](Plan& p, WeightOf weight, int blocks, std::optional<PlaceOf> x, std::optional<size_t> packed,
                         std::optional<VectorOf> bias, std::optional<PlaceOf> addend, std::optional<PlaceOf> residual, PlaceOf out,
-                        bool gated, WhereOf where) {
+                        bool gated, int act, float softcap, WhereOf where) {
              p.linear(made<vai::Weight>(weight), blocks, made<Place>(x), packed, made<vai::Vector>(bias), made<Place>(addend),
-                      made<Place>(residual), made<Place>(out), gated, made<Where>(where));
+                      made<Place>(residual), made<Place>(out), gated, act, softcap, made<Where>(where));
            }, nb::kw_only(), nb::arg("weight"), nb::arg("blocks"), nb::arg("x").none(), nb::arg("packed").none(),
            nb::arg("bias").none(), nb::arg("addend").none(), nb::arg("residual").none(), nb::arg("out"), nb::arg("gated"),
-           nb::arg("where"))
-      .def("glu", [](Plan& p, PlaceOf gate, PlaceOf up, int columns, PlaceOf out, WhereOf where) {
-             p.glu(made<Place>(gate), made<Place>(up), columns, made<Place>(out), made<Where>(where));
-           }, nb::kw_only(), nb::arg("gate"), nb::arg("up"), nb::arg("columns"), nb::arg("out"), nb::arg("where"))
+           nb::arg("act"), nb::arg("softcap"), nb::arg("where"))
+      .def("glu", [](Plan& p, PlaceOf gate, PlaceOf up, int act, int columns, PlaceOf out, WhereOf where) {
+             p.glu(made<Place>(gate), made<Place>(up), act, columns, made<Place>(out), made<Where>(where));
+           }, nb::kw_only(), nb::arg("gate"), nb::arg("up"), nb::arg("act"), nb::arg("columns"), nb::arg("out"), nb::arg("where"))
       .def("angles", [](Plan& p, std::vector<double> frequencies, size_t out, WhereOf where) {
              p.angles(std::move(frequencies), out, made<Where>(where));
            }, nb::kw_only(), nb::arg("frequencies"), nb::arg("out"), nb::arg("where"))

@@ -91,12 +91,12 @@ Pages Plan::pages(int group, int layer) const {
 
 void Plan::add(Args args, Where where, int units) { instructions_.push_back({std::move(args), where, units}); }
 
-void Plan::embed(const Weight& table, Place out, Where where) {
+void Plan::embed(const Weight& table, float scale, Place out, Where where) {
   require(!where.outputs && (table.rows + 15) / 16 > table.first + (shape_.vocabulary - 1) / 16 * table.step, "a table too short");
-  add(EmbedArgs{matrix(table), nullptr, place(out, table.columns, false), out.width}, where);
+  add(EmbedArgs{matrix(table), nullptr, place(out, table.columns, false), out.width, scale}, where);
 }
 
-void Plan::norm(Place x, int heads, int columns, std::optional<Vector> weight, float epsilon, std::optional<Place> out,
+void Plan::norm(Place x, int heads, int columns, std::optional<Vector> weight, float epsilon, std::optional<Place> residual, std::optional<Place> out,
                 std::optional<size_t> packed32, std::optional<size_t> packed256, Where where) {
   NormArgs a{};
   require(heads > 0 && (heads == 1 || (!packed32 && !packed256)), "heads of quantized rows");
@@ -107,6 +107,8 @@ void Plan::norm(Place x, int heads, int columns, std::optional<Vector> weight, f
   if (weight) a.weight = vector(*weight, (columns + 15) / 16);
   require(!weight || (weight->first == 0 && weight->step == 1), "a norm weight that is a part");
   a.epsilon = epsilon;
+  require(!residual || heads == 1, "a residual of heads");
+  if (residual) a.residual = place(*residual, columns, where.outputs), a.ldr = residual->width;
   if (out) a.out = place(*out, heads * columns, where.outputs), a.ldo = out->width;
   if (packed32) a.packed32 = packed(*packed32, kGroup, columns, where.outputs);
   if (packed256) a.packed256 = packed(*packed256, kWideGroup, columns, where.outputs);
@@ -115,7 +117,7 @@ void Plan::norm(Place x, int heads, int columns, std::optional<Vector> weight, f
 
 void Plan::linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records,
                   std::optional<Vector> bias, std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated,
-                  Where where) {
+                  int act, float softcap, Where where) {
   LinearArgs a{};
   a.weight = matrix(weight);
   require(blocks > 0 && weight.first + (blocks - 1) * weight.step + (gated ? 1 : 0) < (weight.rows + 15) / 16, "too many blocks");
@@ -128,19 +130,23 @@ void Plan::linear(const Weight& weight, int blocks, std::optional<Place> x, std:
     a.bias_first = bias->first;
     a.bias_step = bias->step;
   }
-  require(!gated || (!addend && !residual), "a gated unit with more to add");
+  require(!gated || (!addend && !residual && softcap == 0.0f), "a gated unit with more to add");
+  require(act >= 0 && act < kActs && softcap >= 0.0f, "no such activation");
   if (addend) a.addend = place(*addend, blocks * 16, where.outputs), a.lda = addend->width;
   if (residual) a.residual = place(*residual, blocks * 16, where.outputs), a.ldr = residual->width;
   a.out = place(out, blocks * 16, where.outputs);
   a.ldo = out.width;
   a.gated = gated;
+  a.act = Act(act);
+  a.softcap = softcap;
   add(a, where, blocks);
   instructions_.back().cursors = cursors_.emplace_back(size_t(workers_.count())).data();
 }
 
-void Plan::glu(Place gate, Place up, int columns, Place out, Where where) {
+void Plan::glu(Place gate, Place up, int act, int columns, Place out, Where where) {
+  require(act >= 0 && act < kActs, "no such activation");
   add(GluArgs{place(gate, columns, where.outputs), place(up, columns, where.outputs), gate.width, up.width, columns,
-              place(out, columns, where.outputs), out.width},
+              place(out, columns, where.outputs), out.width, Act(act)},
       where);
 }
 

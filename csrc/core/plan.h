@@ -82,14 +82,14 @@ class Plan {
 
   // Building, in order. What an instruction will touch is checked against image and workspace once, here; one that does not
   // fit is a mistake of the lowering: std::logic_error. `columns` count the values of a row that are read or written.
-  void embed(const Weight& table, Place out, Where where);
+  void embed(const Weight& table, float scale, Place out, Where where);
   // `columns` of each of `heads`, which stand one after the other and share the weight.
-  void norm(Place x, int heads, int columns, std::optional<Vector> weight, float epsilon, std::optional<Place> out,
+  void norm(Place x, int heads, int columns, std::optional<Vector> weight, float epsilon, std::optional<Place> residual, std::optional<Place> out,
             std::optional<size_t> packed32, std::optional<size_t> packed256, Where where);
   // Exactly one of `x` and `records`, as the weight's type wants. `blocks`: output blocks of 16 columns.
   void linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records, std::optional<Vector> bias,
-              std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated, Where where);
-  void glu(Place gate, Place up, int columns, Place out, Where where);
+              std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated, int act, float softcap, Where where);
+  void glu(Place gate, Place up, int act, int columns, Place out, Where where);
   void angles(std::vector<double> frequencies, size_t out, Where where);
   void rope(Place x, Place out, int heads, int head_dim, int pairs, bool neox, size_t angles, Where where);
   void kv_write(Place k, Place v, int group, int layer, Where where);

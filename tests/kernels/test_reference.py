@@ -247,6 +247,13 @@ def test_the_gated_unit_is_silu_times_up() -> None:
     assert abs(reference.silu_glu(np.array([[-1e4]], F), np.ones((1, 1), F))) < 1e-33  # e^88.3 is the clamp
 
 
+def test_the_gated_unit_is_gelu_times_up() -> None:
+    gate, up = random(3, 20) * F(4), random(3, 20, seed=1)
+    wide = gate.astype(np.float64)
+    truth = 0.5 * wide * (1 + np.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))) * up
+    np.testing.assert_allclose(reference.gelu_tanh_glu(gate, up), truth, rtol=1e-6, atol=1e-6)
+
+
 def test_bfloat16_rounds_to_nearest_even_and_keeps_what_is_not_finite() -> None:
     one = np.array([1.0, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-20, -0.0, np.inf, -np.inf], F)
     stored = reference.narrow_bf16(one)

@@ -266,18 +266,19 @@ def test_rms_norm_sums_in_the_order_of_sixteen(isa: str, pools: list[table.Worke
             same(native(rom, prog, isa, pools[2]).forward(args, EMPTY), reference_of(rom, prog, args))
 
 
-def test_the_gated_unit_covers_the_whole_range_of_exp(isa: str, pools: list[table.Workers]) -> None:
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+def test_the_gated_unit_covers_the_whole_range_of_exp(isa: str, pools: list[table.Workers], act: str) -> None:
     gate = np.concatenate([np.linspace(-100, 100, 40 * 97 - 8), [0, -0.0, np.nan, np.inf, -np.inf, 88.3, -88.3, 1e-40]])
     gate = gate.astype(np.float32).reshape(40, 97)
     rom = Rom(activations("g.weight", gate) | activations("u.weight", np.roll(gate, 5, axis=0)))
-    prog = program(rom, [Embed("g", "g.weight"), Embed("u", "u.weight"), Glu("y", "g", "u", "silu")], "y")
+    prog = program(rom, [Embed("g", "g.weight"), Embed("u", "u.weight"), Glu("y", "g", "u", act)], "y")
     same(native(rom, prog, isa, pools[1]).forward(step(range(40)), EMPTY), reference_of(rom, prog, step(range(40))))
 
 
 @pytest.mark.parametrize(("gate", "up"), [("Q4_0", "Q4_0"), ("F16", "F16"), ("Q4_0", "Q8_0"), ("Q8_0", "F32")])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "act"), [(False, "silu"), (True, "silu"), (False, "gelu_tanh")])
 def test_gate_and_up_are_the_same_fused_or_not(
-    isa: str, pools: list[table.Workers], gate: str, up: str, bias: bool
+    isa: str, pools: list[table.Workers], gate: str, up: str, bias: bool, act: str
 ) -> None:
     rng = np.random.default_rng(6)
     g, u = random_matrix(rng, gate, 40, 96), random_matrix(rng, up, 40, 96)
@@ -300,7 +301,7 @@ def test_gate_and_up_are_the_same_fused_or_not(
         RmsNorm("n", "x", "n.weight", 1e-6),
         Linear("g", "n", "gate.weight", bias="gate.bias" if bias else None),
         Linear("u", "n", "up.weight", bias="up.bias" if bias else None),
-        Glu("y", "g", "u", "silu"),
+        Glu("y", "g", "u", act),
     ]
     prog = program(rom, ops, "y")
     expected = reference_of(rom, prog, step(range(ROWS)))
@@ -308,6 +309,29 @@ def test_gate_and_up_are_the_same_fused_or_not(
     assert any(line.startswith("gated") for line in plan.lines()) == (gate == up)
     for rows in (1, 5, ROWS):
         same(plan.forward(step(range(rows)), EMPTY), expected[:rows])
+
+
+def test_embeddings_are_scaled_norms_have_residuals_and_logits_are_capped(isa: str, pools: list[table.Workers]) -> None:
+    rng = np.random.default_rng(17)
+    rom = Rom(
+        activations("x.weight", awkward(rng, ROWS, 96))
+        | activations("r.weight", rng.standard_normal((ROWS, 96)).astype(np.float32))
+        | vector("n.weight", rng.standard_normal(96).astype(np.float32))
+        | one("w.weight", "Q8_0", 50, 96, random_matrix(rng, "Q8_0", 50, 96))
+    )
+    ops = [
+        Embed("x", "x.weight", scale=7.3),
+        Embed("r", "r.weight"),
+        RmsNorm("sum", "x", "n.weight", 1e-6, residual="r"),  # in the place of r
+        RmsNorm("next", "sum", "n.weight", 1e-6, residual="sum"),
+        Linear("y", "next", "w.weight", softcap=3.0),
+    ]
+    for output in ("x", "sum", "next", "y"):
+        prog = program(rom, ops[: 1 + [op.output for op in ops].index(output)], output)
+        expected = reference_of(rom, prog, step(range(ROWS)))
+        for workers in pools:
+            same(native(rom, prog, isa, workers).forward(step(range(ROWS)), EMPTY), expected)
+    assert (np.abs(expected[10:]) <= 3).all() and (np.abs(expected[10:]) > 2.5).any()
 
 
 def test_an_interleaved_part_that_others_read_is_computed_alone(isa: str, pools: list[table.Workers]) -> None:

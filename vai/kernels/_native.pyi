@@ -35,7 +35,7 @@ class Plan:
         kv_type: str,
         groups: Sequence[tuple[int, int, int, int]],  # layers, KV heads, head_dim, window or 0
     ) -> None: ...
-    def embed(self, *, table: Weight, out: Place, where: Where) -> None: ...
+    def embed(self, *, table: Weight, scale: float, out: Place, where: Where) -> None: ...
     def norm(
         self,
         *,
@@ -44,6 +44,7 @@ class Plan:
         columns: int,
         weight: Vector | None,
         epsilon: float,
+        residual: Place | None,
         out: Place | None,
         packed32: int | None,
         packed256: int | None,
@@ -61,9 +62,11 @@ class Plan:
         residual: Place | None,
         out: Place,
         gated: bool,
+        act: int,
+        softcap: float,
         where: Where,
     ) -> None: ...
-    def glu(self, *, gate: Place, up: Place, columns: int, out: Place, where: Where) -> None: ...
+    def glu(self, *, gate: Place, up: Place, act: int, columns: int, out: Place, where: Where) -> None: ...
     def angles(self, *, frequencies: Sequence[float], out: int, where: Where) -> None: ...
     def rope(
         self,

@@ -29,6 +29,8 @@ TYPE_CODES = {
     )
 }
 
+ACTS = ("silu", "gelu_tanh")  # by number
+
 
 class Weights(Protocol):
     """What lowering needs of an image: where its tensors are, and their bytes."""
@@ -266,7 +268,8 @@ class _Fuser:
             out,
             views={"out": out},
             weight=weight,
-            text=_of(op.weight, stored, part.rows),
+            op=op,
+            text=_of(op.weight, stored, part.rows) + (f" times {op.scale:g}" if op.scale != 1 else ""),
             image_bytes=row_bytes,
         )
 
@@ -275,8 +278,13 @@ class _Fuser:
         weight = self._vector(op.weight, x.columns)
         groups = {self._group(reader, op.output) for reader in self._readers.get(op.output, [])}
         views = {"x": x}
+        if op.residual is not None:
+            views["residual"] = self._views[op.residual]
         if 0 in groups:
-            views["out"] = self._new(op.output, x.columns, outputs=x.outputs)
+            out = views.get("residual")
+            if out is None or not self._replaceable(index, op, out):
+                out = self._new(op.output, x.columns, outputs=x.outputs)
+            self._views[op.output] = views["out"] = out
         areas = {}
         for group in sorted(groups - {0}):
             slot = areas[f"packed{group}"] = self._packed_slot(op.output, group, x)
@@ -289,7 +297,7 @@ class _Fuser:
             areas=areas,
             vector=weight,
             op=op,
-            text=f"{op.weight} {x.columns}",
+            text=f"{op.weight} {x.columns}{' + residual' if op.residual is not None else ''}",
             image_bytes=4 * x.columns,
         )
 
@@ -330,6 +338,7 @@ class _Fuser:
         self._views[op.output] = _View(out.slot, out.width, out.first, part.rows, x.outputs)
         bias = None if op.bias is None else self._vector(op.bias, part.rows)
         extra = [f"+ {name}" for name in ("addend", "bias", "residual") if getattr(op, name) is not None]
+        extra += [f"softcap {op.softcap:g}"] if op.softcap else []
         self._multiply(
             "linear",
             [index],
@@ -341,6 +350,7 @@ class _Fuser:
             {**views, "out": out},
             " ".join([_of(op.weight, stored, part.rows), *extra]),
             blocks,
+            op,
         )
 
     def _gated(self, index: int, op: Linear, stored: StoredTensor) -> bool:
@@ -377,6 +387,7 @@ class _Fuser:
             {"out": out},
             text,
             2 * blocks,
+            glu,
         )
         return True
 
@@ -470,6 +481,7 @@ class _Fuser:
             [index],
             gate,
             views={"gate": gate, "up": self._views[op.up], "out": out},
+            op=op,
             text=f"{op.act} {gate.columns}",
         )
 
@@ -492,6 +504,7 @@ class _Fuser:
         views: dict[str, _View],
         text: str,
         read_blocks: int,
+        op: Op | None = None,
     ) -> None:
         self._done.update(lines)
         view = self._views[x]
@@ -510,6 +523,7 @@ class _Fuser:
             areas=areas,
             weight=weight,
             vector=bias,
+            op=op,
             blocks=blocks,
             text=text,
             image_bytes=image_bytes,
@@ -539,6 +553,8 @@ class _Fuser:
                 continue
             if line < index or line in self._done or other.weight in by_part or other.addend or other.residual:
                 return None
+            if other.softcap:
+                return None
             by_part[other.weight] = (line, other)
         if len(by_part) != len(parts):
             return None
@@ -567,18 +583,14 @@ class _Fuser:
         stored, part = self._table.find(bias)
         return stored.offset, stored.rows, 0, part.block_step
 
-    def _replaceable(self, index: int, op: Linear, residual: _View) -> bool:
+    def _replaceable(self, index: int, op: Linear | RmsNorm, residual: _View) -> bool:
         """Whether the result may be written over the residual: nobody reads that later, and this reads it only so."""
         if op.residual is None:
             return False
         last = max(self._readers[op.residual])
         own = residual.first == 0 and residual.columns == self._program.constants[op.weight][0]
-        return (
-            last == index
-            and own
-            and op.residual not in (op.x, op.addend)
-            and residual.outputs == self._views[op.x].outputs
-        )
+        others = (op.x, op.addend) if isinstance(op, Linear) else (op.x,)
+        return last == index and own and op.residual not in others and residual.outputs == self._views[op.x].outputs
 
     def _group(self, reader: int, value: str) -> int:
         """The group in which operation `reader` reads `value` as quantized codes; 0 if it reads it in another way."""
@@ -666,7 +678,9 @@ def _reads(op: Op) -> list[str]:
     match op:
         case Embed():
             return []
-        case RmsNorm() | HeadNorm() | Rope() | Rows():
+        case RmsNorm():
+            return [value for value in (op.x, op.residual) if value is not None]
+        case HeadNorm() | Rope() | Rows():
             return [op.x]
         case Linear():
             return [value for value in (op.x, op.addend, op.residual) if value is not None]
@@ -687,8 +701,12 @@ def _of(name: str, stored: StoredTensor, rows: int) -> str:
 
 
 def _check_act(glu: Glu) -> None:
-    if glu.act != "silu":
-        raise UnsupportedModel(f"The native executor has no gated unit with {glu.act!r} yet, only 'silu'.")
+    if glu.act not in ACTS:
+        raise UnsupportedModel(f"The native executor has no gated unit with {glu.act!r}, only {', '.join(ACTS)}.")
+
+
+def _act(op: Op | None) -> int:
+    return ACTS.index(op.act) if isinstance(op, Glu) else 0
 
 
 def _assign(instructions: list[_Instruction]) -> int:
@@ -728,7 +746,8 @@ def _emit(native: _native.Plan, made: _Instruction) -> None:
     op = made.op
     match made.kind:
         case "embed" if made.weight:
-            native.embed(table=made.weight, out=place["out"], where=where)
+            scale = op.scale if isinstance(op, Embed) else 1.0
+            native.embed(table=made.weight, scale=scale, out=place["out"], where=where)
         case "norm" | "quantize" | "head_norm":
             heads = op.heads if isinstance(op, HeadNorm) else 1
             epsilon = op.epsilon if isinstance(op, RmsNorm | HeadNorm) else 0.0
@@ -738,6 +757,7 @@ def _emit(native: _native.Plan, made: _Instruction) -> None:
                 columns=made.views["x"].columns // heads,
                 weight=made.vector,
                 epsilon=epsilon,
+                residual=place.get("residual"),
                 out=place.get("out"),
                 packed32=area.get("packed32"),
                 packed256=area.get("packed256"),
@@ -754,11 +774,18 @@ def _emit(native: _native.Plan, made: _Instruction) -> None:
                 residual=place.get("residual"),
                 out=place["out"],
                 gated=made.kind == "gated",
+                act=_act(op),
+                softcap=op.softcap if isinstance(op, Linear) else 0.0,
                 where=where,
             )
         case "glu":
             native.glu(
-                gate=place["gate"], up=place["up"], columns=made.views["out"].columns, out=place["out"], where=where
+                gate=place["gate"],
+                up=place["up"],
+                act=_act(op),
+                columns=made.views["out"].columns,
+                out=place["out"],
+                where=where,
             )
         case "rows":
             native.rows(x=place["x"], columns=made.views["x"].columns, out=place["out"], where=where)

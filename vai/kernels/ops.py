@@ -15,10 +15,12 @@ class Embed:
     """output [M, width] = rows `tokens` of `weight` [vocabulary, width], dequantized; each operation is rounded.
 
     code * d; where the format has minimums code * d + m; with factors of 6 or 8 bits (d * sc) * code - (dmin * m).
+    A `scale` that is not 1 multiplies the result.
     """
 
     output: str
     weight: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +28,14 @@ class RmsNorm:
     """output[m] = (x[m] * r) * weight, r = 1 / sqrt(ss / n + epsilon), ss = sum of squares in the R16 order.
 
     R16: 16 partial sums, element i goes to p[i mod 16] in ascending order; then p[j] += p[j+8], +4, +2, +1.
-    The division by n, the addition, sqrt and the reciprocal are four operations, each rounded.
+    The division by n, the addition, sqrt and the reciprocal are four operations, each rounded. Then + residual.
     """
 
     output: str
     x: str
     weight: str
     epsilon: float
+    residual: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,8 @@ class HeadNorm:
 class Linear:
     """output [M, N] = x [M, K] times `weight` [N, K] transposed, in the exact kind; then + addend, + bias, + residual.
 
+    With a `softcap` that is not 0, last of all softcap * tanh(y / softcap).
+
     Block types quantize x to int8 per row and group (rom.image.BlockType.group); acc = +0, then for each group in
     ascending order acc = acc + (float(isum) * (dw * da)), isum being the exact sum of the codes' products, times their
     factors where there are (Q6_K). Q4_1, Q5_1: acc = acc + (float(isum) * (dw * da) + float(asum) * (m * da)), asum
@@ -63,6 +68,7 @@ class Linear:
     bias: str | None = None
     addend: str | None = None
     residual: str | None = None
+    softcap: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +129,10 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Glu:
-    """output = act(gate) * up. "silu": g / (1 + exp(-g))."""
+    """output = act(gate) * up, each operation rounded.
+
+    "silu": g / (1 + exp(-g)). "gelu_tanh": (0.5 * g) * (1 + tanh(0.7978846 * (g + 0.044715 * ((g * g) * g)))).
+    """
 
     output: str
     gate: str

@@ -442,7 +442,7 @@ def attend(
         scores += q[:, :, d].T[:, :, None] * k[:, None, :, d]
     scores *= _F(scale)
     if softcap:
-        scores = _F(softcap) * tanh(scores / _F(softcap))
+        scores = softcapped(scores, softcap)
     tokens, reach = first + np.arange(k.shape[1]), window or math.inf
     visible = (tokens <= positions[:, None]) & (tokens > positions[:, None] - reach)
     top = np.where(visible, scores, _F(-np.inf)).max(axis=2)
@@ -463,6 +463,21 @@ def attend(
 @np.errstate(all="ignore")
 def silu_glu(gate: Floats, up: Floats) -> Floats:
     return (gate / (_F(1) + exp(-gate))) * up
+
+
+@np.errstate(all="ignore")
+def gelu_tanh_glu(gate: Floats, up: Floats) -> Floats:
+    cube = (gate * gate) * gate
+    bent = tanh(_F(0.7978846) * (gate + _F(0.044715) * cube))
+    return ((_F(0.5) * gate) * (_F(1) + bent)) * up
+
+
+_GLU: dict[str, Callable[[Floats, Floats], Floats]] = {"silu": silu_glu, "gelu_tanh": gelu_tanh_glu}
+
+
+@np.errstate(all="ignore")
+def softcapped(x: Floats, cap: float) -> Floats:
+    return _F(cap) * tanh(x / _F(cap))
 
 
 # ---------------------------------------------------------------- pages
@@ -576,9 +591,11 @@ class ReferencePlan:
     def _run(self, op: Op, values: dict[str, Floats], step: StepArgs, pool: Bytes) -> None:
         match op:
             case Embed():
-                values[op.output] = embed(self._matrices[op.weight], step.tokens)
+                rows = embed(self._matrices[op.weight], step.tokens)
+                values[op.output] = rows if op.scale == 1 else rows * _F(op.scale)
             case RmsNorm():
-                values[op.output] = rms_norm(values[op.x], self._vectors[op.weight], op.epsilon)
+                normal = rms_norm(values[op.x], self._vectors[op.weight], op.epsilon)
+                values[op.output] = normal if op.residual is None else normal + values[op.residual]
             case HeadNorm():
                 heads = values[op.x].reshape(len(step.tokens), op.heads, -1)
                 values[op.output] = rms_norm(heads, self._vectors[op.weight], op.epsilon).reshape(len(heads), -1)
@@ -591,7 +608,7 @@ class ReferencePlan:
             case Attention():
                 values[op.output] = self._attention(op, values[op.q], step, pool)
             case Glu():
-                values[op.output] = silu_glu(values[op.gate], values[op.up])
+                values[op.output] = _GLU[op.act](values[op.gate], values[op.up])
             case Rows():
                 values[op.output] = values[op.x][step.output_rows]
 
@@ -604,7 +621,7 @@ class ReferencePlan:
             out = out + self._vectors[op.bias]
         if op.residual is not None:
             out = out + values[op.residual]
-        return out
+        return softcapped(out, op.softcap) if op.softcap else out
 
     def _write(self, op: KvWrite, values: dict[str, Floats], step: StepArgs, pool: Bytes) -> None:
         group = self._program.groups[op.group]

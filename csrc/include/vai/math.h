@@ -44,6 +44,20 @@ inline typename V::F silu(typename V::F x) {
   return V::div(x, V::add(V::set1(1.0f), exp<V>(negative)));
 }
 
+// gelu(x) = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (Hendrycks and Gimpel 2016).
+template <class V>
+inline typename V::F gelu_tanh(typename V::F x) {
+  const auto cube = V::mul(V::mul(x, x), x);
+  const auto bent = tanh<V>(V::mul(V::set1(0.7978846f), V::add(x, V::mul(V::set1(0.044715f), cube))));
+  return V::mul(V::mul(V::set1(0.5f), x), V::add(V::set1(1.0f), bent));
+}
+
+// cap * tanh(x / cap).
+template <class V>
+inline typename V::F softcapped(typename V::F x, float cap) {
+  return V::mul(V::set1(cap), tanh<V>(V::div(x, V::set1(cap))));
+}
+
 // 16 partial sums to one: p[j] += p[j + 8], then + 4, + 2, + 1 (the order called R16).
 inline float sum16(float* p) {
   for (int step = 8; step > 0; step >>= 1)

@@ -11,6 +11,8 @@ namespace vai {
 
 enum class BlockType : int { kQ4_0, kQ8_0, kF16, kBF16, kF32, kQ4_K, kQ5_K, kQ6_K, kQ4_1, kQ5_0, kQ5_1 };
 constexpr int kBlockTypes = 11;
+enum class Act : int { kSilu, kGeluTanh };
+constexpr int kActs = 2;
 enum class KvType : int { kBf16, kF32 };
 
 constexpr int kPageTokens = 32;
@@ -68,6 +70,7 @@ struct EmbedArgs {
   const int32_t* tokens;
   float* out;
   size_t ldo;
+  float scale;
 };
 void embed(const EmbedArgs&, int begin, int end);
 
@@ -82,6 +85,8 @@ struct NormArgs {
   int rows, heads = 1, columns;
   const float* weight;
   float epsilon;
+  const float* residual;  // added to what was normalized; may be null
+  size_t ldr;
   float* out;  // may be null
   size_t ldo;
   uint8_t *packed32, *packed256;  // may be null
@@ -104,6 +109,8 @@ struct LinearArgs {
   size_t ldo;
   // Gated: output block i is act(stored block first + i * step) * (the stored block after it). No addend, no residual.
   bool gated;
+  Act act;
+  float softcap;  // of what is not gated, last of all: softcap * tanh(y / softcap); 0: none
 };
 
 struct GluArgs {
@@ -112,6 +119,7 @@ struct GluArgs {
   int columns;
   float* out;
   size_t ldo;
+  Act act;
 };
 
 // cos and sin of position * frequency as [rows][pairs][2].

@@ -72,7 +72,7 @@ void weigh(const uint8_t* values, int head_dim, int tokens, const float* const* 
 template <class V>
 void cap_scores(float* s, int begin, int end, float cap) {
   for (int t = begin; t < end; t += V::kLanes)
-    V::store(s + t, V::mul(V::set1(cap), tanh<V>(V::div(V::load(s + t), V::set1(cap)))));
+    V::store(s + t, softcapped<V>(V::load(s + t), cap));
 }
 
 // Scores to weights: e[t] = exp(s[t] - max) for t in [first, end), 0 on either side from a multiple of 16 to one.

@@ -61,8 +61,12 @@ static void gather(const uint8_t* row, BlockType type, int lane, int columns, fl
 }
 
 void embed(const EmbedArgs& a, int begin, int end) {
-  for (int m = begin; m < end; ++m)
-    gather(a.table.block(a.tokens[m] / 16), a.table.type, a.tokens[m] % 16, a.table.columns, a.out + size_t(m) * a.ldo);
+  for (int m = begin; m < end; ++m) {
+    float* out = a.out + size_t(m) * a.ldo;
+    gather(a.table.block(a.tokens[m] / 16), a.table.type, a.tokens[m] % 16, a.table.columns, out);
+    if (a.scale != 1.0f)
+      for (int k = 0; k < a.table.columns; ++k) out[k] = out[k] * a.scale;
+  }
 }
 
 }  // namespace vai

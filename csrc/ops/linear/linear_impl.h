@@ -389,7 +389,7 @@ void tile(BlockType type, int rows, const TileArgs& t) {
   }
 }
 
-// scratch [R][blocks * 16] -> out: + addend, + bias, + residual; gated: act(first block) * second block.
+// scratch [R][blocks * 16] -> out: + addend, + bias, + residual, softcap; gated: act(first block) * second block.
 template <class V>
 void epilogue(const LinearArgs& a, int first_row, int rows, int block, int blocks, const float* scratch) {
   using F = typename V::F;
@@ -402,7 +402,7 @@ void epilogue(const LinearArgs& a, int first_row, int rows, int block, int block
       for (int h = 0; h < 16; h += W) {
         F gate = V::load(s + h), up = V::load(s + 16 + h);
         if (bias) gate = V::add(gate, V::load(bias + h)), up = V::add(up, V::load(bias + 16 + h));
-        V::store(a.out + row * a.ldo + size_t(block) * 16 + h, V::mul(silu<V>(gate), up));
+        V::store(a.out + row * a.ldo + size_t(block) * 16 + h, V::mul(a.act == Act::kSilu ? silu<V>(gate) : gelu_tanh<V>(gate), up));
       }
       continue;
     }
@@ -414,6 +414,7 @@ void epilogue(const LinearArgs& a, int first_row, int rows, int block, int block
         if (a.addend) y = V::add(y, V::load(a.addend + row * a.lda + column + h));
         if (bias) y = V::add(y, V::load(bias + h));
         if (a.residual) y = V::add(y, V::load(a.residual + row * a.ldr + column + h));
+        if (a.softcap != 0.0f) y = softcapped<V>(y, a.softcap);
         V::store(a.out + row * a.ldo + column + h, y);
       }
     }

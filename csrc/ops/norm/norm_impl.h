@@ -124,6 +124,8 @@ void norm(const NormArgs& a, int begin, int end) {
         V::store(y + i, V::mul(scaled, V::load(a.weight + k + i)));
       }
       for (int i = whole; i < count; ++i) y[i] = a.weight ? (x[k + i] * r) * a.weight[k + i] : x[k + i];
+      if (a.residual)
+        for (int i = 0; i < count; ++i) y[i] = y[i] + a.residual[size_t(m) * a.ldr + size_t(k + i)];
       if (out)
         for (int i = 0; i < count; ++i) out[k + i] = y[i];
       if (record)
