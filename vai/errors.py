@@ -128,3 +128,11 @@ def by_code(code: str) -> type[VaiError]:
             return cls
         seen.extend(cls.__subclasses__())
     return VaiError
+
+
+def from_wire(code: str, message: str, retry_after: float | None = None) -> VaiError:
+    """The error that another process met."""
+    kind = by_code(code)
+    if issubclass(kind, Overloaded) and retry_after is not None:
+        return kind(message, retry_after=retry_after)
+    return kind(message)

@@ -125,7 +125,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `seed`, `cached_tokens` and `fingerprint` (engine/fingerprint.py) come with or before the first token; `timing` with
     it and, complete, with the last. `guessed` tokens were verified in this step, of which the first `accepted` stood
-    and are among `tokens`. With "error", `error` is (code, sentence) of the VaiError to raise.
+    and are among `tokens`. With "error", `error` is (code, sentence) of the VaiError to raise,
+    and `retry_after` says after how many seconds it is worth trying again, where the engine knows.
     """
 
     id: str
@@ -139,3 +140,4 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     fingerprint: str | None = None
     guessed: int = 0
     accepted: int = 0
+    retry_after: float | None = None

@@ -505,6 +505,29 @@ def test_a_full_queue_is_refused_with_the_number_that_wait() -> None:
         bench.submit(model("a"), [1], 5)
 
 
+def test_who_is_refused_is_told_when_a_place_will_be_free_by_the_speed_of_the_queue() -> None:
+    bench = Bench(max_sequences=4)
+    for _ in range(MAX_WAITING_OF_ONE):
+        bench.submit(model("a", 4096), [1], 5)
+    for _ in range(40):  # four requests every five steps
+        bench.step()
+        bench.now += 0.5
+        while len(bench.scheduler._queues["a" * 64].waiting) < MAX_WAITING_OF_ONE:
+            bench.submit(model("a", 4096), [1], 5)
+    waits = []
+    for _ in range(200):
+        with pytest.raises(Overloaded) as refused:
+            bench.submit(model("a", 4096), [1], 5)
+        waits.append(refused.value.retry_after)
+    each = 5 * 0.5 / 4
+    assert waits[:20] == pytest.approx([each * (number + 1) for number in range(20)], rel=0.2)
+    assert max(waits) == waits[-1] == 60
+    bench.now += 30
+    with pytest.raises(Overloaded) as refused:
+        bench.submit(model("a", 4096), [1], 5)
+    assert refused.value.retry_after == pytest.approx(30, rel=0.1)  # the others' times have not changed
+
+
 def test_no_client_fills_the_queue_for_the_others() -> None:
     bench = Bench()
     for _ in range(MAX_WAITING_OF_ONE):

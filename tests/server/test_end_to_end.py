@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -19,6 +20,13 @@ import httpx2
 import openai
 import pytest
 
+from vai.engine.client import EngineClient
+from vai.engine.port import EngineStatus
+from vai.engine.scheduler import MAX_WAITING_OF_ONE
+from vai.engine.waiting import LONGEST
+from vai.errors import Overloaded
+from vai.kernels.program import MAX_SEQUENCES
+from vai.request import Request, SamplingParams
 from vai.rom.registry import Registry
 
 from .system import System, running_server, server_argv, start_engine, until
@@ -319,6 +327,44 @@ def test_without_patience_an_engine_killed_in_mid_stream_is_one_error_and_the_ne
     assert (down.status_code, down.headers["retry-after"]) == (503, "1")
     system.engine = start_engine(system.root)
     assert complete(system, temperature=0).choices[0].text
+
+
+def test_a_full_queue_says_in_how_many_seconds_to_try_again(system: System) -> None:
+    """It is filled at the engine's socket, with more than may wait of one client besides those who run."""
+    image = Registry(system.root, system.names).get("tiny").digest
+    sampling = SamplingParams(max_tokens=1000, logit_bias={2: -100})
+
+    async def refused() -> openai.RateLimitError:
+        client = EngineClient(system.root / "run/engine.sock")
+
+        async def ask(number: int) -> None:
+            request = Request(id=str(number), image=image, tokens=[5], sampling=sampling)
+            while True:  # refused before the first of them run, it takes one of their places
+                with suppress(Overloaded):
+                    async for _ in client.generate(request):
+                        pass
+                await asyncio.sleep(0.01)
+
+        def full(status: EngineStatus) -> bool:
+            return any(m.running == MAX_SEQUENCES and m.waiting == MAX_WAITING_OF_ONE for m in status.models)
+
+        tasks = [asyncio.ensure_future(ask(number)) for number in range(2 * MAX_SEQUENCES + MAX_WAITING_OF_ONE)]
+        while not full(await client.status()):
+            await asyncio.sleep(0.01)
+        try:
+            with pytest.raises(openai.RateLimitError) as error:
+                await asyncio.to_thread(complete, system)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await client.close()
+        return error.value
+
+    wait = int(asyncio.run(refused()).response.headers["retry-after"])
+    assert 1 <= wait <= LONGEST
+    again = system.api.with_options(max_retries=5).completions.create(model="tiny", prompt=[5], max_tokens=2)
+    assert again.choices[0].finish_reason
 
 
 def test_metrics_agree_with_the_engine_and_with_the_files(system: System) -> None:

@@ -38,7 +38,7 @@ from vai.engine.port import (
     read_message,
 )
 from vai.engine.resume import Answer
-from vai.errors import BadRequest, Unavailable, VaiError, WrongVersion, by_code
+from vai.errors import BadRequest, Unavailable, VaiError, WrongVersion, by_code, from_wire
 from vai.request import Output, Request
 
 AGAIN = 0.02  # seconds between two looks for an engine that is away
@@ -77,8 +77,7 @@ class EngineClient:
                         if isinstance(output, VaiError):
                             raise output
                         if output.error is not None:
-                            code, sentence = output.error
-                            raise by_code(code)(sentence)
+                            raise from_wire(*output.error, output.retry_after)
                         yield answer.take(output)
                 except Unavailable:
                     if not self._patience or not answer.lost():

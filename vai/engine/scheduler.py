@@ -30,6 +30,7 @@ from vai.engine.sampler import Draw
 from vai.engine.select import Entry
 from vai.engine.sequence import Sequence
 from vai.engine.speculate import Pages, Room, Speculation, Tally
+from vai.engine.waiting import Patience
 from vai.engine.worth import SMALLEST_CHUNK, Worth
 from vai.errors import BadRequest, NotEnoughRoom, Overloaded, VaiError
 from vai.kernels.program import PAGE_TOKENS
@@ -64,6 +65,7 @@ class ModelQueue:
         self.tokens = 0  # made since the attach
         self.preemptions = 0  # since the attach
         self.worth = Worth()  # of its prompt rows
+        self.patience = Patience()  # for those who find it full
 
     def enter(self, sequence: Sequence) -> None:
         """It runs from now on."""
@@ -106,15 +108,24 @@ class Scheduler:
         identity = sequence.request.id
         if identity in self._by_id:
             raise BadRequest(f"A request with the id '{identity}' is already running.", param="id")
+        now = self._clock()
         waiting = sum(len(queue.waiting) + len(queue.sleeping) for queue in self._queues.values())
         if waiting >= MAX_WAITING:
-            raise Overloaded(f"{waiting} requests are waiting already, which is as many as may; try again soon.")
+            raise Overloaded(
+                f"{waiting} requests are waiting already, which is as many as may; try again soon.",
+                retry_after=min(
+                    queue.patience.retry_after(now)
+                    for queue in self._queues.values()
+                    if queue.waiting or queue.sleeping
+                ),
+            )
         queue = self._queues.setdefault(sequence.entry.digest, ModelQueue(sequence.entry))
         salt = sequence.request.cache_salt
         if sum(each.request.cache_salt == salt for each in [*queue.waiting, *queue.sleeping]) >= MAX_WAITING_OF_ONE:
             raise Overloaded(
                 f"{MAX_WAITING_OF_ONE} requests for this model are waiting already, which is as many as may of one "
-                "client; try again soon."
+                "client; try again soon.",
+                retry_after=queue.patience.retry_after(now),
             )
         self._by_id[identity] = sequence
         if sequence.request.cache and sequence.entry.owners:
@@ -516,6 +527,8 @@ class Scheduler:
 
     def _queue_up(self, sequence: Sequence) -> None:
         queue = self._queues[sequence.entry.digest]
+        if not queue.waiting and not queue.sleeping:
+            queue.patience.began(self._clock())
         if sequence.request.constrained and sequence.mask is None:
             queue.sleeping.append(sequence)
         else:
@@ -557,6 +570,7 @@ class Scheduler:
             queue.sleeping.remove(sequence)
         else:
             queue.waiting.remove(sequence)
+        queue.patience.left(self._clock())
         sequence.running = False
         chain = sequence.shared[:]
         self._free(sequence)

@@ -51,7 +51,7 @@ from vai.engine.port import (
     frame,
     read_message,
 )
-from vai.errors import BadRequest, Unavailable, VaiError, WrongVersion
+from vai.errors import BadRequest, Overloaded, Unavailable, VaiError, WrongVersion
 from vai.request import Output, Request
 from vai.rom import segment
 from vai.rom.room import free_room
@@ -289,7 +289,8 @@ class Service:
 
 
 def _refusal(identity: str, error: VaiError) -> Output:
-    return Output(id=identity, finish="error", error=(error.code, error.message))
+    wait = error.retry_after if isinstance(error, Overloaded) else None
+    return Output(id=identity, finish="error", error=(error.code, error.message), retry_after=wait)
 
 
 def _release(image: str, engine: Engine) -> Released:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from vai.errors import by_code
+from vai.errors import from_wire
 from vai.llm.words import Words
 from vai.request import Output, Request, Timing, TokenLogprob
 from vai.telemetry import Stages
@@ -110,8 +110,7 @@ class Reply:
         Raises the engine's error.
         """
         if output.error is not None:
-            code, sentence = output.error
-            raise by_code(code)(sentence)
+            raise from_wire(*output.error, output.retry_after)
         began = time.perf_counter()
         piece, count = self._read(output)
         self._tokens += count

@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from http import HTTPStatus
+from math import ceil
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,7 +38,7 @@ def error_response(error: VaiError, headers: dict[str, str] | None = None) -> Re
     known = dict(headers or {})
     if error.status in _RETRY_SECONDS:
         wait = error.retry_after if isinstance(error, Overloaded) else _RETRY_SECONDS[error.status]
-        known["retry-after"] = str(max(1, round(wait)))
+        known["retry-after"] = str(max(1, ceil(wait)))
     if error.status not in _RETRY_SECONDS or isinstance(error, NotEnoughRoom):
         known["x-should-retry"] = "false"
     if error.status == Unauthorized.status:
