@@ -30,7 +30,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
 MEMORY_BOUND = 16  # rows up to which weights come from memory
 BUFFER = 256 << 20  # bytes: larger than the last cache of any machine with few cores
 SAMPLES, SECONDS = 7, 2.0  # of one case at most
-FILL = 0x2C  # as a scale of 2 or 4 bytes small and normal
+FILL = 0x3C  # as a scale of 1, 2 or 4 bytes small and normal, and so are products of two of them
 
 
 def case(type_: str, shape: tuple[int, int], rows: int, data: memoryview, workers: table.Workers, isa: str) -> Any:

@@ -193,6 +193,29 @@ def _q6_k(blocks: Bytes) -> Float32:
     return _scaled(codes, 32, _halves(blocks, 0, 1) * scales)
 
 
+# ggml's kvalues_iq4nl and kvalues_mxfp4.
+_IQ4 = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.float32)
+_MXFP4 = np.array((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), np.float32)
+
+
+def _iq4_nl(blocks: Bytes) -> Float32:
+    return _scaled(_IQ4[_codes(blocks, 64, 64, 4)], 0, _halves(blocks, 0, 2))
+
+
+def _iq4_xs(blocks: Bytes) -> Float32:
+    low = blocks[..., 64:128].reshape(*blocks.shape[:-1], 4, BLOCK_ROWS).swapaxes(-1, -2)
+    low = np.concatenate([low & 15, low >> 4], axis=-1)
+    high = blocks[..., 32:64].reshape(*blocks.shape[:-1], 2, BLOCK_ROWS).swapaxes(-1, -2)
+    high = np.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
+    scales = (low | high << 4).astype(np.float32) - np.float32(32)
+    return _scaled(_IQ4[_codes(blocks, 128, 256, 4)], 0, _halves(blocks, 0, 1) * scales)
+
+
+def _mxfp4(blocks: Bytes) -> Float32:
+    exponents = blocks[..., :32].reshape(*blocks.shape[:-1], 2, BLOCK_ROWS).swapaxes(-1, -2).astype(np.int32)
+    return _scaled(_MXFP4[_codes(blocks, 32, 64, 4)], 0, np.ldexp(np.float32(1), exponents - 128))
+
+
 def _f16(blocks: Bytes) -> Float32:
     return _pairs(blocks, np.dtype("<f2")).astype(np.float32)
 
@@ -220,6 +243,9 @@ _UNPACK = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
     "F16": _f16,
     "BF16": _bf16,
     "F32": _f32,

@@ -47,6 +47,9 @@ Type type_of(const std::string& name, bool vector) {
     if (name == "Q4_K") return Type::kQ4_K;
     if (name == "Q5_K") return Type::kQ5_K;
     if (name == "Q6_K") return Type::kQ6_K;
+    if (name == "IQ4_NL") return Type::kIQ4_NL;
+    if (name == "IQ4_XS") return Type::kIQ4_XS;
+    if (name == "MXFP4") return Type::kMXFP4;
   }
   throw std::invalid_argument("no such source type: " + name);
 }

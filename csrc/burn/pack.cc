@@ -194,6 +194,50 @@ struct Q6_K {
   }
 };
 
+// Source: fp16 scale of the scales; their high two bits, 16 of them, group g's from bit 2g on; 4 bytes of their low four,
+// two groups each; 16 bytes of codes for each group of 32, elements 0..15 in the low nibbles, 16..31 in the high ones.
+struct IQ4_XS {
+  static constexpr Type kType = Type::kIQ4_XS;
+
+  static void put_four(const std::uint8_t* source, std::size_t stride, std::size_t, std::size_t lane,
+                       std::uint8_t* tile) {
+    put_halves(source, stride, tile + 2 * lane);
+    for (std::size_t row = 0; row < 4; ++row) put_scales(source + 2 + row * stride, tile + lane + row);
+    for (std::size_t g = 0; g < 8; ++g) {
+      std::uint8_t* line = tile + kLine * (2 + 4 * g) + 4 * lane;
+      put_nibbles(load_columns(source + 8 + 16 * g, stride), line, line + 2 * kLine);
+    }
+  }
+
+  // `from`: two bytes of high bits, four of low ones.
+  static void put_scales(const std::uint8_t* from, std::uint8_t* to) {
+    const unsigned high = from[0] | from[1] << 8;
+    unsigned even = 0, odd = 0;
+    for (unsigned pair = 0; pair < 4; ++pair) {
+      even |= (high >> 4 * pair & 3) << 2 * pair;
+      odd |= (high >> (4 * pair + 2) & 3) << 2 * pair;
+    }
+    to[32] = static_cast<std::uint8_t>(even);
+    to[48] = static_cast<std::uint8_t>(odd);
+    for (std::size_t g = 0; g < 4; ++g) {
+      const unsigned first = from[2 + g / 2] >> 4 * (g % 2) & 15, second = from[4 + g / 2] >> 4 * (g % 2) & 15;
+      to[64 + 16 * g] = static_cast<std::uint8_t>(first | second << 4);
+    }
+  }
+};
+
+// Source: the scale, a byte; codes as in Q4_0.
+struct MXFP4 {
+  static constexpr Type kType = Type::kMXFP4;
+
+  static void put_four(const std::uint8_t* source, std::size_t stride, std::size_t group, std::size_t lane,
+                       std::uint8_t* tile) {
+    for (std::size_t row = 0; row < 4; ++row) tile[16 * group + lane + row] = source[row * stride];
+    std::uint8_t* line = tile + 32 + kLine * 4 * group + 4 * lane;
+    put_nibbles(load_columns(source + 1, stride), line, line + 2 * kLine);
+  }
+};
+
 template <Type type>
 struct Plain {
   static constexpr Type kType = type;
@@ -288,6 +332,9 @@ void pack_tiles(Type type, const Rows& rows, std::size_t first, std::size_t last
     case Type::kQ4_K: return pack_all<Scaled256<Type::kQ4_K, false>>(rows, first, last, target);
     case Type::kQ5_K: return pack_all<Scaled256<Type::kQ5_K, true>>(rows, first, last, target);
     case Type::kQ6_K: return pack_all<Q6_K>(rows, first, last, target);
+    case Type::kIQ4_NL: return pack_all<Group32<Type::kIQ4_NL, false, false>>(rows, first, last, target);
+    case Type::kIQ4_XS: return pack_all<IQ4_XS>(rows, first, last, target);
+    case Type::kMXFP4: return pack_all<MXFP4>(rows, first, last, target);
     case Type::kF16: return pack_all<Plain<Type::kF16>>(rows, first, last, target);
     case Type::kF32: return pack_all<Plain<Type::kF32>>(rows, first, last, target);
     case Type::kVectorF16: return pack_all<Vector<Type::kVectorF16>>(rows, first, last, target);

@@ -25,6 +25,9 @@ enum class Type {
   kQ4_K,
   kQ5_K,
   kQ6_K,
+  kIQ4_NL,
+  kIQ4_XS,
+  kMXFP4,
   kF16,
   kF32,
   kVectorF16,
@@ -50,6 +53,9 @@ constexpr Layout layout_of(Type type) {
     case Type::kQ4_K: return {256, 2304, 1, 256, 144};
     case Type::kQ5_K: return {256, 2816, 1, 256, 176};
     case Type::kQ6_K: return {256, kLargestTile, 1, 256, 210};
+    case Type::kIQ4_NL: return {64, 576, 2, 32, 18};
+    case Type::kIQ4_XS: return {256, 2176, 1, 256, 136};
+    case Type::kMXFP4: return {64, 544, 2, 32, 17};
     case Type::kF16: return {32, 1024, 1, 32, 64};
     case Type::kF32: return {16, 1024, 1, 16, 64};
     case Type::kVectorF16:

@@ -197,6 +197,44 @@ struct Q6_K {
   }
 };
 
+struct IQ4_XS {
+  static constexpr Type kType = Type::kIQ4_XS;
+
+  template <class Sink>
+  static void read(const std::uint8_t* tile, std::size_t, std::size_t lane, Sink& sink) {
+    sink(0, load16(tile + 2 * lane));
+    const std::uint8_t* scales = tile + lane;
+    sink(2, static_cast<std::uint16_t>(apart(scales[32]) | apart(scales[48]) << 2));
+    const std::uint32_t low = column(scales + 64);
+    const std::uint32_t first = (low & 0x000f000f) | (low >> 4 & 0x00f000f0);
+    const std::uint32_t second = (low >> 4 & 0x000f000f) | (low >> 8 & 0x00f000f0);
+    sink(4, static_cast<std::uint16_t>(first | first >> 8));
+    sink(6, static_cast<std::uint16_t>(second | second >> 8));
+    const std::uint8_t* line = tile + 2 * kLine + 4 * lane;
+    for (std::size_t i = 0; i < 16; ++i) {
+      const std::uint8_t* pair = line + kLine * (4 * (i / 2) + i % 2);
+      sink(8 + 8 * i, nibbles(pair, pair + 2 * kLine));
+    }
+  }
+
+  // Bits 2i and 2i + 1 -> bits 4i and 4i + 1.
+  static unsigned apart(unsigned bits) {
+    bits = (bits | bits << 4) & 0x0f0f;
+    return (bits | bits << 2) & 0x3333;
+  }
+};
+
+struct MXFP4 {
+  static constexpr Type kType = Type::kMXFP4;
+
+  template <class Sink>
+  static void read(const std::uint8_t* tile, std::size_t group, std::size_t lane, Sink& sink) {
+    sink(0, tile[16 * group + lane]);
+    const std::uint8_t* line = tile + 32 + kLine * 4 * group + 4 * lane;
+    for (std::size_t i = 0; i < 2; ++i) sink(1 + 8 * i, nibbles(line + kLine * i, line + kLine * (2 + i)));
+  }
+};
+
 template <Type type>
 struct Plain {
   static constexpr Type kType = type;
@@ -329,6 +367,9 @@ void unpack_rows(Type type, const std::uint8_t* packed, std::size_t bytes, std::
     case Type::kQ4_K: return unpack_all<Scaled256<Type::kQ4_K, false>>(packed, bytes, count, out);
     case Type::kQ5_K: return unpack_all<Scaled256<Type::kQ5_K, true>>(packed, bytes, count, out);
     case Type::kQ6_K: return unpack_all<Q6_K>(packed, bytes, count, out);
+    case Type::kIQ4_NL: return unpack_all<Group32<Type::kIQ4_NL, false, false>>(packed, bytes, count, out);
+    case Type::kIQ4_XS: return unpack_all<IQ4_XS>(packed, bytes, count, out);
+    case Type::kMXFP4: return unpack_all<MXFP4>(packed, bytes, count, out);
     case Type::kF16: return unpack_all<Plain<Type::kF16>>(packed, bytes, count, out);
     case Type::kF32: return unpack_all<Plain<Type::kF32>>(packed, bytes, count, out);
     case Type::kVectorF16: return unpack_all<Vector<Type::kVectorF16>>(packed, bytes, count, out);
@@ -347,6 +388,9 @@ bool holds(Type type, const Rows& rows, std::size_t first, std::size_t last, con
     case Type::kQ4_K: return holds_all<Scaled256<Type::kQ4_K, false>>(rows, first, last, packed);
     case Type::kQ5_K: return holds_all<Scaled256<Type::kQ5_K, true>>(rows, first, last, packed);
     case Type::kQ6_K: return holds_all<Q6_K>(rows, first, last, packed);
+    case Type::kIQ4_NL: return holds_all<Group32<Type::kIQ4_NL, false, false>>(rows, first, last, packed);
+    case Type::kIQ4_XS: return holds_all<IQ4_XS>(rows, first, last, packed);
+    case Type::kMXFP4: return holds_all<MXFP4>(rows, first, last, packed);
     case Type::kF16: return holds_all<Plain<Type::kF16>>(rows, first, last, packed);
     case Type::kF32: return holds_all<Plain<Type::kF32>>(rows, first, last, packed);
     case Type::kVectorF16: return holds_all<Vector<Type::kVectorF16>>(rows, first, last, packed);

@@ -18,8 +18,8 @@ from vai.burn.burn import chunk_hashes
 from vai.rom.image import BLOCK_TYPES, tensor_bytes
 
 Bytes = NDArray[np.uint8]
-GROUPS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-SUPERBLOCKS = ("Q4_K", "Q5_K", "Q6_K")  # of 256
+GROUPS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")
+SUPERBLOCKS = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS")  # of 256
 QUANTIZED = GROUPS_OF_32 + SUPERBLOCKS
 VALUE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 MATRICES = (*QUANTIZED, *VALUE_BYTES)
@@ -90,6 +90,14 @@ def places(type: str, row: int, k: int, columns: int) -> dict[str, Bits]:
             pair = (base + 2368 + 64 * (k // 16) + 4 * n + k % 4, 2 * (k % 16 // 4), 2)
             scale = [(base + 64 + 16 * (k // 16) + n, 0, 8)]
             return {"code": [*nibble(base + 320, n, k), pair], "d": half(base + 2 * n), "sc": scale}
+        case "IQ4_NL":
+            return {"code": nibble(base + 64, n, k), "d": d}
+        case "IQ4_XS":
+            g = k // 32
+            scale = [(base + 64 + 16 * (g % 4) + n, 4 * (g // 4), 4), (base + 32 + 16 * (g % 2) + n, 2 * (g // 2), 2)]
+            return {"code": nibble(base + 128, n, k), "d": half(base + 2 * n), "sc": scale}
+        case "MXFP4":
+            return {"code": nibble(base + 32, n, k), "e": [(base + 16 * (k // 32) + n, 0, 8)]}
     raise KeyError(type)
 
 
@@ -102,6 +110,11 @@ def source_places(type: str, k: int) -> dict[str, Bits]:
     g = k // 32
     if type == "Q8_0":
         return {"d": half(base), "code": [(base + 2 + k, 0, 8)]}
+    if type == "MXFP4":
+        return {"e": [(base, 0, 8)], "code": [(base + 1 + k % 16, 4 * (k // 16), 4)]}
+    if type == "IQ4_XS":
+        scale = [(base + 4 + g // 2, 4 * (g % 2), 4), (base + 2 + g // 4, 2 * (g % 4), 2)]
+        return {"d": half(base), "sc": scale, "code": [(base + 8 + 16 * g + k % 16, 4 * (k % 32 // 16), 4)]}
     if type in GROUPS_OF_32:
         places, at = {"d": half(base)}, base + 2
         if type.endswith("1"):
@@ -265,6 +278,8 @@ def test_parts_side_by_side_do_not_touch_one_another(
 
 
 F = np.float32
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+MXFP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 def number(bits: int, kind: str) -> np.float32:
@@ -279,13 +294,19 @@ def dequantized(type: str, parts: dict[str, int]) -> np.float32:
     """A weight from what `places` finds, each operation rounded."""
     if "value" in parts:
         return number(parts["value"], type)
+    if type == "MXFP4":
+        return F(MXFP4[parts["code"]] * 2.0 ** (parts["e"] - 128))
     zero = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128, "Q6_K": 32}.get(type, 0)
+    if type.startswith("IQ4"):
+        parts["code"] = IQ4[parts["code"]]
     q, d = F(parts["code"] - zero), number(parts["d"], "F16")
     match type:
         case "Q4_1" | "Q5_1":
             return q * d + number(parts["m"], "F16")
         case "Q4_K" | "Q5_K":
             return (d * F(parts["sc"])) * q - number(parts["dmin"], "F16") * F(parts["m"])
+        case "IQ4_XS":
+            return (d * F(parts["sc"] - 32)) * q
         case "Q6_K":
             return (d * F(np.uint8(parts["sc"]).view(np.int8))) * q
     return q * d
@@ -297,6 +318,8 @@ def finite(type: str, raw: Bytes, columns: int) -> Bytes:
         for what in ("d", "m", "dmin") if type in GROUPS_OF_32 else ("d", "dmin"):
             for bits in [bits for name, bits in source_places(type, k).items() if name == what]:
                 raw[:, bits[1][0]] &= 0xBB
+        if type == "MXFP4":
+            raw[:, source_places(type, k)["e"][0][0]] &= 0xF7  # 12 x 2^123 is the largest
     return raw
 
 

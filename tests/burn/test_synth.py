@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vai.burn.burn import burn
-from vai.burn.gguf import GgufFile
+from vai.burn.gguf import TENSOR_TYPES, GgufFile
 from vai.burn.synth import SHAPES, synthesize
 from vai.errors import BadRequest
 from vai.kernels.program import StepArgs
@@ -21,8 +21,8 @@ from vai.models.decoder import build
 from vai.models.spec import Spec, spec_from_gguf
 from vai.rom.segment import attach
 
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-WIDE_TYPES = ("Q4_K", "Q5_K", "Q6_K")  # blocks of 256 columns
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4")
+WIDE_TYPES = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS")  # blocks of 256 columns
 MIXES = ("Q4_K_M", "Q5_K_M", "Q4_0+Q6_K")
 # SHA-256 over the tensors' bytes: the golden logits hold for these weights and no others.
 TENSORS = {
@@ -119,9 +119,9 @@ def test_block_types_use_their_whole_range_of_codes_and_both_signs_of_scale(
 def test_superblocks_use_every_code_and_every_bit_of_their_scales(type: str, tmp_path: Path) -> None:
     synthesize(tmp_path / "m.gguf", shape="tiny-256", type=type)
     with GgufFile(tmp_path / "m.gguf") as file, file.data("output.weight") as data:
-        blocks = np.frombuffer(data, np.uint8).reshape(-1, {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}[type]).copy()
+        blocks = np.frombuffer(data, np.uint8).reshape(-1, TENSOR_TYPES[type].bytes).copy()
         ones, zeros = np.bitwise_or.reduce(blocks, axis=0), np.bitwise_and.reduce(blocks, axis=0)
-    d = slice(208, 210) if type == "Q6_K" else slice(0, 4)
+    d = {"Q6_K": slice(208, 210), "IQ4_XS": slice(0, 2)}.get(type, slice(0, 4))
     halves = blocks[:, d].copy().view("<f2")
     assert (halves > 0).any() and (halves < 0).any() and np.isfinite(halves).all()
     for bits in (np.delete(ones, d), np.delete(~zeros, d)):

@@ -29,6 +29,9 @@ MIXED = [
     ("tiny", "Q4_1"),
     ("tiny-qwen3", "Q4_0"),
     ("tiny-qwen3", "F32"),
+    ("tiny", "IQ4_NL"),
+    ("tiny-256", "IQ4_XS"),
+    ("tiny-qwen2", "MXFP4"),
 ]
 TOKENS = 128  # of room for each sequence
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from vai.kernels import reference, table
 from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
 from vai.kernels.program import PAGE_TOKENS, CacheGroup, Plan, Program, StepArgs
-from vai.rom.image import CHUNK, VECTOR, Part, StoredTensor, TensorTable, place, tensor_bytes
+from vai.rom.image import BLOCK_TYPES, CHUNK, VECTOR, Part, StoredTensor, TensorTable, place, tensor_bytes
 
 Floats = NDArray[np.float32]
 TYPES = ("Q4_0", "Q8_0", "F16", "BF16", "F32")
@@ -422,12 +422,19 @@ def test_a_caller_that_flushes_subnormals_does_not_pass_that_on(isa: str) -> Non
 # ---------------------------------------------------------------- the other block types, with a twin of their own
 
 
+TABLES = {
+    "IQ4_NL": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "IQ4_XS": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "MXFP4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+}
+
+
 @dataclass
 class Coded:
     """A quantized matrix in natural order: codes [N, K] and what scales them, as a checkpoint has it.
 
     `d` and `m`: half-precision scales and minimums [N, groups]; `scales` and `minimums`: the integers of the K types,
-    [N, K / 32], in Q6_K [N, K / 16] and no minimums.
+    [N, K / 32], in Q6_K [N, K / 16] and no minimums. MXFP4 has in `scales` [N, K / 32] the exponents of its scales.
     """
 
     type: str
@@ -438,10 +445,21 @@ class Coded:
     minimums: NDArray[np.int64]
 
     def tiles(self) -> bytes:
-        k = 256 if self.type.endswith("K") else 64
-        if self.type in ("Q4_1", "Q5_1"):
+        k = self.group if self.group == 256 else 64
+        if self.type == "MXFP4":
+            head = [bytes_of_rows(self.scales.astype(np.uint8), 2)]
+        elif self.type == "IQ4_XS":
+            low = self.scales.reshape(len(self.scales), -1, 2, 4) & 15
+            high = self.scales.reshape(len(self.scales), -1, 4, 2) >> 4
+            high = (high << np.array([0, 2, 4, 6])[:, None]).sum(axis=2)
+            head = [
+                bytes_of_rows(self.d, 1),
+                bytes_of_rows(high.reshape(len(high), -1).astype(np.uint8), 2),
+                bytes_of_rows((low[:, :, 0] | low[:, :, 1] << 4).reshape(len(low), -1).astype(np.uint8), 4),
+            ]
+        elif self.type in ("Q4_1", "Q5_1"):
             head = [pack_scales(self.d), pack_scales(self.m)]
-        elif self.type == "Q5_0":
+        elif self.type in ("Q5_0", "IQ4_NL"):
             head = [pack_scales(self.d)]
         else:
             head = [np.concatenate([bytes_of_rows(self.d, 1), bytes_of_rows(self.m, 1)], axis=2)]
@@ -455,7 +473,7 @@ class Coded:
         codes = pad(self.codes, 16, k)
         natural = codes.reshape(len(codes) // 16, 16, codes.shape[1] // k, k // 8, 2, 4) & 15
         lines = [(natural[..., 0, :] | natural[..., 1, :] << 4).transpose(0, 2, 3, 1, 4)]
-        bits = {"5": 1, "6": 2}.get(self.type[1], 0)
+        bits = {"Q5": 1, "Q6": 2}.get(self.type[:2], 0)
         if bits:
             parts = 8 // bits  # of a byte: neighbours by four columns
             high = codes.reshape(len(codes) // 16, 16, codes.shape[1] // k, k // parts // 4, parts, 4) >> 4
@@ -465,45 +483,64 @@ class Coded:
             lines.append(line.transpose(0, 2, 3, 1, 4))
         return np.concatenate([*head, *(each.reshape(*each.shape[:2], -1) for each in lines)], axis=2).tobytes()
 
-    def centre(self) -> int:
-        return {"Q5_0": 16, "Q6_K": 32}.get(self.type, 0)
+    @property
+    def group(self) -> int:
+        return 256 if self.type in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS") else 32
 
+    def values(self) -> NDArray[np.int64]:
+        """What the codes stand for."""
+        codes = self.codes.astype(np.int64)
+        if self.type in TABLES:
+            return np.array(TABLES[self.type])[codes]
+        return codes - {"Q5_0": 16, "Q6_K": 32}.get(self.type, 0)
+
+    def factors(self) -> NDArray[np.int64]:
+        """The integer scales of a group of 256."""
+        return self.scales - 32 if self.type == "IQ4_XS" else self.scales
+
+    def scale(self) -> Floats:
+        """The float scales of each group."""
+        if self.type == "MXFP4":
+            return (2.0 ** (self.scales - 128)).astype(np.float32)
+        return self.d.astype(np.float32)
+
+    @np.errstate(all="ignore")
     def dequantized(self) -> Floats:
-        d, m = self.d.astype(np.float32), self.m.astype(np.float32)
-        codes = self.codes.astype(np.float32) - np.float32(self.centre())
-        if self.type.endswith("K"):
+        d, m = self.scale(), self.m.astype(np.float32)
+        codes = self.values().astype(np.float32)
+        if self.group == 256:
             each = self.codes.shape[1] // self.scales.shape[1]
-            scale = np.repeat(d, 256 // each, axis=1) * self.scales.astype(np.float32)
+            scale = np.repeat(d, 256 // each, axis=1) * self.factors().astype(np.float32)
             y = np.repeat(scale, each, axis=1) * codes
-            if self.type == "Q6_K":
+            if self.type not in ("Q4_K", "Q5_K"):
                 return y
             return y - np.repeat(np.repeat(m, 8, axis=1) * self.minimums.astype(np.float32), 32, axis=1)
         y = codes * np.repeat(d, 32, axis=1)
-        return y if self.type == "Q5_0" else y + np.repeat(m, 32, axis=1)
+        return y + np.repeat(m, 32, axis=1) if self.type in ("Q4_1", "Q5_1") else y
 
     @np.errstate(all="ignore")
     def times(self, x: Floats) -> Floats:
         """x [M, K] times this transposed, in the exact kind, group by group."""
-        group = 256 if self.type.endswith("K") else 32
+        group = self.group
         q, da = quantized_activations(x, group)
-        d, m = self.d.astype(np.float32), self.m.astype(np.float32)
+        d, m = self.scale(), self.m.astype(np.float32)
         acc = np.zeros((len(x), len(self.codes)), np.float32)
-        codes = self.codes.astype(np.int64) - self.centre()
+        codes = self.values()
         for g in range(x.shape[1] // group):
             at = slice(g * group, (g + 1) * group)
             dda, mda = d[:, g] * da[:, g, None], m[:, g] * da[:, g, None]
             if group == 32:
                 product = (q[:, at] @ codes[:, at].T).astype(np.float32) * dda
-                if self.type != "Q5_0":
+                if self.type in ("Q4_1", "Q5_1"):
                     product = product + q[:, at].sum(axis=1).astype(np.float32)[:, None] * mda
             else:
                 each = self.codes.shape[1] // self.scales.shape[1]
                 own = slice(g * 256 // each, (g + 1) * 256 // each)
-                scaled = codes[:, at] * np.repeat(self.scales[:, own], each, axis=1)
+                scaled = codes[:, at] * np.repeat(self.factors()[:, own], each, axis=1)
                 total = q[:, at] @ scaled.T
                 assert (np.abs(total) < 1 << 31).all()
                 product = total.astype(np.float32) * dda
-                if self.type != "Q6_K":
+                if self.type in ("Q4_K", "Q5_K"):
                     offset = q[:, at].reshape(len(x), 8, 32).sum(axis=2) @ self.minimums[:, own].T
                     product = product - offset.astype(np.float32) * mda
             acc = acc + product
@@ -530,22 +567,25 @@ def quantized_activations(x: Floats, group: int) -> tuple[NDArray[np.int64], Flo
 
 def random_codes(rng: np.random.Generator, type: str, rows: int, columns: int, *, extreme: bool = False) -> Coded:
     """Every code and scale; or the largest of all, which overflow wherever anything may."""
-    group = 256 if type.endswith("K") else 32
+    group = 256 if type in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS") else 32
+    bits = 4 if type in TABLES else int(type[1])
     halves = (rng.standard_normal((2, rows, columns // group)) * 0.05).astype(np.float16)
     halves[:, 0, 0] = 2.0**-24
     halves[:, -1, -1] = 0
-    if type in ("Q5_0", "Q6_K"):
+    if type in ("Q5_0", "Q6_K", *TABLES):
         halves[1] = 0
-    codes = rng.integers(0, 1 << int(type[1]), (rows, columns)).astype(np.uint8)
-    lowest, highest, each = (-128, 127, 16) if type == "Q6_K" else (0, 63, 32)
+    codes = rng.integers(0, 1 << bits, (rows, columns)).astype(np.uint8)
+    lowest, highest, each = {"Q6_K": (-128, 127, 16), "MXFP4": (1, 254, 32)}.get(type, (0, 63, 32))
     scales, minimums = rng.integers(lowest, highest + 1, (2, rows, columns // each))
     if extreme:
-        codes[::2], codes[1::2] = (1 << int(type[1])) - 1, 0
+        codes[::2], codes[1::2] = (1 << bits) - 1, 7 if type == "MXFP4" else 0
         scales[:], minimums[:] = lowest or highest, highest
+        if type == "IQ4_XS":
+            scales[:] = 0  # which is -32
     return Coded(type, codes, *halves, scales, minimums)
 
 
-CODED = ("Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1")
+CODED = ("Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4")
 
 
 @pytest.mark.parametrize("type", CODED)
@@ -575,7 +615,7 @@ def test_other_blocks_give_their_twin_s_bits_in_any_company_on_any_threads(
 def test_other_blocks_at_real_depths_and_tails(
     isa: str, pools: list[table.Workers], type: str, rows: int, columns: int
 ) -> None:
-    if columns % 256 and type.endswith("K"):
+    if columns % 256 and BLOCK_TYPES[type].k == 256:
         columns = 4864
     rng = np.random.default_rng(columns)
     x, w = awkward(rng, 40, columns), random_codes(rng, type, rows, columns)
@@ -600,7 +640,7 @@ def test_the_largest_sums_do_not_overflow(isa: str, pools: list[table.Workers], 
 @pytest.mark.parametrize("type", CODED)
 def test_embedding_rows_of_other_blocks_are_dequantized(isa: str, pools: list[table.Workers], type: str) -> None:
     rng = np.random.default_rng(22)
-    columns = 512 if type.endswith("K") else 160
+    columns = 512 if BLOCK_TYPES[type].k == 256 else 160
     w = random_codes(rng, type, 50, columns)
     rom = Rom(one("e.weight", type, 50, columns, w.tiles()))
     prog = program(rom, [Embed("x", "e.weight"), Rows("y", "x")], "y")

@@ -197,8 +197,8 @@ def test_quantized_arithmetic_errs_as_its_rounding_steps_allow(
 
 @pytest.mark.parametrize(
     ("shape", "type", "group"),
-    [("tiny-qwen2", type, 32) for type in ("Q4_1", "Q5_0", "Q5_1")]
-    + [("tiny-256", type, 256) for type in ("Q4_K", "Q5_K", "Q6_K", "Q4_K_M")],
+    [("tiny-qwen2", type, 32) for type in ("Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4")]
+    + [("tiny-256", type, 256) for type in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q4_K_M")],
 )
 def test_other_types_err_as_the_rounding_steps_of_their_groups_allow(
     shape: str, type: str, group: int, burned: Burned, checkpoint: Checkpoint

@@ -96,7 +96,10 @@ TENSOR_TYPES: dict[str, TensorType] = {
     "Q4_K": TensorType(12, 256, 144),
     "Q5_K": TensorType(13, 256, 176),
     "Q6_K": TensorType(14, 256, 210),
+    "IQ4_NL": TensorType(20, 32, 18),
+    "IQ4_XS": TensorType(23, 256, 136),
     "BF16": TensorType(30, 1, 2),
+    "MXFP4": TensorType(39, 32, 17),
 }
 _USABLE = {kind.number: name for name, kind in TENSOR_TYPES.items()}
 FILE_TYPES = {  # general.file_type: what most matrices are
@@ -111,15 +114,18 @@ FILE_TYPES = {  # general.file_type: what most matrices are
     "Q4_K": 14,
     "Q5_K": 16,
     "Q6_K": 18,
+    "IQ4_NL": 25,
+    "IQ4_XS": 30,
+    "MXFP4": 38,
     "Q4_K_M": 15,
     "Q5_K_M": 17,
 }
 # The rest of what the format has numbers for, so that a refusal says the name people know.
 _OTHER_TYPES: dict[int, str] = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
-    19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
+    19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
     28: "F64", 29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0",
-    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 
 Scalar = int | float | bool | str

@@ -463,6 +463,62 @@ def _q6_k(deviation: float) -> Make:
     return make
 
 
+def _nearest(table: tuple[int, ...], deviation: float) -> tuple[NDArray[np.uint8], float]:
+    """256 equally likely codes into `table`, those nearest to a normal distribution, and their values' deviation."""
+    values = np.array(table, np.float64)
+    codes = np.abs(deviation * _quantiles(256)[:, None] - values).argmin(axis=1)
+    return codes.astype(np.uint8), float(values[codes].std())
+
+
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_MXFP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+def _nibbles(codes: NDArray[np.uint8]) -> NDArray[Any]:
+    """[..., 32] codes as [..., 16] bytes, the first 16 in the low halves."""
+    return codes[..., :16] | codes[..., 16:] << 4
+
+
+def _iq4_nl(deviation: float) -> Make:
+    table, spread = _nearest(_IQ4, 44.0)
+    scales = _scales(deviation / spread)
+
+    def make(count: int, stream: _Stream) -> NDArray[np.uint8]:
+        return _blocks(scales, _nibbles(table[stream.words(count // 2).view(np.uint8)].reshape(-1, 32)), stream)
+
+    return make
+
+
+def _iq4_xs(deviation: float) -> Make:
+    """Scales of every 6-bit value."""
+    table, spread = _nearest(_IQ4, 44.0)
+    scales = _scales(deviation / (spread * math.sqrt((np.arange(-32, 32) ** 2).mean())))
+
+    def make(count: int, stream: _Stream) -> NDArray[np.uint8]:
+        codes = _nibbles(table[stream.words(count // 2).view(np.uint8)].reshape(-1, 8, 32)).reshape(-1, 128)
+        d = scales[stream.words(len(codes)) & 0xFF]
+        sc = (stream.words(8 * len(codes)).reshape(-1, 8) & 63).astype(np.uint8)
+        high = sc >> 4 << np.array([0, 2, 4, 6] * 2, np.uint8)
+        tops = high.reshape(-1, 2, 4).sum(axis=2, dtype=np.uint8)
+        return np.concatenate([_bytes(d), tops, (sc[:, ::2] & 15) | sc[:, 1::2] << 4, codes], axis=1)
+
+    return make
+
+
+def _mxfp4(deviation: float) -> Make:
+    """Scales of three neighbouring powers of two, codes as wide as it takes then."""
+    fraction, exponent = math.frexp(deviation / math.sqrt((0.25 + 1 + 4) / 3))
+    table, _ = _nearest(_MXFP4, 4 * fraction)
+    table[table == 0] = np.arange((table == 0).sum()) % 2 * 8  # both zeros
+
+    def make(count: int, stream: _Stream) -> NDArray[np.uint8]:
+        codes = _nibbles(table[stream.words(count // 2).view(np.uint8)].reshape(-1, 32))
+        e = (128 + exponent - 2 - 1 + stream.words(len(codes)) % 3).astype(np.uint8)
+        return np.concatenate([e[:, None], codes], axis=1)
+
+    return make
+
+
 _MAKERS: Mapping[str, Callable[[float], Make]] = {
     "F32": _float32,
     "F16": _float16,
@@ -475,6 +531,9 @@ _MAKERS: Mapping[str, Callable[[float], Make]] = {
     "Q4_K": _scaled256(4),
     "Q5_K": _scaled256(5),
     "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
 }
 
 

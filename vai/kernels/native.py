@@ -25,7 +25,10 @@ RECORD_BYTES = {32: 40, 256: 308}  # of a group of columns that share an activat
 TYPE_CODES = {
     name: code
     for code, name in enumerate(
-        ("Q4_0", "Q8_0", "F16", "BF16", "F32", "Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1"),
+        (
+            *("Q4_0", "Q8_0", "F16", "BF16", "F32", "Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1"),
+            *("IQ4_NL", "IQ4_XS", "MXFP4"),
+        ),
     )
 }
 

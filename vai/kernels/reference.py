@@ -267,6 +267,32 @@ def _q6_k(blocks: Bytes) -> Matrix:
     return Matrix(codes - 32, _halves(blocks, 0, 1), _by_row(factors).astype(np.int16))
 
 
+# What a code of four bits stands for: ggml's kvalues_iq4nl, and twice the values of OCP's E2M1.
+_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int16)
+_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int16)
+
+
+def _iq4_nl(blocks: Bytes) -> Matrix:
+    return Matrix(_IQ4[_fields(blocks, 64, 8, 4)], _halves(blocks, 0, 2))
+
+
+def _iq4_xs(blocks: Bytes) -> Matrix:
+    down, across, _ = blocks.shape
+    low = blocks[:, :, 64:128].reshape(down, across, 4, LANES)
+    low = np.concatenate([low & 15, low >> 4], axis=2)
+    pairs = blocks[:, :, 32:64].reshape(down, across, 1, 2, LANES)
+    high = (pairs >> np.array([0, 2, 4, 6], np.uint8)[:, None, None] & 3).reshape(down, across, 8, LANES)
+    factors = _by_row(low | high << 4).astype(np.int16) - 32
+    return Matrix(_IQ4[_fields(blocks, 128, 32, 4)], _halves(blocks, 0, 1), factors)
+
+
+def _mxfp4(blocks: Bytes) -> Matrix:
+    """The scale of exponent e is 2^(e - 128), half of what OCP's E8M0 says, as the codes are doubled."""
+    down, across, _ = blocks.shape
+    exponents = _by_row(blocks[:, :, :32].reshape(down, across, 2, LANES)).astype(np.int32)
+    return Matrix(_E2M1[_fields(blocks, 32, 8, 4)], np.ldexp(_F(1), exponents - 128))
+
+
 _UNPACK: dict[str, Callable[[Bytes], Matrix]] = {
     "F32": _f32,
     "F16": _f16,
@@ -279,6 +305,9 @@ _UNPACK: dict[str, Callable[[Bytes], Matrix]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
 }
 
 

@@ -9,8 +9,10 @@
 
 namespace vai {
 
-enum class BlockType : int { kQ4_0, kQ8_0, kF16, kBF16, kF32, kQ4_K, kQ5_K, kQ6_K, kQ4_1, kQ5_0, kQ5_1 };
-constexpr int kBlockTypes = 11;
+enum class BlockType : int {
+  kQ4_0, kQ8_0, kF16, kBF16, kF32, kQ4_K, kQ5_K, kQ6_K, kQ4_1, kQ5_0, kQ5_1, kIQ4_NL, kIQ4_XS, kMXFP4
+};
+constexpr int kBlockTypes = 14;
 enum class Act : int { kSilu, kGeluTanh };
 constexpr int kActs = 2;
 enum class KvType : int { kBf16, kF32 };
@@ -40,12 +42,20 @@ constexpr Layout layout(BlockType t) {
     case BlockType::kQ4_K: return {256, 2304, kWideGroup, 4, 256, 0};
     case BlockType::kQ5_K: return {256, 2816, kWideGroup, 5, 256, 2304};
     case BlockType::kQ6_K: return {256, 3392, kWideGroup, 6, 320, 2368};
+    case BlockType::kIQ4_NL: return {64, 576, kGroup, 4, 64, 0};
+    case BlockType::kMXFP4: return {64, 544, kGroup, 4, 32, 0};
+    case BlockType::kIQ4_XS: return {256, 2176, kWideGroup, 4, 128, 0};
     case BlockType::kF16:
     case BlockType::kBF16: return {32, 1024, 0, 16, 0, 0};
     case BlockType::kF32: return {16, 1024, 0, 32, 0, 0};
   }
   return {};
 }
+
+// What a code of four bits stands for where it is no number itself: ggml's kvalues_iq4nl and kvalues_mxfp4, the latter
+// being twice the values of OCP's E2M1 (their scales are half as large).
+constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr int8_t kMxfp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 // One row's group, as NormArgs says. 32: codes, scale, sum. 256: codes, scale, sums of 32 and of 16 columns.
 constexpr int record_bytes(int group) { return group == kWideGroup ? 256 + 4 + 8 * 2 + 16 * 2 : 32 + 4 + 4; }

@@ -21,6 +21,11 @@ static inline float f16_to_f32(uint16_t h) {
 
 static inline float bf16_to_f32(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
 
+// The scale of an MXFP4 block, 2^(e - 128): half of what OCP's E8M0 says, as its codes stand for twice their values.
+static inline float e8m0_to_f32(uint8_t e) {
+  return std::bit_cast<float>(e < 2 ? 0x00200000u << e : uint32_t(e - 1) << 23);
+}
+
 // Round to nearest even; a NaN stays a NaN.
 static inline uint16_t f32_to_bf16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);

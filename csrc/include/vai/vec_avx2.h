@@ -35,6 +35,12 @@ struct Avx2Vec {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }
   static F load_f16(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  // 2^(e - 128), of bits that are those of e - 1 in the exponent, or where that is none a subnormal's.
+  static F load_e8m0(const uint8_t* p) {
+    const I e = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    const I tiny = iadd(iset1(0x00200000), shifted<21>(iand(e, iset1(1))));
+    return from_bits(imax(to_exponent(isub(e, iset1(1))), tiny));
+  }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
@@ -99,6 +105,11 @@ struct Avx2Vec {
     return {_mm256_or_si256(w.low, _mm256_and_si256(shifted<kLow>(above), mask)),
             _mm256_or_si256(w.high, _mm256_and_si256(shifted<kHigh>(above), mask))};
   }
+  using Small = I;
+  static Small small(const int8_t* entries) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)entries)); }
+  static Nibbles look_up(const Nibbles& w, Small table) {
+    return {_mm256_shuffle_epi8(table, w.low), _mm256_shuffle_epi8(table, w.high)};
+  }
   // What still fits: 31*127*8 = 31496 for a sum of 16 columns, 63*127*4 = 32004 for one of 8.
   static constexpr int dot4_columns(int bits) { return bits == 4 ? 32 : bits == 5 ? 16 : 8; }
   static constexpr bool kDot4Begins = false;
@@ -160,6 +171,22 @@ struct Avx2Vec {
     return add_dwords(acc, sums);
   }
   static I dot8_end(Dot8 acc) { return acc; }
+
+  // |a| x sign(w, a): 2*127*127 = 32258 fits 16 bits once, so each product is widened; w is never -128.
+  static constexpr int kWideZero = 0;
+  using Wide = I;
+  static Wide wide(const int8_t* entries) { return small(entries); }
+  static Nibbles look_up_wide(const Nibbles& w, Wide table) { return look_up(w, table); }
+  static Activations wide_activations(const int8_t* a) { return dot4_activations(a); }
+  static I dot_wide(I acc, const Nibbles& w, const Activations& a) {
+    return one_wide(one_wide(acc, w.low, a.low), w.high, a.high);
+  }
+  static I one_wide(I acc, I w, I a) {
+    const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(w, a));
+    return add_dwords(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static I wide_factor(const int8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+  static I wide_times(I total, I dot, I factor) { return add_dwords(total, _mm256_mullo_epi32(dot, factor)); }
 
   // Keeps gcc from hoisting the scale products over the integer part, which spills.
   static void fence() { asm volatile("" ::: "memory"); }

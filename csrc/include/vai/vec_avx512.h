@@ -36,6 +36,12 @@ struct Avx512Vec {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
   }
   static F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  // 2^(e - 128), of bits that are those of e - 1 in the exponent, or where that is none a subnormal's.
+  static F load_e8m0(const uint8_t* p) {
+    const I e = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+    const I tiny = iadd(iset1(0x00200000), shifted<21>(iand(e, iset1(1))));
+    return from_bits(imax(to_exponent(isub(e, iset1(1))), tiny));
+  }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
@@ -99,6 +105,11 @@ struct Avx512Vec {
     return {_mm512_ternarylogic_epi32(w.low, shifted<kLow>(above), mask, 0xf8),
             _mm512_ternarylogic_epi32(w.high, shifted<kHigh>(above), mask, 0xf8)};
   }
+  using Small = I;
+  static Small small(const int8_t* entries) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)entries)); }
+  static Nibbles look_up(const Nibbles& w, Small table) {
+    return {_mm512_shuffle_epi8(table, w.low), _mm512_shuffle_epi8(table, w.high)};
+  }
   static constexpr int dot4_columns(int) { return 32; }
   static Dot4 dot4_begin(int32_t correction) { return _mm512_set1_epi32(correction); }
   struct Activations { I low, high; };
@@ -129,6 +140,15 @@ struct Avx512Vec {
   static I dot8_activations(const int8_t* a) { return _mm512_set1_epi32(load_as<int32_t>(a)); }
   static Dot8 dot8(Dot8 acc, Bytes w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
   static I dot8_end(Dot8 acc) { return acc; }
+
+  static constexpr int kWideZero = 128;
+  using Wide = I;
+  static Wide wide(const int8_t* entries) { return _mm512_xor_si512(small(entries), _mm512_set1_epi8(char(0x80))); }
+  static Nibbles look_up_wide(const Nibbles& w, Wide table) { return look_up(w, table); }
+  static Activations wide_activations(const int8_t* a) { return dot4_activations(a); }
+  static I dot_wide(I acc, const Nibbles& w, const Activations& a) { return dot4(acc, w, a); }
+  static I wide_factor(const int8_t* p) { return factor(p); }
+  static I wide_times(I total, I dot, I factor) { return dot4_times(total, dot, factor); }
 
   // Keeps gcc from hoisting the scale products over the integer part, which spills.
   static void fence() { asm volatile("" ::: "memory"); }

@@ -41,6 +41,7 @@ struct ScalarVec {
   static void store(float* p, F x) { for (int i = 0; i < 16; ++i) p[i] = x.v[i]; }
   static F load_bf16(const void* p) { VAI_LANES(F, bf16_to_f32(load_as<uint16_t>((const char*)p + 2 * i))); }
   static F load_f16(const void* p) { VAI_LANES(F, f16_to_f32(load_as<uint16_t>((const char*)p + 2 * i))); }
+  static F load_e8m0(const uint8_t* p) { VAI_LANES(F, e8m0_to_f32(p[i])); }
   static F add(F a, F b) { VAI_LANES(F, a.v[i] + b.v[i]); }
   static F sub(F a, F b) { VAI_LANES(F, a.v[i] - b.v[i]); }
   static F mul(F a, F b) { VAI_LANES(F, a.v[i] * b.v[i]); }
@@ -104,6 +105,14 @@ struct ScalarVec {
     for (int i = 0; i < 64; ++i) n.low[i] |= low.v[i] & kMask, n.high[i] |= high.v[i] & kMask;
     return n;
   }
+  // The codes replaced by entries of a table of 16, all of them from 0 to 31.
+  using Small = const int8_t*;
+  static Small small(const int8_t* entries) { return entries; }
+  static Nibbles look_up(const Nibbles& w, Small table) {
+    Nibbles n;
+    for (int i = 0; i < 64; ++i) n.low[i] = uint8_t(table[w.low[i]]), n.high[i] = uint8_t(table[w.high[i]]);
+    return n;
+  }
   // Columns whose products with codes of so many bits a Dot4 can hold.
   static constexpr int dot4_columns(int) { return 32; }
   static Dot4 dot4_begin(int32_t correction) { return iset1(correction); }
@@ -145,6 +154,21 @@ struct ScalarVec {
     return acc;
   }
   static I dot8_end(Dot8 acc) { return acc; }
+
+  // Codes that stand for signed bytes above -128. Multiplied with kWideZero added where instructions want
+  // unsigned bytes; who adds the products up takes it off again.
+  static constexpr int kWideZero = 128;
+  using Wide = const int8_t*;
+  static Wide wide(const int8_t* entries) { return entries; }
+  static Nibbles look_up_wide(const Nibbles& w, Wide table) {
+    Nibbles n;
+    for (int i = 0; i < 64; ++i) n.low[i] = uint8_t(table[w.low[i]] + 128), n.high[i] = uint8_t(table[w.high[i]] + 128);
+    return n;
+  }
+  static const int8_t* wide_activations(const int8_t* a) { return a; }
+  static I dot_wide(I acc, const Nibbles& w, const int8_t* a) { return dot4(acc, w, a); }
+  static I wide_factor(const int8_t* p) { return factor(p); }
+  static I wide_times(I total, I dot, I factor) { return dot4_times(total, dot, factor); }
 
   static void fence() {}
   static void prefetch(const void*) {}

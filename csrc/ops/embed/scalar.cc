@@ -43,6 +43,18 @@ static void gather(const uint8_t* row, BlockType type, int lane, int columns, fl
         case BlockType::kQ6_K:
           value = (half(0) * float(int8_t(row[64 + k / 16 * 16 + lane]))) * float(code(row, l, lane, k) - 32);
           break;
+        case BlockType::kIQ4_NL:
+          value = float(kIq4Values[code(row, l, lane, k)]) * half(k / 32 * 32);
+          break;
+        case BlockType::kIQ4_XS: {
+          const int g = k / 32, low = row[64 + g % 4 * 16 + lane] >> (g < 4 ? 0 : 4) & 15;
+          const int scale = (low | (row[32 + g % 2 * 16 + lane] >> g / 2 * 2 & 3) << 4) - 32;
+          value = (half(0) * float(scale)) * float(kIq4Values[code(row, l, lane, k)]);
+          break;
+        }
+        case BlockType::kMXFP4:
+          value = float(kMxfp4Values[code(row, l, lane, k)]) * e8m0_to_f32(row[k / 32 * 16 + lane]);
+          break;
         case BlockType::kQ8_0:
           value = float(int(row[64 + (k / 4) * 64 + lane * 4 + k % 4]) - 128) * half(k / 32 * 32);
           break;

@@ -53,6 +53,19 @@ inline __attribute__((always_inline)) void float_pairs(const uint8_t* line, type
     V::bf16_pairs(line, even, odd);
 }
 
+// How the codes of the types that have a table are multiplied: IQ4's as signed bytes (V::kWideZero), MXFP4's raised by 16,
+// to 4..28, so that the bounds of five-bit codes hold.
+constexpr bool is_wide(BlockType t) { return t == BlockType::kIQ4_NL || t == BlockType::kIQ4_XS; }
+alignas(16) constexpr int8_t kMxfp4Raised[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
+
+template <class V, BlockType T>
+inline __attribute__((always_inline)) auto table_of() {
+  if constexpr (is_wide(T))
+    return V::wide(kIq4Values);
+  else
+    return V::small(kMxfp4Raised);
+}
+
 // Groups of 32: a scale for each, and for Q4_1 and Q5_1 a minimum beside it.
 template <class V, BlockType T, int R, int NB>
 __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
@@ -62,8 +75,11 @@ __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
   constexpr int W = V::kLanes, H = 16 / W, kLineBytes = 4 * W;
   constexpr bool kNibbles = kL.bits < 8, kMinimum = T == BlockType::kQ4_1 || T == BlockType::kQ5_1;
   constexpr int kLines = kNibbles ? 4 : 8;  // of a group
-  constexpr int kRun = kNibbles ? V::dot4_columns(kL.bits) / 8 : kLines;  // lines whose products one sum can hold
-  constexpr int kZero = kMinimum ? 0 : 1 << (kL.bits - 1);                // the code of weight 0
+  constexpr bool kRaised = T == BlockType::kMXFP4, kWide = is_wide(T), kShort = kNibbles && !kWide;
+  constexpr int kBits = kRaised ? 5 : kL.bits;
+  constexpr int kRun = kShort ? V::dot4_columns(kBits) / 8 : kLines;  // lines whose products one sum can hold
+  constexpr int kZero = kMinimum ? 0 : kWide ? V::kWideZero : 1 << (kBits - 1);  // what weight 0 is multiplied as
+  [[maybe_unused]] const auto table = table_of<V, T>();
   // The sums over groups stay in registers where there are enough; else they stand in the result's own place.
   constexpr bool kKept = V::kRegisters >= 2 * R * NB * H + 8;
   const uint8_t *block = t.weight, *record = t.packed;
@@ -85,7 +101,7 @@ __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
     VAI_UNROLL for (int r = 0; r < R; ++r)
       VAI_UNROLL for (int j = 0; j < NB; ++j)
         VAI_UNROLL for (int h = 0; h < H; ++h)
-          dot[r][j][h] = kNibbles ? V::dot4_begin(-kZero * sums[r]) : V::dot8_begin(-kZero * sums[r]);
+          dot[r][j][h] = kShort ? V::dot4_begin(-kZero * sums[r]) : V::dot8_begin(-kZero * sums[r]);
     if constexpr (kL.high != 0)
       VAI_UNROLL for (int j = 0; j < NB; ++j)
         VAI_UNROLL for (int h = 0; h < H; ++h) {
@@ -99,10 +115,22 @@ __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
         if (h == 0) V::prefetch(line + ahead);
         return line;
       };
-      if constexpr (kNibbles) {
+      if constexpr (kWide) {
         typename V::Nibbles w[NB][H];
         VAI_UNROLL for (int j = 0; j < NB; ++j)
-          VAI_UNROLL for (int h = 0; h < H; ++h) w[j][h] = codes_of<V, kL.bits>(line_of(j, h), above[j][h], l);
+          VAI_UNROLL for (int h = 0; h < H; ++h) w[j][h] = V::look_up_wide(V::nibbles(line_of(j, h)), table);
+        VAI_UNROLL for (int r = 0; r < R; ++r) {
+          const auto a = V::wide_activations(codes + r * 32 + 8 * l);
+          VAI_UNROLL for (int j = 0; j < NB; ++j)
+            VAI_UNROLL for (int h = 0; h < H; ++h) dot[r][j][h] = V::dot_wide(dot[r][j][h], w[j][h], a);
+        }
+      } else if constexpr (kNibbles) {
+        typename V::Nibbles w[NB][H];
+        VAI_UNROLL for (int j = 0; j < NB; ++j)
+          VAI_UNROLL for (int h = 0; h < H; ++h) {
+            w[j][h] = codes_of<V, kL.bits>(line_of(j, h), above[j][h], l);
+            if constexpr (kRaised) w[j][h] = V::look_up(w[j][h], table);
+          }
         VAI_UNROLL for (int r = 0; r < R; ++r) {
           const auto a = V::dot4_activations(codes + r * 32 + 8 * l);
           VAI_UNROLL for (int j = 0; j < NB; ++j)
@@ -131,8 +159,9 @@ __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
     F scale[NB][H], minimum[NB][H];
     VAI_UNROLL for (int j = 0; j < NB; ++j)
       VAI_UNROLL for (int h = 0; h < H; ++h) {
-        const uint8_t* scale_line = block + size_t(j) * stride + half * 32 + h * W * 2;
-        scale[j][h] = V::load_f16(scale_line);
+        const uint8_t* head = block + size_t(j) * stride;
+        const uint8_t* scale_line = head + half * 32 + h * W * 2;
+        scale[j][h] = kRaised ? V::load_e8m0(head + half * 16 + h * W) : V::load_f16(scale_line);
         if constexpr (kMinimum) minimum[j][h] = V::load_f16(scale_line + 64);
       }
     VAI_UNROLL for (int r = 0; r < R; ++r) {
@@ -140,7 +169,7 @@ __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
       const auto offset = V::template dot4_offset<kZero>(sums + r);
       VAI_UNROLL for (int j = 0; j < NB; ++j)
         VAI_UNROLL for (int h = 0; h < H; ++h) {
-          I sum = kNibbles ? V::dot4_end(dot[r][j][h], offset) : V::dot8_end(dot[r][j][h]);
+          I sum = kShort ? V::dot4_end(dot[r][j][h], offset) : V::dot8_end(dot[r][j][h]);
           if constexpr (kRun < kLines) sum = V::iadd(whole[r][j][h], sum);
           F product = V::mul(V::to_float(sum), V::mul(scale[j][h], own));
           if constexpr (kMinimum)
@@ -181,20 +210,45 @@ void six_bit_scales(const uint8_t* block, int8_t* scales, int8_t* minimums) {
   }
 }
 
-// Groups of 256 with integer scales of 32 columns (Q4_K, Q5_K: and minimums) or of 16 (Q6_K): integers to the end.
+// The 6-bit scales of IQ4_XS less 32, as signed bytes: [8 groups][16 rows].
+inline void signed_six_bits(const uint8_t* block, int8_t* scales) {
+  const uint8_t *high = block + 32, *low = block + 64;
+  for (int g = 0; g < 4; ++g)
+    for (int n = 0; n < 16; ++n) {
+      const int four = low[g * 16 + n], first = high[g % 2 * 16 + n] >> g / 2 * 2, second = high[g % 2 * 16 + n] >> (g / 2 * 2 + 4);
+      scales[g * 16 + n] = int8_t(((four & 15) | (first & 3) << 4) - 32);
+      scales[64 + g * 16 + n] = int8_t((four >> 4 | (second & 3) << 4) - 32);
+    }
+}
+
+// Groups of 256 with integer scales of 32 columns (Q4_K, Q5_K: and minimums; IQ4_XS) or of 16 (Q6_K): integers to the end.
 template <class V, BlockType T, int R, int NB>
 __attribute__((noinline)) void wide_tile(const TileArgs& t) {
   using F = typename V::F;
   using I = typename V::I;
   constexpr Layout kL = layout(T);
   constexpr int W = V::kLanes, H = 16 / W, kLineBytes = 4 * W;
-  constexpr bool kMinimum = T != BlockType::kQ6_K;
-  constexpr int kSpan = kMinimum ? 32 : 16, kSpans = kWideGroup / kSpan;  // columns that share an integer scale
+  constexpr bool kWide = is_wide(T), kMinimum = T != BlockType::kQ6_K && !kWide;
+  constexpr bool kSums = !kWide || V::kWideZero != 0;  // whether sums of the activations are needed
+  constexpr int kSpan = T == BlockType::kQ6_K ? 16 : 32, kSpans = kWideGroup / kSpan;  // columns that share an integer scale
   constexpr int kLines = kSpan / 8;
-  constexpr int kRun = V::dot4_columns(kL.bits) < kSpan ? V::dot4_columns(kL.bits) / 8 : kLines;
+  constexpr int kRun = !kWide && V::dot4_columns(kL.bits) < kSpan ? V::dot4_columns(kL.bits) / 8 : kLines;
+  [[maybe_unused]] const auto table = table_of<V, T>();
   const uint8_t *block = t.weight, *record = t.packed;
   const size_t stride = t.stride, ahead = t.ahead;
   constexpr bool kKept = V::kRegisters > 16;
+  auto factor_of = [](const int8_t* p) __attribute__((always_inline)) {
+    if constexpr (kWide)
+      return V::wide_factor(p);
+    else
+      return V::factor(p);
+  };
+  auto times = [](I total, I dot, I factor) __attribute__((always_inline)) {
+    if constexpr (kWide)
+      return V::wide_times(total, dot, factor);
+    else
+      return V::dot4_times(total, dot, factor);
+  };
   float* const out = t.out;
   F acc[R][NB][H];
   VAI_UNROLL for (int r = 0; r < R; ++r)
@@ -206,7 +260,7 @@ __attribute__((noinline)) void wide_tile(const TileArgs& t) {
   for (int k = t.columns; k > 0; k -= kWideGroup, block += kL.bytes, record += R * record_bytes(kWideGroup)) {
     const int8_t* codes = (const int8_t*)record;
     const float* scales = (const float*)(record + R * 256);
-    const int32_t* sums = (const int32_t*)(record + R * (kMinimum ? 260 : 276));
+    const int32_t* sums = (const int32_t*)(record + R * (kSpan == 32 ? 260 : 276));
     alignas(64) int8_t unpacked[NB][2][128];
     const int8_t *factors[NB], *with_sums[NB];  // [kSpans][16 rows]; what the sums of the activations are multiplied with
     VAI_UNROLL for (int j = 0; j < NB; ++j) {
@@ -216,6 +270,9 @@ __attribute__((noinline)) void wide_tile(const TileArgs& t) {
         six_bit_scales<V>(head, unpacked[j][0], unpacked[j][1]);
         factors[j] = unpacked[j][0];
         with_sums[j] = unpacked[j][1];
+      } else if constexpr (kWide) {
+        signed_six_bits(head, unpacked[j][0]);
+        factors[j] = with_sums[j] = unpacked[j][0];
       } else {
         factors[j] = with_sums[j] = (const int8_t*)head + 64;
       }
@@ -245,9 +302,19 @@ __attribute__((noinline)) void wide_tile(const TileArgs& t) {
           VAI_UNROLL for (int h = 0; h < H; ++h) {
             const uint8_t* line = block + size_t(j) * stride + kL.lines + (g * kLines + l) * 64 + h * kLineBytes;
             if (h == 0) V::prefetch(line + ahead);
-            w[j][h] = codes_of<V, kL.bits>(line, above[j][h], l);
+            if constexpr (kWide)
+              w[j][h] = V::look_up_wide(V::nibbles(line), table);
+            else
+              w[j][h] = codes_of<V, kL.bits>(line, above[j][h], l);
           }
-        VAI_UNROLL for (int r = 0; r < R; ++r) {
+        if constexpr (kWide) {
+          VAI_UNROLL for (int r = 0; r < R; ++r) {
+            const auto mine = V::wide_activations(a + r * 32 + 8 * l);
+            VAI_UNROLL for (int j = 0; j < NB; ++j)
+              VAI_UNROLL for (int h = 0; h < H; ++h)
+                dot[r][j][h] = V::dot_wide(l == 0 ? V::iset1(0) : dot[r][j][h], w[j][h], mine);
+          }
+        } else VAI_UNROLL for (int r = 0; r < R; ++r) {
           const auto mine = V::dot4_activations(a + r * 32 + 8 * l);
           VAI_UNROLL for (int j = 0; j < NB; ++j)
             VAI_UNROLL for (int h = 0; h < H; ++h)
@@ -256,13 +323,13 @@ __attribute__((noinline)) void wide_tile(const TileArgs& t) {
         if ((l + 1) % kRun == 0)
           VAI_UNROLL for (int j = 0; j < NB; ++j)
             VAI_UNROLL for (int h = 0; h < H; ++h) {
-              const I factor = V::factor(factors[j] + g * 16 + h * W);
+              const auto factor = factor_of(factors[j] + g * 16 + h * W);
               VAI_UNROLL for (int r = 0; r < R; ++r) {
                 int32_t* const at = parked + (kKept ? 0 : (r * NB + j) * 16 + h * W);
                 if constexpr (kKept)
-                  total[r][j][h] = V::dot4_times(total[r][j][h], dot[r][j][h], factor);
+                  total[r][j][h] = times(total[r][j][h], dot[r][j][h], factor);
                 else
-                  V::store_line(at, V::dot4_times(V::load_line(at), dot[r][j][h], factor));
+                  V::store_line(at, times(V::load_line(at), dot[r][j][h], factor));
               }
             }
       }
@@ -271,7 +338,7 @@ __attribute__((noinline)) void wide_tile(const TileArgs& t) {
     VAI_UNROLL for (int r = 0; r < R; ++r)
       VAI_UNROLL for (int j = 0; j < NB; ++j)
         VAI_UNROLL for (int h = 0; h < H; ++h) offset[r][j][h] = V::iset1(0);
-    VAI_ROLLED for (int i = 0; i < kSpans / 2; ++i)
+    if constexpr (kSums) VAI_ROLLED for (int i = 0; i < kSpans / 2; ++i)
       VAI_UNROLL for (int j = 0; j < NB; ++j)
         VAI_UNROLL for (int h = 0; h < H; ++h) {
           const int8_t* even = with_sums[j] + 2 * i * 16 + h * W;
@@ -289,8 +356,9 @@ __attribute__((noinline)) void wide_tile(const TileArgs& t) {
           if constexpr (kMinimum) {
             const F minimum = V::mul(V::to_float(offset[r][j][h]), V::mul(V::load_f16(head + 32), mine));
             product = V::sub(V::mul(V::to_float(total[r][j][h]), V::mul(scale, mine)), minimum);
-          } else {  // code 32 is weight 0
-            const I centred = V::isub(total[r][j][h], V::template shifted<5>(offset[r][j][h]));
+          } else {
+            I centred = total[r][j][h];
+            if constexpr (kSums) centred = V::isub(centred, V::template shifted<kWide ? 7 : 5>(offset[r][j][h]));
             product = V::mul(V::to_float(centred), V::mul(scale, mine));
           }
           float* const at = out + r * kScratchWidth + j * 16 + h * W;
@@ -386,6 +454,9 @@ void tile(BlockType type, int rows, const TileArgs& t) {
     case BlockType::kQ4_1: return tile_of_rows<V, BlockType::kQ4_1, NB>(rows, t);
     case BlockType::kQ5_0: return tile_of_rows<V, BlockType::kQ5_0, NB>(rows, t);
     case BlockType::kQ5_1: return tile_of_rows<V, BlockType::kQ5_1, NB>(rows, t);
+    case BlockType::kIQ4_NL: return tile_of_rows<V, BlockType::kIQ4_NL, NB>(rows, t);
+    case BlockType::kIQ4_XS: return tile_of_rows<V, BlockType::kIQ4_XS, NB>(rows, t);
+    case BlockType::kMXFP4: return tile_of_rows<V, BlockType::kMXFP4, NB>(rows, t);
   }
 }
 
