@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 
 from train.model import Decoder
-from train.tokenizer import END, PRE, SPECIALS, TURN, TURN_END
+from train.tokenizer import END, PRE, SPECIALS
 from train.train import load
 from vai.burn.gguf import FILE_TYPES, GgufWriter, ValueType
 from vai.models.spec import Spec, expected_tensors
 from vai.text.vocabulary import CONTROL, NORMAL
 
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The model only goes on with a text: a conversation is its messages, line after line, and roles are not said.
 TEMPLATE = (
-    "{% for message in messages %}{{ '"
-    + TURN
-    + "' + message['role'] + '\\n' + message['content'] + '"
-    + TURN_END
-    + "\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '" + TURN + "assistant\\n' }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\n' }}{% endif %}"
+    "{% endfor %}"
 )
 
 
@@ -82,8 +79,8 @@ def _write_tokenizer(writer: GgufWriter, path: Path) -> None:
     writer.add(key + "token_type", types, ValueType.INT32)
     writer.add(key + "merges", [" ".join(merge) for merge in model["merges"]], ValueType.STRING)
     # Documents are not begun by a token of their own: what ends one begins the next.
-    for role, token in (("bos", END), ("eos", END), ("eot", TURN_END)):
-        writer.add(f"{key}{role}_token_id", vocabulary[token], ValueType.UINT32)
+    for role in ("bos", "eos"):
+        writer.add(f"{key}{role}_token_id", vocabulary[END], ValueType.UINT32)
     writer.add(key + "add_bos_token", True, ValueType.BOOL)
     writer.add("tokenizer.chat_template", TEMPLATE, ValueType.STRING)
 

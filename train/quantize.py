@@ -1,10 +1,10 @@
 """Which matrices deserve more bits: measured on held-out text, chosen under a budget, beside the uniform choices.
 
 Run: python -m train.quantize MODEL.gguf CORPUS OUT [--budget BYTES]. MODEL.gguf has float matrices (train.export). Each
-unit (matrices that VAI stores together, one layer's) is quantized alone, to each type, and the text's loss is measured
-with VAI's own kernels. Then units are widened from the narrowest type, always the one with the greatest measured gain a
-byte, as long as the file stays under the budget. That effects add up is an assumption; the table shows how far it
-holds, on other documents than those that decided.
+unit (matrices that VAI stores together, one layer's) is narrowed alone, all others of the widest type, and the text's
+loss is measured with VAI's own kernels. Then units are widened from the narrowest type, always the one with the
+greatest measured gain a byte, as long as the file stays under the budget. That effects add up is an assumption; the
+table shows how far it holds, on other documents than those that decided.
 
 OUT gets recipe.json, table.json and a GGUF file for each line of the table; measured.jsonl, so that the same command
 goes on where it was stopped.
@@ -28,6 +28,7 @@ from vai.burn.gguf import GgufFile, GgufTensor, tensor_bytes
 from vai.burn.quantize import FLOATS, matrices, quantize
 
 TYPES = ("Q4_0", "Q5_0", "Q8_0")
+ALL = "all"  # as a unit: every matrix
 # Stored together where their types are equal (vai/burn/pack.py): they get one type.
 TOGETHER = {
     "attn_q": "attn_qkv",
@@ -95,25 +96,24 @@ def keep(found: Units, types: Mapping[str, str]) -> list[tuple[str, str]]:
 def measure(
     model: Path, found: Units, types: Sequence[str], tokens: np.ndarray, out: Path
 ) -> dict[tuple[str, str], float]:
-    """Bits of the text with one unit quantized and all others as they are. What OUT/measured.jsonl knows is not done
-    again if it was measured with the same model and text."""
-    key = hashlib.sha256(model.read_bytes() + tokens.tobytes()).hexdigest()
+    """Bits of the text with one unit of each type and all others of the widest. What OUT/measured.jsonl knows is not
+    done again if it was measured with the same model and text."""
+    key = hashlib.sha256(model.read_bytes() + tokens.tobytes() + types[-1].encode()).hexdigest()
     log = out / "measured.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     known = {(line["unit"], line["type"]): line["bits"] for line in lines if line["of"] == key}
-    wide = next(iter(next(iter(found.values())))).type
-    for number, name in enumerate(found, start=1):
-        for type in types:
-            if (name, type) in known:
-                continue
-            trial = out / "trial.gguf"
-            quantize(model, trial, type=wide, keep=keep(found, {name: type}))
-            known[name, type] = score(trial, tokens).bits
-            trial.unlink()
-            with log.open("a") as file:
-                file.write(json.dumps({"of": key, "unit": name, "type": type, "bits": known[name, type]}) + "\n")
-            print(f"{number}/{len(found)}  {name:24} {type:5} {known[name, type]:.1f} bits", flush=True)
-    return known
+    wanted = [(name, type) for name in found for type in types[:-1]]
+    for number, (name, type) in enumerate([(ALL, types[-1]), *wanted], start=1):
+        if (name, type) in known:
+            continue
+        trial = out / "trial.gguf"
+        quantize(model, trial, type=types[-1], keep=keep(found, {name: type}))
+        known[name, type] = score(trial, tokens).bits
+        trial.unlink()
+        with log.open("a") as file:
+            file.write(json.dumps({"of": key, "unit": name, "type": type, "bits": known[name, type]}) + "\n")
+        print(f"{number}/{len(wanted) + 1}  {name:24} {type:5} {known[name, type]:.1f} bits", flush=True)
+    return known | {(name, types[-1]): known[ALL, types[-1]] for name in found}
 
 
 def table(files: Mapping[str, Path], tokens: np.ndarray, size: int) -> dict[str, dict[str, float]]:

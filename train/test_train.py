@@ -14,6 +14,7 @@ from train import corpus, evaluate, quantize, tokenizer
 from train.export import export
 from train.model import SHAPES, greedy
 from train.score import score
+from train.ship import ship
 from train.train import Recipe, load, train
 from vai.burn.burn import burn
 from vai.burn.gguf import GgufFile, GgufTensor
@@ -209,7 +210,7 @@ def test_a_mix_is_chosen_by_measuring_and_goes_on_where_it_was_stopped(
         wide = {tensor.name for tensor in file.tensors.values() if tensor.type == "Q8_0"}
     assert wide == {name for name, _ in chosen["keep"]} != set()
     lines = (tmp_path / "measured.jsonl").read_text().splitlines()
-    assert len(lines) == 2 * 9  # four units a layer, and the embedding
+    assert len(lines) == 1 + 9  # all of them wide; then four units a layer, and the embedding
     (tmp_path / "measured.jsonl").write_text("".join(line + "\n" for line in lines[:-1]))
     capsys.readouterr()
     quantize.run(micro, held, tmp_path, **options)
@@ -225,3 +226,31 @@ def test_a_trained_model_grown_writes_what_it_wrote(text: Path, held: Path, trai
     small, large = score(micro, tokens, threads=1), score(tmp_path / "large.gguf", tokens, threads=1)
     assert small.bits == large.bits
     assert np.array_equal(small.greedy, large.greedy)
+
+
+def test_a_pair_is_shipped_if_it_is_small_and_shares_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, other = [tmp_path / "large.gguf", tmp_path / "small.gguf"], tmp_path / "other.gguf"
+    for seed, path in enumerate(pair):
+        synthesize(path, shape="tiny", type="Q4_0", seed=seed)
+    synthesize(other, shape="tiny-qwen2", type="Q4_0")
+    ship(pair, tmp_path / "shipped")
+    assert (tmp_path / "shipped/vai-mini.gguf").read_bytes() == pair[0].read_bytes()
+    assert (tmp_path / "shipped/vai-nano.gguf").read_bytes() == pair[1].read_bytes()
+    with pytest.raises(SystemExit, match="tokenizers differ"):
+        ship([pair[0], other], tmp_path / "nowhere")
+    synthesize(other, shape="tiny", type="F32")
+    monkeypatch.setattr("train.ship.MAX_BYTES", 1 << 20)
+    with pytest.raises(SystemExit, match="narrower"):
+        ship([other, pair[1]], tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_conversation_is_a_text_to_go_on_with(text: Path, trained: Path, tmp_path: Path) -> None:
+    source, root, names = tmp_path / "micro.gguf", tmp_path / "root", tmp_path / "names"
+    export(load(trained / "checkpoint.npz")[0], text / "tokenizer.json", source, name="micro", type="F32")
+    Registry(root, names).put(Name("micro", str(source), digest=burn(source, root).digest))
+    sampling = SamplingParams(temperature=0.0, max_tokens=8)
+    with LLM("micro", root=root, names=names, threads=1, kv_bytes=64 << 20) as llm:
+        said = llm.chat([{"role": "system", "content": "import os"}, {"role": "user", "content": "def f("}], sampling)
+        assert said.token_ids == llm.generate("import os\ndef f(", sampling).token_ids
+        assert said.prompt_tokens == len(llm.encode("import os\ndef f("))

@@ -19,8 +19,8 @@ from vai.text.pretokenizers import PRETOKENIZERS
 
 # A pre-tokenizer that readers of GGUF know by name: GPT-2's, each digit alone.
 PRE = "smollm"
-END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-SPECIALS = (END, TURN, TURN_END)
+END = "<|endoftext|>"
+SPECIALS = (END,)
 BATCH = 256
 MAX_SIZE = 1 << 16  # tokens are stored in 16 bits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from dataclasses import replace
@@ -38,7 +39,7 @@ def load(file: Path | None, name: str | None, draft: str | None) -> None:
     settings = config.load()
     if file is not None:
         name = name or file.name.removesuffix(".gguf")
-        _load(settings, file, name)
+        load_file(settings, file, name)
     elif name is not None:
         load_again(settings, name)
     else:
@@ -52,7 +53,7 @@ def load_again(settings: Config, name: str) -> None:
     file = Path(Registry(settings.root, settings.names).get(name).source)
     if not file.is_file():
         raise BadRequest(f"The file of '{name}' is gone ({file}); load it from elsewhere: vai load FILE --name {name}")
-    _load(settings, file, name)
+    load_file(settings, file, name)
 
 
 def _set_draft(settings: Config, name: str, draft: str) -> None:
@@ -69,7 +70,8 @@ def _set_draft(settings: Config, name: str, draft: str) -> None:
     registry.put(replace(known, overrides={**known.overrides, "draft": draft}))
 
 
-def _load(settings: Config, file: Path, name: str) -> None:
+def load_file(settings: Config, file: Path, name: str) -> None:
+    """Burn a file and name the image. Raises the VaiError of the burner."""
     registry, source = Registry(settings.root, settings.names), str(file.resolve())
     began = time.monotonic()
     with wish(registry, name, source), progress(f"burning {file.name}") as show:
@@ -92,14 +94,15 @@ def _burn(root: Path, source: str, output: Path, show: Show) -> str:
     with open_log(output) as log:
         argv = burn_argv(root, source)
         burner = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
-    for line in burner.stdout or ():
-        message = parse(line)
-        if "digest" in message:
-            burner.returncode = 0  # published: not ours to wait for
-            return str(message["digest"])
-        if isinstance(error := message.get("error"), dict):
-            burner.wait()
-            raise by_code(str(error.get("code")))(str(error.get("message")))
-        if "total" in message:
-            show(int(message["done"]), int(message["total"]))
+    with burner.stdout or contextlib.nullcontext(()) as lines:
+        for line in lines:
+            message = parse(line)
+            if "digest" in message:
+                burner.returncode = 0  # published: not ours to wait for
+                return str(message["digest"])
+            if isinstance(error := message.get("error"), dict):
+                burner.wait()
+                raise by_code(str(error.get("code")))(str(error.get("message")))
+            if "total" in message:
+                show(int(message["done"]), int(message["total"]))
     raise Interrupted(f"The burn of {source} ended early (exit code {burner.wait()}): {last_line(output)}")

@@ -6,16 +6,18 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from vai import config
+from vai.cli import shipped
 from vai.cli.load import load_again
 from vai.config import Config
 from vai.daemon import roles
 from vai.errors import VaiError
-from vai.rom.registry import Registry
+from vai.rom.registry import Registry, is_name
 
 if TYPE_CHECKING:
     from vai.llm import Delta, GrammarSpec, Model
@@ -25,7 +27,7 @@ Answer = Callable[[Conversation], Iterator[str]]
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", required=False)
 @click.argument("prompt", required=False)
 @click.option("--max-tokens", type=click.IntRange(1), help="End the answer after so many tokens.")
 @click.option("--temperature", type=click.FloatRange(0, 100), help="0 always takes the likeliest token.")
@@ -33,12 +35,13 @@ Answer = Callable[[Conversation], Iterator[str]]
 @click.option("--json-schema", type=click.File(), help="Answer in JSON that satisfies the schema in this file.")
 @click.option("--system", help="What the model is told before the conversation.")
 def run(
-    name: str, prompt: str | None, system: str | None, json_schema: TextIO | None, **sampling: float | None
+    name: str | None, prompt: str | None, system: str | None, json_schema: TextIO | None, **sampling: float | None
 ) -> None:
     """Answer PROMPT with the model NAME; without PROMPT, chat (or answer what comes on standard input).
 
     The running engine answers; if none runs, an engine inside this command does, over the same weights in memory.
-    In a chat, Ctrl-C ends an answer and Ctrl-D the chat.
+    In a chat, Ctrl-C ends an answer and Ctrl-D the chat. Without NAME, the small model that this installation brings
+    answers, if it brings one; a lone argument that cannot be a name is a prompt.
 
     \b
     Examples:
@@ -48,6 +51,7 @@ def run(
       vai run qwen
     """
     settings = config.load()
+    name, prompt = meant(settings, name, prompt)
     registry = Registry(settings.root, settings.names)
     if not registry.is_resident(registry.find(name)):
         load_again(settings, name)
@@ -59,6 +63,19 @@ def run(
         else:
             text = sys.stdin.read() if prompt is None else prompt
             _print(answer([*opening, {"role": "user", "content": text}]))
+
+
+def meant(
+    settings: Config, name: str | None, prompt: str | None, folder: Path = shipped.FOLDER
+) -> tuple[str, str | None]:
+    """(model, prompt) that two arguments stand for. Raises click.UsageError where no model is named or shipped."""
+    alone = name is not None and prompt is None and not is_name(name)
+    if name is not None and not (alone and shipped.pair(folder)):
+        return name, prompt
+    model = shipped.default(settings, folder)
+    if model is None:
+        raise click.UsageError("Missing argument 'NAME'.")
+    return model, name
 
 
 def _chat(answer: Answer, conversation: Conversation) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from vai import config
+from vai.cli import shipped
 from vai.cli.output import size
-from vai.rom.registry import Registry
 
 
 @click.command()
@@ -61,7 +61,7 @@ def _grow(source: str, shape: str, path: Path) -> None:
     settings = config.load()
     file = Path(source)
     if not file.is_file():
-        file = Path(Registry(settings.root, settings.names).get(source).source)
+        file = shipped.source(settings, source)
     began = time.monotonic()
     grown = grow(file, path, shape=shape)
     click.echo(f"{path}: {size(grown.bytes)} in {time.monotonic() - began:.1f} s")

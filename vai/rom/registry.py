@@ -158,6 +158,11 @@ class Registry:
         return found
 
 
+def is_name(text: str) -> bool:
+    """Whether a model can be called that."""
+    return _NAME.fullmatch(text) is not None
+
+
 def _load(path: Path) -> Name:
     with open(path, "rb") as file:
         content = file.read(_MAX_NAME_FILE + 1)

@@ -27,8 +27,9 @@ def bench() -> None:
 def switch(files: tuple[Path, ...], demo: bool, n: int | None, peer: Path | None, cache: Path | None) -> None:
     """Two models resident, ten alternating prompts, and what a switch, an attach and a crash cost.
 
-    FILES are two GGUF files. Without them VAI makes two of the shapes qwen2-1.5b and deepseek-coder-6.7b in Q4_0,
-    with seeded random weights, which cost what real ones cost.
+    FILES are two GGUF files. Without them it is the pair of small models that this installation brings; if it brings
+    none, VAI makes two of the shapes qwen2-1.5b and deepseek-coder-6.7b in Q4_0, with seeded random weights, which
+    cost what real ones cost.
     """
     from vai.cli.bench.switch import run
 

@@ -33,6 +33,7 @@ import click
 import vai
 from vai.burn.burn import burn
 from vai.burn.synth import synthesize
+from vai.cli import shipped
 from vai.cli.bench import client as fresh_client
 from vai.cli.bench.client import Raw
 from vai.cli.bench.peer import start as start_peer
@@ -76,8 +77,9 @@ def title(text: str) -> None:
     click.echo(f"\n{text}\n{'-' * len(text)}")
 
 
-def make_files(files: list[Path], *, demo: bool, cache: Path) -> list[Path]:
-    if files:
+def make_files(files: list[Path], *, demo: bool, cache: Path, folder: Path = shipped.FOLDER) -> list[Path]:
+    """`files`, or else the pair in `folder`, or else, in `cache`, shapes with random weights at their true cost."""
+    if files or (files := shipped.pair(folder)):
         return files
     cache.mkdir(parents=True, exist_ok=True)
     made = []
