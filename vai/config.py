@@ -1,7 +1,7 @@
 """The only reader of the environment. Everything else gets its values as arguments.
 
 Variables: VAI_ROOT (where images live), VAI_HOST, VAI_PORT, VAI_API_KEY, VAI_THREADS, VAI_KV (bytes of scratchpad,
-or with a suffix K, M, G), VAI_ISA (force a lower instruction set), VAI_PATIENCE (seconds to wait for an engine that is
+or with a suffix K, M, G), VAI_KV_TYPE (how keys and values are stored), VAI_ISA (force a lower instruction set), VAI_PATIENCE (seconds to wait for an engine that is
 away, 0 gives answers up), XDG_DATA_HOME (names), XDG_STATE_HOME (logs).
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from vai.errors import BadRequest
 
 ISAS = ("scalar", "avx2", "avx512")
+KV_TYPES = ("bf16", "f32", "q8_0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Config:
 
     root: images and run files (a directory of a shared-memory filesystem) · names: small files that outlive reboots ·
     logs: one file a role · threads: compute threads · kv_bytes: the scratchpad's size, None = a share of free memory ·
-    isa: forced instruction set or None · patience: seconds that requests wait for an engine that died (0: they end).
+    kv_type: how keys and values are stored in it · isa: forced instruction set or None · patience: seconds that requests wait for an engine that died (0: they end).
     """
 
     root: Path
@@ -34,6 +35,7 @@ class Config:
     api_key: str | None
     threads: int
     kv_bytes: int | None
+    kv_type: str
     isa: str | None
     patience: int
 
@@ -72,6 +74,9 @@ def load(env: Mapping[str, str] | None = None) -> Config:
     isa = env.get("VAI_ISA") or None
     if isa is not None and isa not in ISAS:
         raise BadRequest(f"VAI_ISA={isa} is not known; choose one of {', '.join(ISAS)}.")
+    kv_type = env.get("VAI_KV_TYPE") or "bf16"
+    if kv_type not in KV_TYPES:
+        raise BadRequest(f"VAI_KV_TYPE={kv_type} is not known; choose one of {', '.join(KV_TYPES)}.")
     return Config(
         root=Path(env.get("VAI_ROOT") or f"/dev/shm/vai-{os.getuid()}"),  # noqa: S108 - a private 0700 directory, checked
         names=data / "vai/names",
@@ -81,6 +86,7 @@ def load(env: Mapping[str, str] | None = None) -> Config:
         api_key=env.get("VAI_API_KEY") or None,
         threads=_integer(env, "VAI_THREADS", len(os.sched_getaffinity(0)), 1, 1024),
         kv_bytes=parse_size(env["VAI_KV"]) if env.get("VAI_KV") else None,
+        kv_type=kv_type,
         isa=isa,
         patience=_integer(env, "VAI_PATIENCE", 10, 0, 3600),
     )

@@ -39,6 +39,13 @@ std::optional<T> made(const std::optional<U>& tuple) {
   return tuple ? std::optional<T>(made<T>(*tuple)) : std::nullopt;
 }
 
+vai::KvType kv_type_of(const std::string& name) {
+  if (name == "bf16") return vai::KvType::kBf16;
+  if (name == "f32") return vai::KvType::kF32;
+  if (name == "q8_0") return vai::KvType::kQ8_0;
+  throw nb::value_error("no such KV type");
+}
+
 nb::object forward(nb::handle self, const Ints& tokens, const Ints& positions, const Ints& seq_start, const Ints& context,
                    const std::vector<Table>& tables, const Ints& output_rows, const Pool& pool, const std::optional<Times>& seconds) {
   Plan& plan = nb::cast<Plan&>(self);
@@ -66,7 +73,7 @@ void bind_plan(nb::module_& m) {
              int max_outputs, int vocabulary, int context, const std::string& kv_type,
              const std::vector<std::tuple<int, int, int, int>>& groups) {
             vai::PlanShape shape{workspace_bytes, max_rows, max_outputs, vocabulary, context,
-                                 kv_type == "bf16" ? vai::KvType::kBf16 : vai::KvType::kF32, {}};
+                                 kv_type_of(kv_type), {}};
             for (const auto& group : groups) shape.groups.push_back(made<vai::GroupShape>(group));
             new (self) Plan(workers, isa_by_name(isa.c_str()), data.data(), data.size(), std::move(shape));
           },

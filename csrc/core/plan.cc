@@ -79,7 +79,7 @@ const float* Plan::vector(const Vector& v, int blocks) const {
 
 size_t Plan::page_bytes(int group) const {
   const GroupShape& g = shape_.groups[size_t(group)];
-  return size_t(g.layers) * 2 * kPageTokens * size_t(g.kv_heads) * size_t(g.head_dim) * (shape_.kv_type == KvType::kBf16 ? 2 : 4);
+  return size_t(g.layers) * 2 * kPageTokens * size_t(g.kv_heads) * kv_bytes(shape_.kv_type, g.head_dim);
 }
 
 Pages Plan::pages(int group, int layer) const {

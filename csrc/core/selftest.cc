@@ -61,7 +61,7 @@ void run(const Isa& isa, Outputs& out) {
   static const int64_t table[2] = {0, kPage};
   static const int32_t positions[kRows] = {kTokens - 2, kTokens - 1, kTokens}, sequences[kRows] = {};
   static const RowTile tile{0, kRows};
-  for (KvType type : {KvType::kBf16, KvType::kF32}) {
+  for (KvType type : {KvType::kBf16, KvType::kF32, KvType::kQ8_0}) {
     AttentionArgs attention{};
     attention.pages = {in.pages, table, 2, 0, 1, kHeadDim, type};
     attention.q = in.x, attention.ldq = kColumns, attention.out = out.mixed[int(type)], attention.ldo = kHeads * kHeadDim;

@@ -117,10 +117,10 @@ void linear_layers() {
 }
 
 void attention_over_pages() {
-  for (KvType type : {KvType::kBf16, KvType::kF32})
+  for (KvType type : {KvType::kBf16, KvType::kF32, KvType::kQ8_0})
     for (int width : {8, 20, 32}) {
       constexpr int kHeads = 4, kKvHeads = 2, kTokens = 70, kPages = 3;
-      const size_t page = 2 * kPageTokens * kKvHeads * size_t(width) * (type == KvType::kBf16 ? 2 : 4), out_width = kHeads * size_t(width);
+      const size_t page = 2 * kPageTokens * kKvHeads * kv_bytes(type, width), out_width = kHeads * size_t(width);
       Guarded<uint8_t> pool(kPages * page);
       const int64_t table[kPages] = {int64_t(2 * page), 0, int64_t(page)};
       Guarded<int32_t> positions(kTokens), sequences(kTokens);

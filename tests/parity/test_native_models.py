@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from vai.kernels import table
-from vai.kernels.program import PAGE_TOKENS, Plan, Program, StepArgs
+from vai.kernels.program import KV_TYPES, PAGE_TOKENS, Plan, Program, StepArgs
 from vai.models.decoder import build
 from vai.models.spec import Spec
 from vai.rom.view import Image
@@ -70,7 +70,7 @@ def bits(x: NDArray[np.float32]) -> NDArray[np.uint32]:
     return np.ascontiguousarray(x).view(np.uint32)
 
 
-@pytest.mark.parametrize("kv_type", ["bf16", "f32"])
+@pytest.mark.parametrize("kv_type", KV_TYPES)
 @pytest.mark.parametrize(("shape", "type"), MODELS + MIXED)
 def test_native_is_the_reference_in_prefill_chunks_decode_and_mixed_steps(
     burned: Burned, shape: str, type: str, kv_type: str

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from vai.kernels import reference, table
 from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
-from vai.kernels.program import PAGE_TOKENS, CacheGroup, Plan, Program, StepArgs
+from vai.kernels.program import KV_TYPES, PAGE_TOKENS, CacheGroup, Plan, Program, StepArgs
 from vai.rom.image import BLOCK_TYPES, CHUNK, VECTOR, Part, StoredTensor, TensorTable, place, tensor_bytes
 
 Floats = NDArray[np.float32]
@@ -712,7 +712,7 @@ def attending(heads: int, kv_heads: int, head_dim: int, seed: int, **how: float)
     return rom, program(rom, ops, "y", [CacheGroup(2, kv_heads, head_dim, how.get("window"))])
 
 
-@pytest.mark.parametrize("kv_type", ["bf16", "f32"])
+@pytest.mark.parametrize("kv_type", KV_TYPES)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(1, 1, 8), (4, 4, 64), (6, 3, 20), (6, 2, 128), (7, 1, 80), (12, 2, 32)]
 )

@@ -14,15 +14,13 @@ import click
 from vai import config
 from vai.cli import report
 from vai.cli.output import json_option, print_json, size, table
-from vai.config import Config
+from vai.config import KV_TYPES, Config
 from vai.daemon import pool
 from vai.errors import BadRequest, ModelNotFound, NotEnoughRoom
 from vai.rom import segment
 from vai.rom.image import TensorTable, align
 from vai.rom.registry import Registry
 from vai.rom.room import Room, free_room
-
-KV_TYPE = "bf16"  # the engine's
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +45,13 @@ class Planned:
 class Engine:
     """What runs the models, now or when it is started.
 
-    scratchpad: bytes for pages. taken: of those and their headers, what is in memory already.
+    scratchpad: bytes for pages, of `kv_type`. taken: of those and their headers, what is in memory already.
     """
 
     threads: int
     scratchpad: int
     taken: int
+    kv_type: str
 
     @property
     def whole(self) -> int:
@@ -63,8 +62,9 @@ class Engine:
 @click.command()
 @click.argument("models", nargs=-1, required=True)
 @click.option("--kv", help="Scratchpad for all models together, as in 4G; default what runs, or would be started.")
+@click.option("--kv-type", type=click.Choice(KV_TYPES), help="How keys and values are stored; default as for --kv.")
 @json_option
-def plan(models: tuple[str, ...], kv: str | None, as_json: bool) -> None:
+def plan(models: tuple[str, ...], kv: str | None, kv_type: str | None, as_json: bool) -> None:
     """Say what MODELS (names, or GGUF files not loaded yet) will take of the memory, and whether they fit together.
 
     Images and workspaces are exact and known before anything is loaded. The scratchpad is shared by all models; TOKENS
@@ -73,12 +73,12 @@ def plan(models: tuple[str, ...], kv: str | None, as_json: bool) -> None:
     \b
     Examples:
       vai plan qwen2-1.5b-q4_0.gguf deepseek-6.7b-q4_0.gguf --kv 2G
-      vai plan qwen
+      vai plan qwen --kv-type q8_0
     """
     settings = config.load()
     segment.prepare(settings.root)
     room = free_room(settings.root)
-    engine = _engine(settings, config.parse_size(kv) if kv else None, room)
+    engine = _engine(settings, config.parse_size(kv) if kv else None, kv_type, room)
     planned = [_model(settings, text, engine) for text in dict.fromkeys(models)]
     found = _sum(planned, engine, room)
     found["reason"] = _refusal(settings, planned, engine, found)
@@ -91,13 +91,14 @@ def plan(models: tuple[str, ...], kv: str | None, as_json: bool) -> None:
         raise NotEnoughRoom(found["reason"])
 
 
-def _engine(settings: Config, kv: int | None, room: Room) -> Engine:
-    """The engine that runs, unless another scratchpad is asked for; else the one `vai serve` would start now."""
+def _engine(settings: Config, kv: int | None, kv_type: str | None, room: Room) -> Engine:
+    """The engine that runs, unless another scratchpad or KV type is asked for; else the one `vai serve` would start now."""
     running = report.engine(settings.root)
     threads = running["threads"] if running else settings.threads
-    if running and kv in (None, running["pool_bytes"]):
-        return Engine(threads, running["pool_bytes"], _in_memory(running["pid"]))
-    return Engine(threads, align(kv or settings.kv_bytes or pool.default_bytes(room.free), pool.SLAB), 0)
+    if running and kv in (None, running["pool_bytes"]) and kv_type in (None, running["kv_type"]):
+        return Engine(threads, running["pool_bytes"], _in_memory(running["pid"]), running["kv_type"])
+    scratchpad = align(kv or settings.kv_bytes or pool.default_bytes(room.free), pool.SLAB)
+    return Engine(threads, scratchpad, 0, kv_type or settings.kv_type)
 
 
 def _in_memory(pid: int) -> int:
@@ -130,7 +131,7 @@ def _model(settings: Config, text: str, engine: Engine) -> Planned:
         spec, tensors = Spec.from_bytes(sections["spec"]), TensorTable.from_bytes(sections["tensors"])
         image_bytes = segment.read_header(settings.root, found).file_bytes
     program = build(spec)
-    pages = [group.page_bytes(KV_TYPE) for group in program.groups]
+    pages = [group.page_bytes(engine.kv_type) for group in program.groups]
     return Planned(
         name=text,
         digest=None if isinstance(found, Path) else found,
@@ -181,6 +182,7 @@ def _sum(planned: Sequence[Planned], engine: Engine, room: Room) -> dict[str, An
         "resident_image_bytes": sum(model.image_bytes for model in distinct if model.digest),
         "workspace_bytes": workspaces,
         "scratchpad_bytes": engine.scratchpad,
+        "kv_type": engine.kv_type,
         "scratchpad_header_bytes": engine.whole - engine.scratchpad,
         "scratchpad_taken": engine.taken,
         "need": need,
@@ -230,7 +232,7 @@ def _show(planned: Sequence[Planned], found: dict[str, Any]) -> None:
     lines = [
         ("Images to burn", size(found["new_image_bytes"]), ""),
         ("Workspaces", size(found["workspace_bytes"]), f"at most, with {found['threads']} threads"),
-        ("Scratchpad", size(found["scratchpad_bytes"]), _taken(found["scratchpad_taken"])),
+        ("Scratchpad", size(found["scratchpad_bytes"]), _pages(found)),
         ("Its headers", size(found["scratchpad_header_bytes"]), "of the pages"),
         ("Needed", size(found["need"]), ""),
         ("Free", size(room["free"]), room["limit"]),
@@ -241,8 +243,10 @@ def _show(planned: Sequence[Planned], found: dict[str, Any]) -> None:
         click.echo("\nThis fits.")
 
 
-def _taken(count: int) -> str:
-    return f"of which {size(count)} are in memory already" if count else ""
+def _pages(found: dict[str, Any]) -> str:
+    taken = found["scratchpad_taken"]
+    kept = f"keys and values as {found['kv_type']}"
+    return f"{kept}; {size(taken)} are in memory already" if taken else kept
 
 
 def _row(model: Planned) -> list[str]:

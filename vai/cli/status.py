@@ -104,7 +104,7 @@ def _rest(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"Scratchpad: {size(engine['pool_used'])} of {size(engine['pool_bytes'])} used, "
             f"{size(engine['pool_cached'])} cached, {size(engine['pool_free'])} free, {busy} requests "
-            f"({engine['isa']}, {engine['threads']} threads)"
+            f"({engine['isa']}, {engine['threads']} threads, KV {engine['kv_type']})"
         )
         if engine["adopted_pages"] or engine["pool_pinned"]:
             lines.append(

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from vai.kernels.table import Workers
     from vai.rom.view import Image
 
-KV_TYPE = "bf16"  # the engine's
 SAMPLES = 5
 
 Report = dict[str, Any]
@@ -98,7 +97,7 @@ def _lowered(settings: Config, image: Image, rows: int) -> Model:
     workers = kernels.make_workers(settings.threads, settings.root / "run" / "cores.lock")  # in turn with an engine
     isa = settings.isa or kernels.isa()
     plan = kernels.lower(
-        program, image, kv_type=KV_TYPE, max_rows=rows, max_sequences=1, workers=workers, isa=settings.isa
+        program, image, kv_type=settings.kv_type, max_rows=rows, max_sequences=1, workers=workers, isa=settings.isa
     )
     return Model(image, program, plan, workers, isa)
 
@@ -108,7 +107,7 @@ def _traced(model: Model, kind: str, rows: int, context: int) -> Report:
     import numpy as np
 
     lines = model.plan.describe()
-    step, pool = _step(model.program, rows, context)
+    step, pool = _step(model.program, model.plan.kv_type, rows, context)
     model.plan.forward(step, pool)
     samples, rates = [], []
     for _ in range(SAMPLES):
@@ -129,14 +128,14 @@ def _traced(model: Model, kind: str, rows: int, context: int) -> Report:
     }
 
 
-def _step(program: Program, rows: int, context: int) -> tuple[StepArgs, Any]:
+def _step(program: Program, kv_type: str, rows: int, context: int) -> tuple[StepArgs, Any]:
     """A step of one sequence, and pages for it; what stands in them does not change how long it takes."""
     import numpy as np
 
     from vai.kernels.program import PAGE_TOKENS, StepArgs
 
     pages = -(-(context + rows) // PAGE_TOKENS)
-    sizes = [group.page_bytes(KV_TYPE) for group in program.groups]
+    sizes = [group.page_bytes(kv_type) for group in program.groups]
     firsts = [pages * sum(sizes[:group]) for group in range(len(sizes))]
     step = StepArgs(
         tokens=np.arange(rows, dtype=np.int32) % program.vocabulary,

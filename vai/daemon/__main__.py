@@ -22,6 +22,7 @@ def _arguments() -> Settings:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--kv-bytes", type=int)
+    parser.add_argument("--kv-type", default="bf16")
     parser.add_argument("--isa")
     parser.add_argument("--patience", type=float, default=REQUEST_PATIENCE)
     parser.add_argument("--watchdog", type=float, default=WATCHDOG)

@@ -54,6 +54,7 @@ class Settings:
     port: int
     threads: int
     kv_bytes: int | None = None
+    kv_type: str = "bf16"
     isa: str | None = None
     api_key_fd: int | None = None
     patience: float = REQUEST_PATIENCE
@@ -113,7 +114,7 @@ class Daemon:
         settings, path = self.settings, roles.socket_path(self.settings.root, "engine")
         argv = [sys.executable, "-m", "vai.engine.service", "--root", str(settings.root), "--socket", str(path)]
         argv += ["--lock", str(roles.lock_path(settings.root, "engine")), "--threads", str(settings.threads)]
-        argv += ["--kv-bytes", str(self._pool_bytes()), "--pool-fd", str(self.pool)]
+        argv += ["--kv-bytes", str(self._pool_bytes()), "--pool-fd", str(self.pool), "--kv-type", settings.kv_type]
         if settings.isa is not None:
             argv += ["--isa", settings.isa]
 

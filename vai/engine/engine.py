@@ -59,6 +59,7 @@ class Engine:
             log.warning("The %s kernels are not used, though the processor promises them: %s.", name, reason)
         self._threads = threads
         self._isa = isa
+        self._kv_type = kv_type
         self._arrivals = 0
         self._steps = 0
         self._pages = PagePool(pool)
@@ -184,6 +185,7 @@ class Engine:
             pool_free=self._pages.free_bytes,
             pool_pinned=self._scheduler.retention.pinned_bytes,
             adopted_pages=self._scheduler.cache.adopted,
+            kv_type=self._kv_type,
             models=[self._model_status(entry) for entry in self._bank.entries()],
         )
 

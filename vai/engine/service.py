@@ -52,6 +52,7 @@ from vai.engine.port import (
     read_message,
 )
 from vai.errors import BadRequest, Overloaded, Unavailable, VaiError, WrongVersion
+from vai.kernels.program import KV_TYPES
 from vai.request import Output, Request
 from vai.rom import segment
 from vai.rom.room import free_room
@@ -310,6 +311,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--lock", type=Path, required=True, help="lock file of the role")
     parser.add_argument("--threads", type=int, required=True, help="compute threads")
     parser.add_argument("--kv-bytes", type=int, help="size of the scratchpad; default: a quarter of the free memory")
+    parser.add_argument("--kv-type", choices=KV_TYPES, default="bf16", help="how keys and values are stored")
     parser.add_argument("--pool-fd", type=int, help="inherited descriptor of the scratchpad's memory")
     parser.add_argument("--isa", choices=("scalar", "avx2", "avx512"), help="force a lower instruction set")
     return parser
@@ -346,7 +348,7 @@ def make_engine(args: argparse.Namespace) -> Engine:
     An image that cannot be attached is logged, and refused when asked for.
     """
     pool = open_pool(args.root, args.pool_fd, args.kv_bytes)
-    engine = Engine(args.root, threads=args.threads, pool=pool, isa=args.isa)
+    engine = Engine(args.root, threads=args.threads, pool=pool, isa=args.isa, kv_type=args.kv_type)
     for path in sorted((args.root / "images").glob("*.rom")):
         try:
             engine.attach(path.stem)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vai.errors import BadRequest, CorruptImage, NotSupported, Unavailable, UnsupportedModel
 from vai.kernels import _native
 from vai.kernels.ops import Attention, Embed, Glu, HeadNorm, KvWrite, Linear, Op, RmsNorm, Rope, Rows
-from vai.kernels.program import KV_BYTES, PlanLine, Program, StepArgs
+from vai.kernels.program import KV_TYPES, PlanLine, Program, StepArgs
 from vai.rom.image import BLOCK_TYPES, VECTOR, Part, StoredTensor, TensorTable
 
 BLOCK_ROWS = 16
@@ -108,8 +108,8 @@ def lower(
 
     Raises UnsupportedModel for an operation this executor lacks, CorruptImage where image and Program disagree.
     """
-    if kv_type not in KV_BYTES:
-        raise NotSupported(f"There is no KV type {kv_type!r}; choose one of {', '.join(KV_BYTES)}.")
+    if kv_type not in KV_TYPES:
+        raise NotSupported(f"There is no KV type {kv_type!r}; choose one of {', '.join(KV_TYPES)}.")
     fuser = _Fuser(program, image.table, _Shape(max_rows, max_sequences, program.context, workers.threads))
     instructions = fuser.instructions()
     workspace_bytes = _assign(instructions)

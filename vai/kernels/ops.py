@@ -94,7 +94,10 @@ class Rope:
 class KvWrite:
     """Store k and v [M, kv_heads * head_dim] of every row at its position, in `layer` of cache group `group`.
 
-    The KV type is the Plan's: "bf16" (round to nearest even) or "f32".
+    The KV type is the Plan's: "bf16" (round to nearest even), "f32", or "q8_0": of every row and head, KV_GROUP
+    elements (the last of a head may be fewer) share the scale d = bf16(a / 127), a being their largest magnitude, and
+    have the codes rint(x * (1 / d)), half to even. Where a is below 2^-100, d and codes are 0; where an element is not
+    finite, d is NaN and the codes are 0. An element is then read as code * d, which binary32 holds exactly.
     """
 
     k: str
@@ -105,7 +108,7 @@ class KvWrite:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """output [M, heads * head_dim]: causal grouped-query attention over the pages, own rows included.
+    """output [M, heads * head_dim]: causal grouped-query attention over the pages as stored, own rows included.
 
     Query head h reads KV head h // (heads / kv_heads). Per row and head, for the tokens t = 0..position, with a
     `window` for the last `window` of them only: s[t] = (sum over ascending d of q[d] * k[t][d], multiply and add

@@ -16,7 +16,14 @@ KERNEL_ABI = 1  # part of every page's key: another number wherever the same tok
 MAX_ROWS = 512  # of one step
 MAX_SEQUENCES = 64  # of one model at once
 ATTENTION_CHUNK = 1024  # tokens, counted from position 0
-KV_BYTES = {"bf16": 2, "f32": 4}
+KV_TYPES = ("bf16", "f32", "q8_0")
+KV_GROUP = 32  # elements of a head that share a scale in "q8_0"
+
+
+def kv_bytes(kv_type: str, head_dim: int) -> int:
+    """What the key, or the value, of one token takes under one KV head. Raises KeyError for no KV type."""
+    scales = -(-head_dim // KV_GROUP)
+    return {"bf16": 2 * head_dim, "f32": 4 * head_dim, "q8_0": head_dim + 2 * scales}[kv_type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +31,9 @@ class CacheGroup:
     """Layers whose KV lives in the same pages: `layers` of them, each with planes K and V of kv_heads * head_dim.
 
     A page holds PAGE_TOKENS tokens of all layers. At offset layer * layer_bytes stands K as
-    [kv_heads][PAGE_TOKENS / 16][head_dim][16 tokens], then V as [kv_heads][PAGE_TOKENS][head_dim].
+    [kv_heads][PAGE_TOKENS / 16][head_dim][16 tokens], then V as [kv_heads][PAGE_TOKENS][head_dim]. "q8_0" has bytes of
+    two's complement there, and each of these [head_dim][16 tokens] stands behind its scales, bfloat16, as
+    [head_dim / KV_GROUP, rounded up][16 tokens], each [PAGE_TOKENS][head_dim] behind [PAGE_TOKENS][that many].
     `window`: tokens a query reads at most, its own the last; None for all.
     """
 
@@ -34,7 +43,7 @@ class CacheGroup:
     window: int | None = None
 
     def layer_bytes(self, kv_type: str) -> int:
-        return 2 * PAGE_TOKENS * self.kv_heads * self.head_dim * KV_BYTES[kv_type]
+        return 2 * PAGE_TOKENS * self.kv_heads * kv_bytes(kv_type, self.head_dim)
 
     def page_bytes(self, kv_type: str) -> int:
         return self.layers * self.layer_bytes(kv_type)

@@ -20,6 +20,7 @@ from vai.errors import BadRequest, CorruptImage
 from vai.kernels.ops import Attention, Embed, Glu, HeadNorm, KvWrite, Linear, Op, RmsNorm, Rope, Rows
 from vai.kernels.program import (
     ATTENTION_CHUNK,
+    KV_GROUP,
     PAGE_TOKENS,
     Adjustments,
     CacheGroup,
@@ -519,47 +520,75 @@ def narrow_bf16(x: Floats) -> NDArray[np.uint16]:
     return np.where(np.isnan(x), (bits >> 16) | 0x0040, rounded).astype(np.uint16)
 
 
+@np.errstate(all="ignore")
+def quantize_q8_0(x: Floats) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+    """Codes [heads, head_dim] and scales [heads, head_dim / 32, rounded up], bfloat16; see ops.KvWrite."""
+    groups = np.pad(x, ((0, 0), (0, -x.shape[1] % KV_GROUP))).reshape(len(x), -1, KV_GROUP)
+    largest = np.abs(groups).max(axis=2)  # NaN where there is one
+    usable = np.isfinite(largest) & (largest >= _F(2.0**-100))
+    scales = narrow_bf16(np.where(usable, largest / _F(127), np.where(np.isfinite(largest), _F(0), _F(np.nan))))
+    inverse = _F(1) / _widen_bf16(scales)
+    codes = np.where(usable[..., None], np.rint(groups * inverse[..., None]), _F(0)).astype(np.int8)
+    return codes.reshape(len(x), -1)[:, : x.shape[1]], scales
+
+
 class _Pages:
     """K and V planes of one layer of one cache group inside the pool."""
 
     def __init__(self, pool: Bytes, group: CacheGroup, layer: int, kv_type: str) -> None:
         self._pool = pool
         self._group = group
-        self._dtype = np.dtype("<u2" if kv_type == "bf16" else "<f4")
+        self._dtype = np.dtype({"bf16": "<u2", "f32": "<f4", "q8_0": "i1"}[kv_type])
         self._plane = group.layer_bytes(kv_type) // 2
         self._start = layer * group.layer_bytes(kv_type)
+        self._scales = -(-group.head_dim // KV_GROUP) if kv_type == "q8_0" else 0
 
-    def keys(self, page: int) -> NDArray[Any]:
-        """View [kv_heads, 2, head_dim, 16] of the page at byte `page`."""
-        g = self._group
-        return self._view(page + self._start).reshape(g.kv_heads, PAGE_TOKENS // LANES, g.head_dim, LANES)
+    def keys(self, page: int) -> tuple[NDArray[Any], NDArray[np.uint16]]:
+        """Views [kv_heads, 2, head_dim, 16] of the page at byte `page`, and [kv_heads, 2, scales, 16] of its scales."""
+        heads, halves = self._group.kv_heads, PAGE_TOKENS // LANES
+        elements, scales = self._views(page + self._start, heads * halves)
+        return elements.reshape(heads, halves, -1, LANES), scales.reshape(heads, halves, self._scales, LANES)
 
-    def values(self, page: int) -> NDArray[Any]:
-        """View [kv_heads, 32, head_dim] of the page at byte `page`."""
-        return self._view(page + self._start + self._plane).reshape(
-            self._group.kv_heads, PAGE_TOKENS, self._group.head_dim
-        )
+    def values(self, page: int) -> tuple[NDArray[Any], NDArray[np.uint16]]:
+        """Views [kv_heads, 32, head_dim] of the page at byte `page`, and [kv_heads, 32, scales] of its scales."""
+        heads = self._group.kv_heads
+        elements, scales = self._views(page + self._start + self._plane, heads)
+        return elements.reshape(heads, PAGE_TOKENS, -1), scales.reshape(heads, PAGE_TOKENS, self._scales)
 
     def write(self, page: int, slot: int, k: Floats, v: Floats) -> None:
         """Store k and v [kv_heads, head_dim] of one token."""
-        self.keys(page)[:, slot // LANES, :, slot % LANES] = self._stored(k)
-        self.values(page)[:, slot] = self._stored(v)
+        keys, key_scales = self.keys(page)
+        values, value_scales = self.values(page)
+        half, lane = divmod(slot, LANES)
+        keys[:, half, :, lane], key_scales[:, half, :, lane] = self._stored(k)
+        values[:, slot], value_scales[:, slot] = self._stored(v)
 
     def read(self, pages: NDArray[np.int64], tokens: int) -> tuple[Floats, Floats]:
         """k and v [kv_heads, tokens, head_dim] as stored."""
-        g = self._group
-        shape = (g.kv_heads, PAGE_TOKENS, g.head_dim)
-        k = np.concatenate([self.keys(int(p)).transpose(0, 1, 3, 2).reshape(shape) for p in pages], axis=1)
-        v = np.concatenate([self.values(int(p)) for p in pages], axis=1)
-        return self._loaded(k[:, :tokens]), self._loaded(v[:, :tokens])
+        keys, values = [], []
+        for page in pages.tolist():
+            elements, scales = (each.transpose(0, 1, 3, 2) for each in self.keys(page))
+            keys.append(self._loaded(elements, scales).reshape(self._group.kv_heads, PAGE_TOKENS, -1))
+            values.append(self._loaded(*self.values(page)))
+        return np.concatenate(keys, axis=1)[:, :tokens], np.concatenate(values, axis=1)[:, :tokens]
 
-    def _view(self, start: int) -> NDArray[Any]:
-        return self._pool[start : start + self._plane].view(self._dtype)
+    def _views(self, start: int, blocks: int) -> tuple[NDArray[Any], NDArray[np.uint16]]:
+        """The elements of one plane, block by block, and the scales that stand before those of each block."""
+        plane = self._pool[start : start + self._plane].reshape(blocks, -1)
+        bytes_ = 2 * self._scales * self._group.kv_heads * PAGE_TOKENS // blocks
+        return plane[:, bytes_:].view(self._dtype), plane[:, :bytes_].view("<u2")
 
-    def _stored(self, x: Floats) -> NDArray[Any]:
-        return narrow_bf16(x) if self._dtype.itemsize == 2 else x
+    def _stored(self, x: Floats) -> tuple[NDArray[Any], NDArray[np.uint16]]:
+        """Elements and scales of x [kv_heads, head_dim]."""
+        if self._scales:
+            return quantize_q8_0(x)
+        return narrow_bf16(x) if self._dtype.itemsize == 2 else x, np.zeros((len(x), 0), np.uint16)
 
-    def _loaded(self, x: NDArray[Any]) -> Floats:
+    @np.errstate(all="ignore")
+    def _loaded(self, x: NDArray[Any], scales: NDArray[np.uint16]) -> Floats:
+        if self._scales:
+            spread = np.repeat(_widen_bf16(scales), KV_GROUP, axis=-1)[..., : x.shape[-1]]
+            return x.astype(np.float32) * spread
         return _widen_bf16(x) if self._dtype.itemsize == 2 else x
 
 

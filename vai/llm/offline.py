@@ -33,7 +33,7 @@ Prompt = str | Sequence[int]
 class LLM:
     """A resident model answered by an engine in this process, over the shared bytes: no copy of the weights is made.
 
-    name: a name, a digest, or its first 8 digits. root, names, threads, kv_bytes, isa: default to the configuration of
+    name: a name, a digest, or its first 8 digits. root, names, threads, kv_bytes, kv_type ("bf16", "f32" or "q8_0"), isa: default to the configuration of
     this process. draft: a smaller resident model with the same tokenizer that guesses tokens ahead; the answers are the
     same without. One thread uses it at a time; a forked child cannot use it at all. A context manager.
     Raises ModelNotFound, Unavailable, NotEnoughRoom, BadRequest for a draft model that cannot be.
@@ -47,6 +47,7 @@ class LLM:
         names: Path | str | None = None,
         threads: int | None = None,
         kv_bytes: int | None = None,
+        kv_type: str | None = None,
         isa: str | None = None,
         draft: str | None = None,
     ) -> None:
@@ -71,7 +72,13 @@ class LLM:
                 pool = map_pool(descriptor)
             finally:
                 os.close(descriptor)
-            self._engine = Engine(self._root, threads=threads or settings.threads, pool=pool, isa=isa or settings.isa)
+            self._engine = Engine(
+                self._root,
+                threads=threads or settings.threads,
+                pool=pool,
+                isa=isa or settings.isa,
+                kv_type=kv_type or settings.kv_type,
+            )
             undo.callback(self._engine.close)
             self._engine.attach(self.card.digest)
             self._undo = undo.pop_all()

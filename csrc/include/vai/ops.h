@@ -15,10 +15,11 @@ enum class BlockType : int {
 constexpr int kBlockTypes = 14;
 enum class Act : int { kSilu, kGeluTanh };
 constexpr int kActs = 2;
-enum class KvType : int { kBf16, kF32 };
+enum class KvType : int { kBf16, kF32, kQ8_0 };
 
 constexpr int kPageTokens = 32;
 constexpr int kAttentionChunk = 1024;
+constexpr int kKvGroup = 32;  // elements of a head that share a scale in kQ8_0
 constexpr int kAttentionQueries = 4;  // queries that share one reading of K and V
 
 // Activations are quantized in groups of 32 columns, or of 256 for the K types.
@@ -152,7 +153,18 @@ struct RopeArgs {
 };
 void rope(const RopeArgs&, int begin, int end);
 
-// The pages of one cache group as one step sees them.
+constexpr int kv_scales(int head_dim) { return (head_dim + kKvGroup - 1) / kKvGroup; }
+// Of the key, or the value, of one token and KV head.
+constexpr size_t kv_bytes(KvType type, int head_dim) {
+  switch (type) {
+    case KvType::kBf16: return 2 * size_t(head_dim);
+    case KvType::kF32: return 4 * size_t(head_dim);
+    case KvType::kQ8_0: return size_t(head_dim) + 2 * size_t(kv_scales(head_dim));
+  }
+  return 0;
+}
+
+// The pages of one cache group as one step sees them; kernels/program.py says what stands in one.
 struct Pages {
   uint8_t* pool;
   const int64_t* tables;  // [sequences][table_width] byte offsets
@@ -163,6 +175,13 @@ struct Pages {
 
   uint8_t* layer(int sequence, int position) const {
     return pool + tables[size_t(sequence) * table_width + size_t(position / kPageTokens)] + layer_offset;
+  }
+  // The keys of 16 tokens of a KV head, from a multiple of 16 on, and the values of the 32 of a page.
+  uint8_t* keys(int sequence, int position, int kv_head) const {
+    return layer(sequence, position) + size_t(kv_head * 2 + position % kPageTokens / 16) * 16 * kv_bytes(type, head_dim);
+  }
+  uint8_t* values(int sequence, int position, int kv_head) const {
+    return layer(sequence, position) + size_t(kv_heads + kv_head) * kPageTokens * kv_bytes(type, head_dim);
   }
 };
 

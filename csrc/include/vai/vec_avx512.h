@@ -35,6 +35,7 @@ struct Avx512Vec {
   static F load_bf16(const void* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
   }
+  static F load_i8(const void* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
   static F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   // 2^(e - 128), of bits that are those of e - 1 in the exponent, or where that is none a subnormal's.
   static F load_e8m0(const uint8_t* p) {

@@ -40,6 +40,7 @@ struct ScalarVec {
   static F load(const float* p) { VAI_LANES(F, p[i]); }
   static void store(float* p, F x) { for (int i = 0; i < 16; ++i) p[i] = x.v[i]; }
   static F load_bf16(const void* p) { VAI_LANES(F, bf16_to_f32(load_as<uint16_t>((const char*)p + 2 * i))); }
+  static F load_i8(const void* p) { VAI_LANES(F, float(load_as<int8_t>((const char*)p + i))); }
   static F load_f16(const void* p) { VAI_LANES(F, f16_to_f32(load_as<uint16_t>((const char*)p + 2 * i))); }
   static F load_e8m0(const uint8_t* p) { VAI_LANES(F, e8m0_to_f32(p[i])); }
   static F add(F a, F b) { VAI_LANES(F, a.v[i] + b.v[i]); }

@@ -8,54 +8,77 @@
 namespace vai {
 namespace {
 
+// Elements as they are stored; those of kQ8_0 are codes, to be multiplied with their scales, which changes no bit of them.
 template <class V, KvType T>
 inline typename V::F load_kv(const void* p) {
   if constexpr (T == KvType::kBf16)
     return V::load_bf16(p);
+  else if constexpr (T == KvType::kQ8_0)
+    return V::load_i8(p);
   else
     return V::load((const float*)p);
 }
 template <KvType T>
-constexpr size_t kKvBytes = T == KvType::kBf16 ? 2 : 4;
+constexpr size_t kKvBytes = T == KvType::kBf16 ? 2 : T == KvType::kQ8_0 ? 1 : 4;
 
 template <KvType T>
 inline float load_kv_one(const uint8_t* p) {
   if constexpr (T == KvType::kBf16)
     return bf16_to_f32(load_as<uint16_t>(p));
+  else if constexpr (T == KvType::kQ8_0)
+    return float(load_as<int8_t>(p));
   else
     return load_as<float>(p);
 }
 
-// scores[q][0..16) of 16 tokens whose keys stand at `keys` as [head_dim][16].
+// Bytes of scales before the elements of so many tokens.
+template <KvType T>
+size_t scale_bytes(int head_dim, size_t tokens) {
+  return T == KvType::kQ8_0 ? 2 * size_t(kv_scales(head_dim)) * tokens : 0;
+}
+
+// scores[q][0..16) of 16 tokens whose keys stand at `keys` as [head_dim][16], after their scales.
 template <class V, KvType T, int Q>
 void score(const uint8_t* keys, int head_dim, const float* const* q, float scale, float* const* scores) {
   using F = typename V::F;
   constexpr int W = V::kLanes, H = 16 / W;
   F acc[Q][H];
   VAI_UNROLL for (int i = 0; i < Q; ++i) VAI_UNROLL for (int h = 0; h < H; ++h) acc[i][h] = V::set1(0.0f);
-  for (int d = 0; d < head_dim; ++d, keys += 16 * kKvBytes<T>)
-    VAI_UNROLL for (int h = 0; h < H; ++h) {
-      const F k = load_kv<V, T>(keys + h * W * kKvBytes<T>);
-      VAI_UNROLL for (int i = 0; i < Q; ++i) acc[i][h] = V::add(acc[i][h], V::mul(V::set1(q[i][d]), k));
-    }
+  const uint8_t* scales = keys;
+  keys += scale_bytes<T>(head_dim, 16);
+  for (int d = 0; d < head_dim; scales += 32) {
+    const int end = T == KvType::kQ8_0 && d + kKvGroup < head_dim ? d + kKvGroup : head_dim;
+    F s[H];
+    if constexpr (T == KvType::kQ8_0) VAI_UNROLL for (int h = 0; h < H; ++h) s[h] = V::load_bf16(scales + h * W * 2);
+    for (; d < end; ++d, keys += 16 * kKvBytes<T>)
+      VAI_UNROLL for (int h = 0; h < H; ++h) {
+        F k = load_kv<V, T>(keys + h * W * kKvBytes<T>);
+        if constexpr (T == KvType::kQ8_0) k = V::mul(k, s[h]);
+        VAI_UNROLL for (int i = 0; i < Q; ++i) acc[i][h] = V::add(acc[i][h], V::mul(V::set1(q[i][d]), k));
+      }
+  }
   VAI_UNROLL for (int i = 0; i < Q; ++i)
     VAI_UNROLL for (int h = 0; h < H; ++h) V::store(scores[i] + h * W, V::mul(acc[i][h], V::set1(scale)));
 }
 
-// o[q][0..head_dim) += e[q][t] * v[t] for t in [0, tokens), values at `values` as [tokens][head_dim].
+// o[q][0..head_dim) += e[q][t - from] * v[t] for t in [from, to), values of a page at `values` as [kPageTokens][head_dim],
+// after their scales.
 template <class V, KvType T, int Q>
-void weigh(const uint8_t* values, int head_dim, int tokens, const float* const* e, float* const* o) {
+void weigh(const uint8_t* values, int head_dim, int from, int to, const float* const* e, float* const* o) {
   using F = typename V::F;
   constexpr int W = V::kLanes, N = 8 / Q * (16 / W) / 2 > 0 ? 8 / Q * (16 / W) / 2 : 1;  // registers per query
-  const size_t row = size_t(head_dim) * kKvBytes<T>;
+  const size_t row = size_t(head_dim) * kKvBytes<T>, tokens = size_t(to - from);
+  const uint8_t* scales = values + scale_bytes<T>(head_dim, size_t(from));
+  values += scale_bytes<T>(head_dim, kPageTokens) + size_t(from) * row;
   int d = 0;
   for (; d + N * W <= head_dim; d += N * W) {
     F acc[Q][N];
     VAI_UNROLL for (int i = 0; i < Q; ++i) VAI_UNROLL for (int n = 0; n < N; ++n) acc[i][n] = V::load(o[i] + d + n * W);
-    const uint8_t* v = values + size_t(d) * kKvBytes<T>;
-    for (int t = 0; t < tokens; ++t, v += row)
+    const uint8_t *v = values + size_t(d) * kKvBytes<T>, *s = scales;
+    for (size_t t = 0; t < tokens; ++t, v += row, s += scale_bytes<T>(head_dim, 1))
       VAI_UNROLL for (int n = 0; n < N; ++n) {
-        const F x = load_kv<V, T>(v + size_t(n * W) * kKvBytes<T>);
+        F x = load_kv<V, T>(v + size_t(n * W) * kKvBytes<T>);
+        if constexpr (T == KvType::kQ8_0) x = V::mul(x, V::set1(load_kv_one<KvType::kBf16>(s + (d + n * W) / kKvGroup * 2)));
         VAI_UNROLL for (int i = 0; i < Q; ++i) acc[i][n] = V::add(acc[i][n], V::mul(V::set1(e[i][t]), x));
       }
     VAI_UNROLL for (int i = 0; i < Q; ++i) VAI_UNROLL for (int n = 0; n < N; ++n) V::store(o[i] + d + n * W, acc[i][n]);
@@ -63,7 +86,12 @@ void weigh(const uint8_t* values, int head_dim, int tokens, const float* const* 
   for (; d < head_dim; ++d)
     for (int i = 0; i < Q; ++i) {
       float sum = o[i][d];
-      for (int t = 0; t < tokens; ++t) sum = sum + e[i][t] * load_kv_one<T>(values + size_t(t) * row + size_t(d) * kKvBytes<T>);
+      for (size_t t = 0; t < tokens; ++t) {
+        float x = load_kv_one<T>(values + t * row + size_t(d) * kKvBytes<T>);
+        if constexpr (T == KvType::kQ8_0)
+          x = x * load_kv_one<KvType::kBf16>(scales + scale_bytes<T>(head_dim, t) + size_t(d / kKvGroup * 2));
+        sum = sum + e[i][t] * x;
+      }
       o[i][d] = sum;
     }
 }
@@ -110,10 +138,8 @@ float chunk_sum(const float* e, int count) {
 template <class V, KvType T, int Q>
 void attend(const AttentionArgs& a, int sequence, int kv_head, const float* const* q, const int* first, const int* end,
             float* const* out, float* scratch) {
-  constexpr size_t kBytes = kKvBytes<T>;
   const int width = a.pages.head_dim, padded = (width + 15) / 16 * 16, longest = end[Q - 1], shortest = end[0];
   const int begin = first[0] & ~15;  // nothing before it is read
-  const size_t plane = size_t(kPageTokens) * size_t(a.pages.kv_heads) * size_t(width) * kBytes;
   float *s[Q], *chunk[Q], *o[Q];
   for (int i = 0; i < Q; ++i) {
     s[i] = scratch + size_t(i) * a.context;
@@ -121,10 +147,9 @@ void attend(const AttentionArgs& a, int sequence, int kv_head, const float* cons
     o[i] = chunk[i] + padded;
   }
   for (int t = begin; t < longest; t += 16) {
-    const uint8_t* keys = a.pages.layer(sequence, t) + size_t(kv_head * 2 + t % kPageTokens / 16) * size_t(width) * 16 * kBytes;
     float* at[Q];
     for (int i = 0; i < Q; ++i) at[i] = s[i] + t;
-    score<V, T, Q>(keys, width, q, a.scale, at);
+    score<V, T, Q>(a.pages.keys(sequence, t, kv_head), width, q, a.scale, at);
   }
   if (a.softcap != 0.0f)
     for (int i = 0; i < Q; ++i) cap_scores<V>(s[i], begin, (longest + 15) / 16 * 16, a.softcap);
@@ -138,12 +163,11 @@ void attend(const AttentionArgs& a, int sequence, int kv_head, const float* cons
       for (int d = 0; d < padded; ++d) sums[i][d] = 0.0f;
     }
     for (int t = c > begin ? c : begin / kPageTokens * kPageTokens; t < chunk_end; t += kPageTokens) {
-      const uint8_t* values = a.pages.layer(sequence, t) + plane + size_t(kv_head) * kPageTokens * size_t(width) * kBytes;
+      const uint8_t* values = a.pages.values(sequence, t, kv_head);
       const int last = chunk_end - t < kPageTokens ? chunk_end : t + kPageTokens;
-      auto value = [&](int token) { return values + size_t(token - t) * size_t(width) * kBytes; };
       auto alone = [&](int i, int from, int to) {
         const float* e = s[i] + from;
-        if (from < to) weigh<V, T, 1>(value(from), width, to - from, &e, &sums[i]);
+        if (from < to) weigh<V, T, 1>(values, width, from - t, to - t, &e, &sums[i]);
       };
       // All queries see [from, to); before it those see more that come first, behind it those that come last.
       const int to = shortest < t ? t : shortest < last ? shortest : last;
@@ -151,7 +175,7 @@ void attend(const AttentionArgs& a, int sequence, int kv_head, const float* cons
       for (int i = 0; i < Q - 1; ++i) alone(i, first[i] < t ? t : first[i], from);
       const float* e[Q];
       for (int i = 0; i < Q; ++i) e[i] = s[i] + from;
-      if (from < to) weigh<V, T, Q>(value(from), width, to - from, e, sums);
+      if (from < to) weigh<V, T, Q>(values, width, from - t, to - t, e, sums);
       for (int i = 0; i < Q; ++i) alone(i, first[i] < to ? to : first[i], end[i] < last ? end[i] : last);
     }
     for (int i = 0; i < Q; ++i) {
@@ -199,6 +223,8 @@ template <class V>
 void attention(const AttentionArgs& a, int unit, float* scratch) {
   if (a.pages.type == KvType::kBf16)
     attention_unit<V, KvType::kBf16>(a, unit, scratch);
+  else if (a.pages.type == KvType::kQ8_0)
+    attention_unit<V, KvType::kQ8_0>(a, unit, scratch);
   else
     attention_unit<V, KvType::kF32>(a, unit, scratch);
 }
