@@ -52,6 +52,10 @@ def test_what_is_planned_is_what_status_and_proc_say_after_loading(
     assert [after["models"][0][key] for key in same] == [model[key] for key in same]
     assert (after["new_image_bytes"], after["resident_image_bytes"]) == (0, model["image_bytes"])
 
+    small = planned(vai, "m", "--kv", "32M", "--kv-type", "q8_0")
+    assert (before["kv_type"], small["kv_type"]) == ("bf16", "q8_0")
+    assert small["models"][0]["kv_bytes_per_token"] * 64 == model["kv_bytes_per_token"] * 34  # heads of 32
+
     started = vai("serve", "--port", str(_free_port()), "--kv", "32M", "--detach")
     assert started.returncode == 0, started.stderr
     status = json.loads(vai("status", "--json").stdout)

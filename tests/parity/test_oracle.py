@@ -5,8 +5,8 @@ of random sign errs by sqrt(K) * 2^-24 of its size (Higham and Mary 2019), and n
 6 sums a layer (projections, scores, mixing, output, gate, down) and one at the end, so the relative error of a row of
 logits stays below (6 * layers + 1) * sqrt(K) * 2^-24 even if they all pull the same way.
 
-Where activations are quantized to int8 or keys and values to bfloat16, each rounding moves a number by up to half a
-step, evenly. `Ideal`, a decoder of its own in binary64, adds just that noise in the places where the reference rounds
+Where activations are quantized to int8 or keys and values to bfloat16 or q8_0, each rounding moves a number by up to
+half a step, evenly. `Ideal`, a decoder of its own in binary64, adds just that noise in the places where the reference rounds
 and lets it travel to the logits, 16 times over; the reference is one more draw, so its error lies within 5 standard
 deviations of the draws' mean, on either side.
 """
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from vai.burn.synth import SHAPES
 from vai.kernels import reference
 from vai.kernels.ops import HeadNorm, Linear
-from vai.kernels.program import PAGE_TOKENS, Program, StepArgs
+from vai.kernels.program import KV_GROUP, PAGE_TOKENS, Program, StepArgs
 from vai.models.decoder import build
 from vai.models.spec import Spec
 from vai.rom.view import Image
@@ -39,6 +39,7 @@ Checkpoint = Callable[[str, str], Path]
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODELS = ("tiny", "tiny-qwen2", "tiny-qwen3")
 DRAWS = 16
+QUANTIZED = [("F32", "bf16"), ("F32", "q8_0"), ("Q8_0", "f32"), ("Q8_0", "bf16"), ("Q4_0", "bf16"), ("Q4_0", "q8_0")]
 
 
 def golden(shape: str, type: str) -> dict[str, NDArray[np.generic]]:
@@ -85,7 +86,7 @@ def project(x: Doubles, weight: Doubles) -> Doubles:
 class Noise:
     """Rounding errors as chance: uniform over half a step to either side."""
 
-    def __init__(self, seed: int, *, activations: bool, kv: bool, group: int = 32) -> None:
+    def __init__(self, seed: int, *, activations: bool, kv: str = "f32", group: int = 32) -> None:
         self._chance = np.random.default_rng(seed)
         self._activations, self._kv, self._group = activations, kv, group
 
@@ -97,9 +98,16 @@ class Noise:
         return noisy.reshape(x.shape) if self._activations else x
 
     def stored(self, x: Doubles) -> Doubles:
-        """bfloat16: 8 significant bits."""
-        steps = 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)
-        return x + steps * self._chance.uniform(-0.5, 0.5, x.shape) if self._kv else x
+        """bfloat16: 8 significant bits. q8_0: int8 with one scale, max / 127, for 32 neighbours of a head."""
+        if self._kv == "f32":
+            return x
+        if self._kv == "bf16":
+            steps = 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)
+        else:
+            starts = np.arange(0, x.shape[-1], KV_GROUP)
+            largest = np.maximum.reduceat(np.abs(x), starts, axis=-1)
+            steps = np.repeat(largest / 127, KV_GROUP, axis=-1)[..., : x.shape[-1]]
+        return x + steps * self._chance.uniform(-0.5, 0.5, x.shape)
 
 
 class Ideal:
@@ -174,12 +182,12 @@ def test_the_logits_of_a_float_model_are_those_of_transformers(shape: str, burne
 @pytest.mark.parametrize("shape", MODELS)
 def test_the_ideal_decoder_is_that_of_transformers(shape: str, type: str, checkpoint: Checkpoint) -> None:
     spec, oracle = SHAPES[shape], golden(shape, type)
-    logits = Ideal(checkpoint(shape, type), spec)(oracle["tokens"], Noise(0, activations=False, kv=False))
+    logits = Ideal(checkpoint(shape, type), spec)(oracle["tokens"], Noise(0, activations=False))
     # transformers' norms, angles and softmax are binary32
     assert math.sqrt(nmse(logits[oracle["rows"]], oracle["logits"].astype(np.float64))) < rounding_tolerance(spec)
 
 
-@pytest.mark.parametrize(("type", "kv_type"), [("F32", "bf16"), ("Q8_0", "f32"), ("Q8_0", "bf16"), ("Q4_0", "bf16")])
+@pytest.mark.parametrize(("type", "kv_type"), QUANTIZED)
 @pytest.mark.parametrize("shape", MODELS)
 def test_quantized_arithmetic_errs_as_its_rounding_steps_allow(
     shape: str, type: str, kv_type: str, burned: Burned, checkpoint: Checkpoint
@@ -189,7 +197,7 @@ def test_quantized_arithmetic_errs_as_its_rounding_steps_allow(
     ideal = Ideal(checkpoint(shape, type), spec)
     draws = np.array([
         nmse(ideal(oracle["tokens"], noise)[oracle["rows"]], truth)
-        for noise in (Noise(seed, activations=type != "F32", kv=kv_type == "bf16") for seed in range(DRAWS))
+        for noise in (Noise(seed, activations=type != "F32", kv=kv_type) for seed in range(DRAWS))
     ])  # fmt: skip
     logits = Runner(build(spec), burned(shape, type), kv_type, 40)(oracle["tokens"])[oracle["rows"]]
     assert abs(nmse(logits, truth) - draws.mean()) < 5 * draws.std() < 5e-4
@@ -207,9 +215,9 @@ def test_other_types_err_as_the_rounding_steps_of_their_groups_allow(
     spec = SHAPES[shape]
     ideal = Ideal(checkpoint(shape, type), spec)
     tokens = np.array([(61 * i * i + 17 * i + 7) % spec.vocabulary for i in range(40)], np.int32)
-    truth = ideal(tokens, Noise(0, activations=False, kv=False))
+    truth = ideal(tokens, Noise(0, activations=False))
     draws = np.array([
-        nmse(ideal(tokens, Noise(seed, activations=True, kv=True, group=group)), truth) for seed in range(DRAWS)
+        nmse(ideal(tokens, Noise(seed, activations=True, kv="bf16", group=group)), truth) for seed in range(DRAWS)
     ])  # fmt: skip
     logits = Runner(build(spec), burned(shape, type), "bf16", 40)(tokens)
     assert abs(nmse(logits, truth) - draws.mean()) < 5 * draws.std() < 5e-4

@@ -32,7 +32,9 @@ _HOPELESS = 4  # restarts of a role while waiting for the first readiness
 @click.option("--kv-type", type=click.Choice(KV_TYPES), help="How keys and values are stored; default bf16. See below.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Compute threads; default one for each core.")
 @click.option("--detach", is_flag=True, help="Return when VAI is ready, and leave it running in the background.")
-def serve(host: str | None, port: int | None, kv: str | None, kv_type: str | None, threads: int | None, detach: bool) -> None:
+def serve(
+    host: str | None, port: int | None, kv: str | None, kv_type: str | None, threads: int | None, detach: bool
+) -> None:
     """Start VAI: a daemon that keeps an engine and an OpenAI-compatible HTTP server running.
 
     Models in memory answer at once; models that are named but not in memory are burned again in the background.
