@@ -1,8 +1,9 @@
 """The only reader of the environment. Everything else gets its values as arguments.
 
 Variables: VAI_ROOT (where images live), VAI_HOST, VAI_PORT, VAI_API_KEY, VAI_THREADS, VAI_KV (bytes of scratchpad,
-or with a suffix K, M, G), VAI_KV_TYPE (how keys and values are stored), VAI_ISA (force a lower instruction set), VAI_PATIENCE (seconds to wait for an engine that is
-away, 0 gives answers up), XDG_DATA_HOME (names), XDG_STATE_HOME (logs).
+or with a suffix K, M, G), VAI_KV_TYPE (how keys and values are stored), VAI_ISA (force a lower instruction set),
+VAI_PATIENCE (seconds to wait for an engine that is away, 0 gives answers up), XDG_DATA_HOME (names), XDG_STATE_HOME
+(logs).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Config:
 
     root: images and run files (a directory of a shared-memory filesystem) · names: small files that outlive reboots ·
     logs: one file a role · threads: compute threads · kv_bytes: the scratchpad's size, None = a share of free memory ·
-    kv_type: how keys and values are stored in it · isa: forced instruction set or None · patience: seconds that requests wait for an engine that died (0: they end).
+    kv_type: how keys and values are stored in it · isa: forced instruction set or None · patience: seconds that
+    requests wait for an engine that died (0: they end).
     """
 
     root: Path

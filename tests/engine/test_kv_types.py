@@ -1,4 +1,4 @@
-"""Whatever type keys and values are stored in, an answer has the same bits in any company, chunks, threads and pages."""
+"""Whatever type keys and values are stored in, an answer has the same bits in any company, chunks and pages."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import ctypes
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ def test_any_values_give_the_references_pages_and_no_byte_behind_the_pool_is_tou
                     np.testing.assert_array_equal(pool, stored)
                     pool[:] = 0xFF
                     ends = (0, 7, 8, 9, 31, 40, 45)  # chunks, some of one row
-                    parts = [run(plan, tokens[a:b], _turned(pool, page, b), page, a) for a, b in zip(ends, ends[1:])]
+                    parts = [run(plan, tokens[a:b], _turned(pool, page, b), page, a) for a, b in pairwise(ends)]
                     same(np.concatenate(parts), expected)
 
 

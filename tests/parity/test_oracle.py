@@ -6,9 +6,9 @@ of random sign errs by sqrt(K) * 2^-24 of its size (Higham and Mary 2019), and n
 logits stays below (6 * layers + 1) * sqrt(K) * 2^-24 even if they all pull the same way.
 
 Where activations are quantized to int8 or keys and values to bfloat16 or q8_0, each rounding moves a number by up to
-half a step, evenly. `Ideal`, a decoder of its own in binary64, adds just that noise in the places where the reference rounds
-and lets it travel to the logits, 16 times over; the reference is one more draw, so its error lies within 5 standard
-deviations of the draws' mean, on either side.
+half a step, evenly. `Ideal`, a decoder of its own in binary64, adds just that noise in the places where the reference
+rounds and lets it travel to the logits, 16 times over; the reference is one more draw, so its error lies within 5
+standard deviations of the draws' mean, on either side.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def plan(models: tuple[str, ...], kv: str | None, kv_type: str | None, as_json: 
 
 
 def _engine(settings: Config, kv: int | None, kv_type: str | None, room: Room) -> Engine:
-    """The engine that runs, unless another scratchpad or KV type is asked for; else the one `vai serve` would start now."""
+    """The engine that runs; where it has another scratchpad or KV type, the one that `vai serve` would start now."""
     running = report.engine(settings.root)
     threads = running["threads"] if running else settings.threads
     if running and kv in (None, running["pool_bytes"]) and kv_type in (None, running["kv_type"]):

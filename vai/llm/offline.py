@@ -33,10 +33,12 @@ Prompt = str | Sequence[int]
 class LLM:
     """A resident model answered by an engine in this process, over the shared bytes: no copy of the weights is made.
 
-    name: a name, a digest, or its first 8 digits. root, names, threads, kv_bytes, kv_type ("bf16", "f32" or "q8_0"), isa: default to the configuration of
-    this process. draft: a smaller resident model with the same tokenizer that guesses tokens ahead; the answers are the
-    same without. One thread uses it at a time; a forked child cannot use it at all. A context manager.
-    Raises ModelNotFound, Unavailable, NotEnoughRoom, BadRequest for a draft model that cannot be.
+    name: a name, a digest, or its first 8 digits. root, names, threads, kv_bytes, kv_type ("bf16", "f32" or
+    "q8_0"), isa: default to the configuration of this process. draft: a smaller resident model with the same tokenizer
+    that guesses tokens ahead; the answers are the same without. One thread uses it at a time; a forked child cannot use
+    it at all. A context manager.
+    Raises ModelNotFound, Unavailable, NotEnoughRoom, BadRequest for a draft model that cannot be, NotSupported for an
+    unknown KV type.
     """
 
     def __init__(
