@@ -115,7 +115,8 @@ def awkward(rng: np.random.Generator, columns: int) -> Floats:
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(3, 3, 1), (5, 1, 33), (6, 2, 64), (4, 2, 100), (9, 3, 128), (2, 1, 256)]
+    ("heads", "kv_heads", "head_dim"),
+    [(3, 3, 1), (5, 1, 33), (6, 2, 64), (4, 2, 100), (9, 3, 128), (2, 1, 256), (30, 1, 16)],
 )
 def test_any_values_give_the_references_pages_and_no_byte_behind_the_pool_is_touched(
     heads: int, kv_heads: int, head_dim: int, kv_type: str
