@@ -14,7 +14,7 @@ from vai.burn.burn import burn, preview
 from vai.burn.gguf import GgufFile
 from vai.burn.grow import grow
 from vai.burn.synth import SHAPES, synthesize
-from vai.errors import BadRequest, ModelNotFound
+from vai.errors import BadRequest, ModelNotFound, UnsupportedModel
 from vai.kernels import table
 from vai.kernels.program import PAGE_TOKENS, StepArgs
 from vai.llm import LLM
@@ -155,3 +155,12 @@ def test_a_source_or_a_shape_that_is_not_there_is_refused(tmp_path: Path) -> Non
         grow(tmp_path / "small.gguf", tmp_path / "large.gguf", shape="huge")
     with pytest.raises(BadRequest, match="same file"):
         grow(tmp_path / "small.gguf", tmp_path / "small.gguf", shape="tiny-256")
+
+
+def test_another_family_is_refused_by_name(tmp_path: Path) -> None:
+    synthesize(tmp_path / "small.gguf", shape="tiny-qwen3", type="Q8_0")
+    with pytest.raises(
+        UnsupportedModel, match=r"'qwen3' with blk\.0\.attn_q_norm\.weight cannot be grown; .* llama and qwen2"
+    ):
+        grow(tmp_path / "small.gguf", tmp_path / "large.gguf", shape="tiny-256")
+    assert [path.name for path in tmp_path.iterdir()] == ["small.gguf"]
