@@ -28,10 +28,8 @@ lint: build
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What fails is run once more, and both runs are shown: the tests start and kill real processes on machines that are shared,
-# and a failure that does not repeat should be seen without stopping everybody.
 test: lint
-	$(BIN)/pytest || $(BIN)/pytest --last-failed
+	$(BIN)/pytest
 
 # The portable path as a program of its own (tests/native/portable.cc): under sanitizers, and on another processor.
 PORTABLE := tests/native/portable.cc csrc/core/plan.cc csrc/core/workers.cc csrc/core/lease.cc \

@@ -7,6 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import vai
 from vai.engine.port import EngineStatus, Switches
 from vai.errors import BadRequest, ContextTooLong, MalformedFile, ModelNotFound, Overloaded, Unavailable
-from vai.llm import LLM, Completion, Delta, Frontend, GrammarSpec, Model, connect
+from vai.llm import LLM, Completion, Delta, Frontend, GrammarSpec, Library, Model, connect
 from vai.request import Output, Request, SamplingParams, Speculate, TokenLogprob
 from vai.rom.registry import Name, Registry
 from vai.text import grammar
@@ -312,6 +313,34 @@ async def test_a_stop_string_ends_the_request_in_the_engine(tiny_root: Tiny) -> 
     assert (answer.text, answer.finish) == ("on", "stop")
     assert answer.token_ids == [output.tokens[0] for output in port.outputs[:6]]
     assert port.closed == 1
+
+
+async def test_however_many_wait_for_a_model_to_open_one_thread_does_it(
+    tiny_root: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, calls, made = threading.Event(), [], Library.open
+
+    def slow(library: Library, name: str) -> Any:
+        calls.append(name)
+        assert go_on.wait(60)
+        return made(library, name)
+
+    monkeypatch.setattr(Library, "open", slow)
+    frontend = Frontend(*tiny_root[:2], Scripted())
+    waiting = [asyncio.ensure_future(frontend.open("tiny")) for _ in range(100)]
+    try:
+        await asyncio.wait_for(asyncio.to_thread(str), 60)  # a thread is free for others
+        assert not any(one.done() for one in waiting)
+        waiting[0].cancel()
+    finally:
+        go_on.set()
+    opened = await asyncio.gather(*waiting[1:])
+    assert {model.card.name for model in opened} == {"tiny"}
+    assert calls == ["tiny"]
+    with pytest.raises(ModelNotFound):
+        await frontend.open("nobody")
+    assert not frontend._opening
+    await frontend.close()
 
 
 async def test_leaving_an_answer_ends_the_request_in_the_engine(tiny_root: Tiny) -> None:

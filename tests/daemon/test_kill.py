@@ -13,7 +13,7 @@ import pytest
 from vai.daemon import roles
 from vai.daemon.stop import stop
 
-LONG = ("tiny-qwen2", 1000)  # a model that does not end its turn early, and tokens for some seconds
+LONG = ("tiny-qwen2", 3000)  # a model that does not end its turn early, and tokens for some seconds
 
 
 @contextlib.contextmanager

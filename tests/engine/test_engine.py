@@ -49,12 +49,13 @@ def run(engine: Engine, requests: Iterable[Request], *, steps_between: int = 0) 
     return outputs
 
 
+def answer(own: list[Output]) -> Answer:
+    """Tokens and logprobs of a request, which are compared bit for bit."""
+    return [token for each in own for token in each.tokens], [one for each in own for one in each.logprobs]
+
+
 def answers(outputs: dict[str, list[Output]]) -> dict[str, Answer]:
-    """Tokens and logprobs of each request, which are compared bit for bit."""
-    return {
-        identity: ([token for each in own for token in each.tokens], [one for each in own for one in each.logprobs])
-        for identity, own in outputs.items()
-    }
+    return {identity: answer(own) for identity, own in outputs.items()}
 
 
 def alone(make_engine: Make, root: Path, requests: Iterable[Request], **options: object) -> dict[str, Answer]:

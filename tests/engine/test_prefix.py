@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from msgspec.structs import replace
 
-from vai.engine.engine import Engine
-from vai.request import Output, Request, SamplingParams, TokenLogprob
+from vai.request import Output, Request, SamplingParams
 
-Root = tuple[Path, Path, dict[str, str]]
-Make = Callable[..., Engine]
-Answer = tuple[list[int], list[TokenLogprob]]
+from .test_engine import Answer, Make, Root, answer, answers, run
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, logprobs=5)
 SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, seed=7, max_tokens=40, logprobs=20)
@@ -21,32 +18,6 @@ SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, seed=7, max_toke
 
 def request(identity: str, image: str, prompt: Iterable[int], sampling: SamplingParams = GREEDY) -> Request:
     return Request(id=identity, image=image, tokens=list(prompt), sampling=sampling)
-
-
-def run(engine: Engine, requests: Iterable[Request], *, steps_between: int = 0) -> dict[str, list[Output]]:
-    """Submit, with some steps between one request and the next, and step to the end."""
-    outputs: dict[str, list[Output]] = {}
-
-    def step() -> None:
-        for output in engine.step():
-            outputs.setdefault(output.id, []).append(output)
-
-    for each in requests:
-        engine.submit(each)
-        for _ in range(steps_between):
-            step()
-    while engine.has_work():
-        step()
-    return outputs
-
-
-def answer(own: list[Output]) -> Answer:
-    """Tokens and logprobs of a request, which are compared bit for bit."""
-    return [token for each in own for token in each.tokens], [one for each in own for one in each.logprobs]
-
-
-def answers(outputs: dict[str, list[Output]]) -> dict[str, Answer]:
-    return {identity: answer(own) for identity, own in outputs.items()}
 
 
 def hits(outputs: dict[str, list[Output]]) -> dict[str, int]:

@@ -20,20 +20,10 @@ from vai.kernels.program import PAGE_TOKENS, CacheGroup, Program, StepArgs
 from vai.request import Request, SamplingParams
 from vai.scratchpad.pages import Owner, PagePool
 
-VOCABULARY = 251
+from .test_scheduler import VOCABULARY, answer, next_token
+
 WINDOWS = (None, 70, 33)
 GROUPS = tuple(CacheGroup(1, 1, 1, window) for window in WINDOWS)
-
-
-def next_token(history: list[int]) -> int:
-    return sum((i + 1) * token for i, token in enumerate(history)) % VOCABULARY
-
-
-def answer(prompt: list[int], count: int) -> list[int]:
-    history = list(prompt)
-    for _ in range(count):
-        history.append(next_token(history))
-    return history[len(prompt) :]
 
 
 class Echo:

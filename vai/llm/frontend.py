@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -38,6 +39,7 @@ class Frontend:
     def __init__(self, root: Path, names: Path, port: EnginePort) -> None:
         self._library = Library(root, names)
         self._port = port
+        self._opening: dict[str, asyncio.Task[Words]] = {}
 
     def models(self) -> list[ModelCard]:
         """A card for every name. Small files only: neither engine nor weights are touched."""
@@ -49,9 +51,19 @@ class Frontend:
         Raises ModelNotFound (listing the names), Unavailable where it is not resident (with the way out).
         """
         words = self._library.opened(name)
-        if words is None:
-            words = await asyncio.to_thread(self._library.open, name)
+        if words is None:  # one thread for all who wait: there are few, and others need them
+            opening = self._opening.get(name)
+            if opening is None:
+                opening = asyncio.create_task(asyncio.to_thread(self._library.open, name))
+                self._opening[name] = opening
+                opening.add_done_callback(partial(self._opened, name))
+            words = await asyncio.shield(opening)
         return Model(words, self._port, self._library)
+
+    def _opened(self, name: str, opening: asyncio.Task[Words]) -> None:
+        del self._opening[name]
+        if not opening.cancelled():
+            opening.exception()  # it is for those who wait; where nobody does any more, for nobody
 
     async def close(self) -> None:
         """End the processes that render templates."""
