@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--isa", default=table.isa())
-    parser.add_argument("--types", default=",".join(table.block_types()))
+    parser.add_argument("--types", default=",".join(table.fast_types()))
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     given = parser.parse_args()
     workers = table.make_workers(given.threads)

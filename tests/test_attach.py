@@ -30,7 +30,7 @@ WIDE = msgspec.structs.replace(SHAPES["tiny-256"], layers=1, vocabulary=521)
 @pytest.mark.parametrize(
     ("type", "shape"),
     [(type, SHAPE) for type in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "F16", "BF16", "F32")]
-    + [(type, WIDE) for type in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q4_K_M")],
+    + [(type, WIDE) for type in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q4_K_M", "Q2_K", "IQ1_M", "IQ3_S")],
 )
 def test_every_tensor_has_the_values_that_the_formats_oracle_reads_from_the_checkpoint(
     type: str, shape: Spec, tmp_path: Path

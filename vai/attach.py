@@ -56,7 +56,7 @@ class Tensor:
         """
         if self.type == VECTOR:
             return _vector(self.packed)[: self._part.rows]
-        values = _UNPACK[self.type](self.packed)  # [blocks, column blocks, 16 rows, k]
+        values = _unpacked(self.type, self.packed)  # [blocks, column blocks, 16 rows, k]
         blocks, column_blocks, rows, k = values.shape
         whole = values.transpose(0, 2, 1, 3).reshape(blocks * rows, column_blocks * k)
         return np.ascontiguousarray(whole[: self._part.rows, : self._stored.columns])
@@ -250,6 +250,14 @@ _UNPACK = {
     "BF16": _bf16,
     "F32": _f32,
 }
+
+
+def _unpacked(type: str, blocks: Bytes) -> Float32:
+    if type in _UNPACK:
+        return _UNPACK[type](blocks)
+    from vai.kernels.codebooks import dequantize  # their tables take time, and few files have such blocks
+
+    return dequantize(type, blocks)
 
 
 class _CallableModule(ModuleType):

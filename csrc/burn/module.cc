@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -34,23 +35,19 @@ class Buffer {
   Py_buffer view_;
 };
 
+// In the order of Type.
+constexpr const char* kQuantized[] = {
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "Q2_K", "Q3_K",
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0"};
+static_assert(std::size(kQuantized) == static_cast<std::size_t>(Type::kF16));
+
 Type type_of(const std::string& name, bool vector) {
   if (name == "F32") return vector ? Type::kVectorF32 : Type::kF32;
   if (name == "F16") return vector ? Type::kVectorF16 : Type::kF16;
   if (name == "BF16") return vector ? Type::kVectorBF16 : Type::kF16;
-  if (!vector) {
-    if (name == "Q4_0") return Type::kQ4_0;
-    if (name == "Q4_1") return Type::kQ4_1;
-    if (name == "Q5_0") return Type::kQ5_0;
-    if (name == "Q5_1") return Type::kQ5_1;
-    if (name == "Q8_0") return Type::kQ8_0;
-    if (name == "Q4_K") return Type::kQ4_K;
-    if (name == "Q5_K") return Type::kQ5_K;
-    if (name == "Q6_K") return Type::kQ6_K;
-    if (name == "IQ4_NL") return Type::kIQ4_NL;
-    if (name == "IQ4_XS") return Type::kIQ4_XS;
-    if (name == "MXFP4") return Type::kMXFP4;
-  }
+  if (!vector)
+    for (std::size_t i = 0; i < std::size(kQuantized); ++i)
+      if (name == kQuantized[i]) return static_cast<Type>(i);
   throw std::invalid_argument("no such source type: " + name);
 }
 

@@ -238,6 +238,18 @@ struct MXFP4 {
   }
 };
 
+// The source's own blocks, one after the other.
+template <Type type>
+struct Raw {
+  static constexpr Type kType = type;
+
+  static void put_four(const std::uint8_t* source, std::size_t stride, std::size_t, std::size_t lane,
+                       std::uint8_t* tile) {
+    constexpr std::size_t kBytes = layout_of(type).group_bytes;
+    for (std::size_t row = 0; row < 4; ++row) std::memcpy(tile + (lane + row) * kBytes, source + row * stride, kBytes);
+  }
+};
+
 template <Type type>
 struct Plain {
   static constexpr Type kType = type;
@@ -335,6 +347,17 @@ void pack_tiles(Type type, const Rows& rows, std::size_t first, std::size_t last
     case Type::kIQ4_NL: return pack_all<Group32<Type::kIQ4_NL, false, false>>(rows, first, last, target);
     case Type::kIQ4_XS: return pack_all<IQ4_XS>(rows, first, last, target);
     case Type::kMXFP4: return pack_all<MXFP4>(rows, first, last, target);
+    case Type::kQ2_K: return pack_all<Raw<Type::kQ2_K>>(rows, first, last, target);
+    case Type::kQ3_K: return pack_all<Raw<Type::kQ3_K>>(rows, first, last, target);
+    case Type::kIQ1_S: return pack_all<Raw<Type::kIQ1_S>>(rows, first, last, target);
+    case Type::kIQ1_M: return pack_all<Raw<Type::kIQ1_M>>(rows, first, last, target);
+    case Type::kIQ2_XXS: return pack_all<Raw<Type::kIQ2_XXS>>(rows, first, last, target);
+    case Type::kIQ2_XS: return pack_all<Raw<Type::kIQ2_XS>>(rows, first, last, target);
+    case Type::kIQ2_S: return pack_all<Raw<Type::kIQ2_S>>(rows, first, last, target);
+    case Type::kIQ3_XXS: return pack_all<Raw<Type::kIQ3_XXS>>(rows, first, last, target);
+    case Type::kIQ3_S: return pack_all<Raw<Type::kIQ3_S>>(rows, first, last, target);
+    case Type::kTQ1_0: return pack_all<Raw<Type::kTQ1_0>>(rows, first, last, target);
+    case Type::kTQ2_0: return pack_all<Raw<Type::kTQ2_0>>(rows, first, last, target);
     case Type::kF16: return pack_all<Plain<Type::kF16>>(rows, first, last, target);
     case Type::kF32: return pack_all<Plain<Type::kF32>>(rows, first, last, target);
     case Type::kVectorF16: return pack_all<Vector<Type::kVectorF16>>(rows, first, last, target);

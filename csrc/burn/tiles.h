@@ -14,7 +14,7 @@ namespace vai::burn {
 constexpr std::size_t kLanes = 16;
 constexpr std::size_t kLine = 64;
 
-// BF16 matrices are laid out as F16 ones: both are 2-byte values. A vector is a matrix of one column, widened to
+// From kQ2_K on the checkpoint's blocks stay what they are. BF16 matrices are laid out as F16 ones: both are 2-byte values. A vector is a matrix of one column, widened to
 // binary32, so that its tile is 16 elements.
 enum class Type {
   kQ4_0,
@@ -28,6 +28,17 @@ enum class Type {
   kIQ4_NL,
   kIQ4_XS,
   kMXFP4,
+  kQ2_K,
+  kQ3_K,
+  kIQ1_S,
+  kIQ1_M,
+  kIQ2_XXS,
+  kIQ2_XS,
+  kIQ2_S,
+  kIQ3_XXS,
+  kIQ3_S,
+  kTQ1_0,
+  kTQ2_0,
   kF16,
   kF32,
   kVectorF16,
@@ -56,6 +67,17 @@ constexpr Layout layout_of(Type type) {
     case Type::kIQ4_NL: return {64, 576, 2, 32, 18};
     case Type::kIQ4_XS: return {256, 2176, 1, 256, 136};
     case Type::kMXFP4: return {64, 544, 2, 32, 17};
+    case Type::kQ2_K: return {256, 16 * 84, 1, 256, 84};
+    case Type::kQ3_K: return {256, 16 * 110, 1, 256, 110};
+    case Type::kIQ1_S: return {256, 16 * 50, 1, 256, 50};
+    case Type::kIQ1_M: return {256, 16 * 56, 1, 256, 56};
+    case Type::kIQ2_XXS: return {256, 16 * 66, 1, 256, 66};
+    case Type::kIQ2_XS: return {256, 16 * 74, 1, 256, 74};
+    case Type::kIQ2_S: return {256, 16 * 82, 1, 256, 82};
+    case Type::kIQ3_XXS: return {256, 16 * 98, 1, 256, 98};
+    case Type::kIQ3_S: return {256, 16 * 110, 1, 256, 110};
+    case Type::kTQ1_0: return {256, 16 * 54, 1, 256, 54};
+    case Type::kTQ2_0: return {256, 16 * 66, 1, 256, 66};
     case Type::kF16: return {32, 1024, 1, 32, 64};
     case Type::kF32: return {16, 1024, 1, 16, 64};
     case Type::kVectorF16:

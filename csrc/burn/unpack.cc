@@ -236,6 +236,17 @@ struct MXFP4 {
 };
 
 template <Type type>
+struct Raw {
+  static constexpr Type kType = type;
+
+  template <class Sink>
+  static void read(const std::uint8_t* tile, std::size_t, std::size_t lane, Sink& sink) {
+    constexpr std::size_t kBytes = layout_of(type).group_bytes;
+    for (std::size_t i = 0; i < kBytes; i += 2) sink(i, load16(tile + lane * kBytes + i));
+  }
+};
+
+template <Type type>
 struct Plain {
   static constexpr Type kType = type;
 
@@ -370,6 +381,17 @@ void unpack_rows(Type type, const std::uint8_t* packed, std::size_t bytes, std::
     case Type::kIQ4_NL: return unpack_all<Group32<Type::kIQ4_NL, false, false>>(packed, bytes, count, out);
     case Type::kIQ4_XS: return unpack_all<IQ4_XS>(packed, bytes, count, out);
     case Type::kMXFP4: return unpack_all<MXFP4>(packed, bytes, count, out);
+    case Type::kQ2_K: return unpack_all<Raw<Type::kQ2_K>>(packed, bytes, count, out);
+    case Type::kQ3_K: return unpack_all<Raw<Type::kQ3_K>>(packed, bytes, count, out);
+    case Type::kIQ1_S: return unpack_all<Raw<Type::kIQ1_S>>(packed, bytes, count, out);
+    case Type::kIQ1_M: return unpack_all<Raw<Type::kIQ1_M>>(packed, bytes, count, out);
+    case Type::kIQ2_XXS: return unpack_all<Raw<Type::kIQ2_XXS>>(packed, bytes, count, out);
+    case Type::kIQ2_XS: return unpack_all<Raw<Type::kIQ2_XS>>(packed, bytes, count, out);
+    case Type::kIQ2_S: return unpack_all<Raw<Type::kIQ2_S>>(packed, bytes, count, out);
+    case Type::kIQ3_XXS: return unpack_all<Raw<Type::kIQ3_XXS>>(packed, bytes, count, out);
+    case Type::kIQ3_S: return unpack_all<Raw<Type::kIQ3_S>>(packed, bytes, count, out);
+    case Type::kTQ1_0: return unpack_all<Raw<Type::kTQ1_0>>(packed, bytes, count, out);
+    case Type::kTQ2_0: return unpack_all<Raw<Type::kTQ2_0>>(packed, bytes, count, out);
     case Type::kF16: return unpack_all<Plain<Type::kF16>>(packed, bytes, count, out);
     case Type::kF32: return unpack_all<Plain<Type::kF32>>(packed, bytes, count, out);
     case Type::kVectorF16: return unpack_all<Vector<Type::kVectorF16>>(packed, bytes, count, out);
@@ -391,6 +413,17 @@ bool holds(Type type, const Rows& rows, std::size_t first, std::size_t last, con
     case Type::kIQ4_NL: return holds_all<Group32<Type::kIQ4_NL, false, false>>(rows, first, last, packed);
     case Type::kIQ4_XS: return holds_all<IQ4_XS>(rows, first, last, packed);
     case Type::kMXFP4: return holds_all<MXFP4>(rows, first, last, packed);
+    case Type::kQ2_K: return holds_all<Raw<Type::kQ2_K>>(rows, first, last, packed);
+    case Type::kQ3_K: return holds_all<Raw<Type::kQ3_K>>(rows, first, last, packed);
+    case Type::kIQ1_S: return holds_all<Raw<Type::kIQ1_S>>(rows, first, last, packed);
+    case Type::kIQ1_M: return holds_all<Raw<Type::kIQ1_M>>(rows, first, last, packed);
+    case Type::kIQ2_XXS: return holds_all<Raw<Type::kIQ2_XXS>>(rows, first, last, packed);
+    case Type::kIQ2_XS: return holds_all<Raw<Type::kIQ2_XS>>(rows, first, last, packed);
+    case Type::kIQ2_S: return holds_all<Raw<Type::kIQ2_S>>(rows, first, last, packed);
+    case Type::kIQ3_XXS: return holds_all<Raw<Type::kIQ3_XXS>>(rows, first, last, packed);
+    case Type::kIQ3_S: return holds_all<Raw<Type::kIQ3_S>>(rows, first, last, packed);
+    case Type::kTQ1_0: return holds_all<Raw<Type::kTQ1_0>>(rows, first, last, packed);
+    case Type::kTQ2_0: return holds_all<Raw<Type::kTQ2_0>>(rows, first, last, packed);
     case Type::kF16: return holds_all<Plain<Type::kF16>>(rows, first, last, packed);
     case Type::kF32: return holds_all<Plain<Type::kF32>>(rows, first, last, packed);
     case Type::kVectorF16: return holds_all<Vector<Type::kVectorF16>>(rows, first, last, packed);

@@ -115,7 +115,7 @@ FAULTS: dict[str, tuple[bytes, type[VaiError], str]] = {
     "shape larger than the file": (file([], [tensor("t", (1 << 20, 1 << 20))]), MalformedFile, "truncated"),
     "columns that are no whole block": (file([], [tensor("t", (33, 1), kind=2)]), MalformedFile, "whole Q4_0 blocks"),
     "unknown tensor type": (file([], [tensor("t", (8, 8), kind=99)]), MalformedFile, "unknown tensor type, 99"),
-    "tensor type Q3_K": (file([], [tensor("t", (256, 1), kind=11)]), UnsupportedModel, "Q3_K"),
+    "tensor type Q8_K": (file([], [tensor("t", (256, 1), kind=15)]), UnsupportedModel, "Q8_K"),
     "tensor type I32": (file([], [tensor("t", (8, 8), kind=26)]), UnsupportedModel, "I32"),
     "tensor type that was withdrawn": (file([], [tensor("t", (32, 4), kind=31)]), UnsupportedModel, "Q4_0_4_4"),
     "offset not aligned": (file([], [tensor("t", (4, 1), offset=16)]), MalformedFile, "not a multiple of 32"),

@@ -110,7 +110,7 @@ def test_every_tensor_comes_back_bit_for_bit(type: str, tiny: Mapping[str, Path]
 @pytest.mark.parametrize(
     ("shape", "mix"),
     [(shape, mix) for shape in ("tiny-256", "tiny-qwen2") for mix in ("Q4_K_M", "Q5_K_M", "Q4_0+Q6_K")]
-    + [("tiny-256", type) for type in ("IQ4_NL", "IQ4_XS", "MXFP4")],
+    + [("tiny-256", type) for type in ("IQ4_NL", "IQ4_XS", "MXFP4", "Q3_K", "IQ2_XXS")],
 )
 def test_files_mixed_as_people_s_are_come_back_bit_for_bit(mix: str, shape: str, tmp_path: Path, root: Path) -> None:
     synthesize(tmp_path / "m.gguf", shape=shape, type=mix)

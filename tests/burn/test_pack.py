@@ -20,9 +20,10 @@ from vai.rom.image import BLOCK_TYPES, tensor_bytes
 Bytes = NDArray[np.uint8]
 GROUPS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")
 SUPERBLOCKS = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS")  # of 256
+RAW = ("Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0")
 QUANTIZED = GROUPS_OF_32 + SUPERBLOCKS
 VALUE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
-MATRICES = (*QUANTIZED, *VALUE_BYTES)
+MATRICES = (*QUANTIZED, *VALUE_BYTES)  # whose every number has a place of its own
 
 
 def block_columns(type: str) -> int:
@@ -174,6 +175,21 @@ def packed(type: str, rows: Bytes, columns: int) -> Bytes:
     return out
 
 
+@pytest.mark.parametrize("type", RAW)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 256), (17, 768), (48, 512)])
+def test_raw_blocks_stay_what_they_are_row_behind_row(type: str, rows: int, columns: int) -> None:
+    raw, size = source(type, rows, columns, rows), row_bytes(type, 256)
+    tiles = packed(type, raw, columns)
+    whole = np.zeros((-(-rows // 16) * 16, raw.shape[1]), np.uint8)
+    whole[:rows] = raw
+    assert np.array_equal(tiles, whole.reshape(-1, 16, columns // 256, size).swapaxes(1, 2).reshape(-1))
+    assert _pack.unpack(type, False, tiles.data, rows, columns, 0, 1) == raw.tobytes()
+    for at in range(0, len(tiles), 7):
+        tiles[at] ^= 1 << at % 8
+        assert not _pack.proved(type, False, raw.data, rows, columns, 0, 1, tiles.data), at
+        tiles[at] ^= 1 << at % 8
+
+
 COLUMNS = {1: (1, 15, 16, 17, 31, 32, 33, 64, 65), 32: (32, 64, 96, 160), 256: (256, 512)}
 
 
@@ -235,7 +251,7 @@ def test_the_proof_sees_every_single_bit(type: str) -> None:
 
 @settings(max_examples=60)
 @given(
-    type=st.sampled_from(MATRICES),
+    type=st.sampled_from((*MATRICES, *RAW)),
     rows=st.integers(1, 70),
     groups=st.integers(1, 9),
     cuts=st.lists(st.floats(0, 1), max_size=6),
@@ -253,7 +269,7 @@ def test_any_cut_into_windows_gives_the_same_bytes(type: str, rows: int, groups:
 
 @settings(max_examples=60)
 @given(
-    type=st.sampled_from(MATRICES),
+    type=st.sampled_from((*MATRICES, *RAW)),
     rows=st.integers(1, 50),
     groups=st.integers(1, 4),
     interleaved=st.booleans(),
@@ -417,6 +433,7 @@ def test_a_piece_of_nothing_is_refused() -> None:
         ("Q4_K", 16, 64, 0, 1),
         ("Q6_K", 16, 384, 0, 1),
         ("Q3_K", 16, 256, 0, 1),
+        ("Q8_K", 16, 256, 0, 1),
         ("F32", 16, 64, 0, 1),
     ],
 )

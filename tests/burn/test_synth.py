@@ -23,6 +23,7 @@ from vai.rom.segment import attach
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4")
 WIDE_TYPES = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS")  # blocks of 256 columns
+SLOW_TYPES = ("Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0")
 MIXES = ("Q4_K_M", "Q5_K_M", "Q4_0+Q6_K")
 # SHA-256 over the tensors' bytes: the golden logits hold for these weights and no others.
 TENSORS = {
@@ -70,9 +71,9 @@ def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
     assert read(tmp_path / "a.gguf")[2] != read(tmp_path / "b.gguf")[2]
 
 
-@pytest.mark.parametrize("type", TYPES + WIDE_TYPES)
+@pytest.mark.parametrize("type", TYPES + WIDE_TYPES + SLOW_TYPES)
 def test_weights_are_normal_of_the_width_that_keeps_activations_alive(type: str, tmp_path: Path) -> None:
-    shape = "tiny-256" if type in WIDE_TYPES else "tiny-qwen2"
+    shape = "tiny-256" if type in WIDE_TYPES + SLOW_TYPES else "tiny-qwen2"
     synthesize(tmp_path / "m.gguf", shape=shape, type=type)
     spec = SHAPES[shape]
     tensors = {
@@ -162,7 +163,7 @@ def test_the_shapes_of_real_models_have_their_sizes() -> None:
 @pytest.mark.parametrize(
     ("shape", "type", "words"),
     [
-        ("tiny", "Q3_K", "Q3_K"),
+        ("tiny", "Q8_K", "Q8_K"),
         ("tiny", "Q4_K", "192 columns.*Q4_K"),
         ("huge", "Q4_0", "'huge'.*tiny"),
         ("deepseek-coder-6.7b", "F16", "13.5 GB"),

@@ -31,7 +31,8 @@ def test_it_tells_the_machine_its_ceilings_its_kernels_and_its_checks(vai: Vai) 
     assert [ceiling["threads"] for ceiling in found["ceilings"]] == [1, found["machine"]["threads"]]
     for ceiling in found["ceilings"]:
         assert all(0 < ceiling[name]["low"] <= ceiling[name]["median"] for name in ("read", "int8", "f32"))
-    assert {linear["type"] for linear in found["linear"]} == set(table.block_types())
+    assert {linear["type"] for linear in found["linear"]} == set(table.fast_types())
+    assert set(found["slow"]) == set(table.block_types()) - set(table.fast_types())
     assert all(linear[share] > 0 for linear in found["linear"] for share in ("read_share", "multiply_share"))
     assert found["buffer_bytes"] > max(found["machine"]["caches"].values(), default=0)
     assert {check["name"] for check in found["checks"]} >= {"filesystem", "rights", "huge pages", "processes"}
@@ -42,6 +43,7 @@ def test_people_get_tables_of_a_forced_instruction_set(vai: Vai) -> None:
     assert done.returncode == 0, done.stderr
     assert "used: scalar" in done.stdout
     assert "GB/s (" in done.stdout
+    assert "not measured" in done.stdout and "IQ2_XXS" in done.stdout
     for title in ("MACHINE", "CEILINGS", "LINEAR (1 threads)", "CHECK"):
         assert title in done.stdout
 

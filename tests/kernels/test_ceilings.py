@@ -12,7 +12,7 @@ from vai.kernels import ceilings, table
 def test_every_speed_of_every_implementation_is_measured_with_its_spread(isa: str) -> None:
     found = ceilings.measure(threads=2, buffer_bytes=4 << 20, isa=isa)
     assert (found.isa, found.one.threads, found.all.threads) == (isa, 1, 2)
-    assert [linear.type for linear in found.linear] == table.block_types()
+    assert [linear.type for linear in found.linear] == table.fast_types()
     speeds = [speed for ceiling in (found.one, found.all) for speed in (ceiling.read, ceiling.int8, ceiling.f32)]
     for speed in speeds + [speed for linear in found.linear for speed in (linear.read, linear.multiply)]:
         assert 0 <= speed.low <= speed.median <= speed.high, speed

@@ -79,7 +79,7 @@ void linear_layers() {
     for (int round = 0; round < 4; ++round) {
       const Layout l = layout(BlockType(type));
       const int rows = round == 0 ? between(129, 200) : between(1, 20), blocks = between(1, 3);
-      const int columns = l.group ? l.group * between(1, 3) : between(1, 100);
+      const int columns = l.group ? l.group * between(1, 3) : is_raw(BlockType(type)) ? 256 * between(1, 2) : between(1, 100);
       const size_t bytes = size_t(blocks) * size_t((columns + l.columns - 1) / l.columns) * size_t(l.bytes);
       const size_t width = size_t(blocks) * 16, k = size_t(columns);
       Guarded<uint8_t> weights(bytes);

@@ -19,6 +19,7 @@ from vai.kernels import table
 from vai.kernels.program import PAGE_TOKENS, StepArgs
 from vai.kernels.reference import Matrix, ReferencePlan, embed, unpack, unpack_vector
 from vai.models.decoder import build
+from vai.rom.image import BLOCK_TYPES
 from vai.rom.view import Image
 
 Burned = Callable[[str, str], Image]
@@ -172,7 +173,8 @@ def test_a_program_that_the_image_does_not_fit_is_refused_by_name(burned: Burned
 @pytest.mark.parametrize(
     ("shape", "type"),
     [(shape, type) for shape in ("tiny", "tiny-qwen2") for type in (*TYPES, "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4")]
-    + [("tiny-256", type) for type in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q4_K_M", "Q4_0+Q6_K")],
+    + [("tiny-256", type) for type in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q4_K_M", "Q4_0+Q6_K")]
+    + [("tiny-256", kind.name) for kind in BLOCK_TYPES.values() if kind.slow],
 )
 def test_what_is_unpacked_from_the_image_is_what_the_checkpoint_holds(
     shape: str, type: str, burned: Burned, checkpoint: Checkpoint

@@ -70,7 +70,7 @@ def test_any_shape_gives_the_portable_bits_and_reads_no_byte_behind_its_weights(
     type: str, seed: int, pools: list[table.Workers]
 ) -> None:
     chance, rng = random.Random(f"{type} {seed}"), np.random.default_rng(seed)
-    group = BLOCK_TYPES[type].group or 1
+    group = BLOCK_TYPES[type].k if BLOCK_TYPES[type].slow else BLOCK_TYPES[type].group or 1
     outputs, columns = BLOCK_ROWS * chance.randint(1, 6), group * chance.randint(1, 1600 // group)
     sizes = [tensor_bytes("F32", BLOCK_ROWS, columns), tensor_bytes(type, outputs, columns)]
     end = place(sizes)[0][1] + sizes[1]

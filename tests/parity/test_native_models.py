@@ -32,6 +32,7 @@ MIXED = [
     ("tiny", "IQ4_NL"),
     ("tiny-256", "IQ4_XS"),
     ("tiny-qwen2", "MXFP4"),
+    ("tiny-256", "IQ2_S"),
 ]
 TOKENS = 128  # of room for each sequence
 

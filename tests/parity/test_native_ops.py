@@ -659,6 +659,27 @@ def test_the_reference_is_the_other_blocks_twin(type: str) -> None:
     same(reference_of(rom, gathered, step(range(50))), w.dequantized())
 
 
+@pytest.mark.parametrize("type", [kind.name for kind in BLOCK_TYPES.values() if kind.slow])
+def test_raw_blocks_are_multiplied_and_gathered_as_the_reference_does(
+    isa: str, pools: list[table.Workers], type: str
+) -> None:
+    rng = np.random.default_rng(25)
+    x, tiles = awkward(rng, ROWS, 512), rng.integers(0, 256, tensor_bytes(type, 48, 512), np.uint8)
+    rom = Rom(activations("x.weight", x) | one("w.weight", type, 48, 512, tiles.tobytes()))
+    multiplied = program(rom, [Embed("x", "x.weight"), Linear("y", "x", "w.weight")], "y")
+    expected = reference_of(rom, multiplied, step(range(ROWS)))
+    assert np.isfinite(expected).any()
+    for workers in pools:
+        plan = native(rom, multiplied, isa, workers)
+        for rows in (1, 5, ROWS):
+            same(plan.forward(step(range(rows)), EMPTY), expected[:rows])
+    gathered = program(rom, [Embed("x", "w.weight"), Rows("y", "x")], "y")
+    same(
+        native(rom, gathered, isa, pools[1]).forward(step(range(48)), EMPTY),
+        reference_of(rom, gathered, step(range(48))),
+    )
+
+
 def test_a_norm_serves_readers_of_every_group_and_of_floats(isa: str, pools: list[table.Workers]) -> None:
     rng = np.random.default_rng(23)
     x, gain = awkward(rng, ROWS, 768), rng.standard_normal(768).astype(np.float32)

@@ -98,6 +98,17 @@ TENSOR_TYPES: dict[str, TensorType] = {
     "Q6_K": TensorType(14, 256, 210),
     "IQ4_NL": TensorType(20, 32, 18),
     "IQ4_XS": TensorType(23, 256, 136),
+    "Q2_K": TensorType(10, 256, 84),
+    "Q3_K": TensorType(11, 256, 110),
+    "IQ1_S": TensorType(19, 256, 50),
+    "IQ1_M": TensorType(29, 256, 56),
+    "IQ2_XXS": TensorType(16, 256, 66),
+    "IQ2_XS": TensorType(17, 256, 74),
+    "IQ2_S": TensorType(22, 256, 82),
+    "IQ3_XXS": TensorType(18, 256, 98),
+    "IQ3_S": TensorType(21, 256, 110),
+    "TQ1_0": TensorType(34, 256, 54),
+    "TQ2_0": TensorType(35, 256, 66),
     "BF16": TensorType(30, 1, 2),
     "MXFP4": TensorType(39, 32, 17),
 }
@@ -117,15 +128,25 @@ FILE_TYPES = {  # general.file_type: what most matrices are
     "IQ4_NL": 25,
     "IQ4_XS": 30,
     "MXFP4": 38,
+    "Q2_K": 10,
+    "Q3_K": 11,
+    "IQ1_S": 24,
+    "IQ1_M": 31,
+    "IQ2_XXS": 19,
+    "IQ2_XS": 20,
+    "IQ2_S": 28,
+    "IQ3_XXS": 23,
+    "IQ3_S": 26,
+    "TQ1_0": 36,
+    "TQ2_0": 37,
     "Q4_K_M": 15,
     "Q5_K_M": 17,
 }
 # The rest of what the format has numbers for, so that a refusal says the name people know.
 _OTHER_TYPES: dict[int, str] = {
-    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
-    19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
-    28: "F64", 29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0",
-    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 40: "NVFP4", 41: "Q1_0",
+    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 40: "NVFP4",
+    41: "Q1_0",
 }  # fmt: skip
 
 Scalar = int | float | bool | str

@@ -519,6 +519,50 @@ def _mxfp4(deviation: float) -> Make:
     return make
 
 
+# The formats without a quantizer here: bytes of a block, where its binary16 scale is, and the standard deviation of the
+# weights of random blocks whose scale is 1.
+_RAW: Mapping[str, tuple[int, int, float]] = {
+    "Q2_K": (84, 80, 13.88),
+    "Q3_K": (110, 108, 43.37),
+    "IQ1_S": (50, 0, 7.201),
+    "IQ1_M": (56, 48, 7.198),
+    "IQ2_XXS": (66, 0, 53.41),
+    "IQ2_XS": (74, 0, 55.89),
+    "IQ2_S": (82, 0, 56.42),
+    "IQ3_XXS": (98, 0, 142.4),
+    "IQ3_S": (110, 0, 140),
+    "TQ1_0": (54, 52, 0.8173),
+    "TQ2_0": (66, 64, 0.7071),
+}
+
+
+def _raw(type: str) -> Callable[[float], Make]:
+    """Random blocks, which are all valid: uniform bytes under a scale that fits."""
+    size, place, spread = _RAW[type]
+
+    def maker(deviation: float) -> Make:
+        scales = _scales(deviation / spread)
+
+        def make(count: int, stream: _Stream) -> NDArray[np.uint8]:
+            number = count // 256
+            blocks = stream.words(number * size // 2).view(np.uint8).reshape(number, size).copy()
+            d = scales[stream.words(number) & 0xFF]
+            if type == "IQ1_M":  # four bits in each of four words
+                words = d.view("<u2")[:, None] >> np.array([0, 4, 8, 12], np.uint16) & 15
+                blocks[:, 49:56:2] = (blocks[:, 49:56:2] & 15) | words << 4
+                return blocks
+            blocks[:, place : place + 2] = _bytes(d)
+            if type == "TQ2_0":  # no code 3: their mean would not be zero
+                blocks[:, :64] ^= (blocks[:, :64] & blocks[:, :64] >> 1 & 0x55) << 1
+            if type == "Q2_K":  # the minimum that makes their mean zero
+                blocks[:, 82:84] = _bytes((1.5 * d.astype(np.float64)).astype("<f2"))
+            return blocks
+
+        return make
+
+    return maker
+
+
 _MAKERS: Mapping[str, Callable[[float], Make]] = {
     "F32": _float32,
     "F16": _float16,
@@ -534,6 +578,7 @@ _MAKERS: Mapping[str, Callable[[float], Make]] = {
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
+    **{type: _raw(type) for type in _RAW},
 }
 
 

@@ -67,6 +67,7 @@ def examine(settings: Config) -> Report:
             linear._asdict() | {"read": linear.read._asdict(), "multiply": linear.multiply._asdict()}
             for linear in measured.linear
         ],
+        "slow": [name for name in kernels.block_types() if name not in kernels.fast_types()],
         "checks": [check._asdict() for check in checks(settings)],
     }
 
@@ -169,6 +170,7 @@ def _kernels(found: Report) -> None:
     ]
     threads = found["machine"]["threads"]
     table((f"LINEAR ({threads} threads)", "1 ROW", "SHARE", "128 ROWS", "SHARE"), rows)
+    click.echo(f"Slow, unpacked weight by weight and not measured: {', '.join(found['slow'])}")
 
 
 def _checks(found: Report) -> None:

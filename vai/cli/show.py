@@ -11,6 +11,7 @@ import click
 from vai import config
 from vai.cli.output import json_option, print_json, short, size, table
 from vai.rom import segment
+from vai.rom.image import BLOCK_TYPES
 from vai.rom.registry import Registry
 
 _TEMPLATE_LINES = 12
@@ -31,8 +32,11 @@ def show(name: str, as_json: bool) -> None:
     click.echo(f"{', '.join(found['names']) or 'no name'}: image {found['digest']}, {size(found['bytes'])}\n")
     table(("SPEC", ""), [[key, _value(value)] for key, value in found["spec"].items()])
     click.echo()
-    rows = [[type, str(told["count"]), size(told["bytes"])] for type, told in found["tensors"].items()]
-    table(("TENSORS", "COUNT", "BYTES"), rows)
+    rows = [
+        [type, str(told["count"]), size(told["bytes"]), "slow: unpacked weight by weight" if told["slow"] else ""]
+        for type, told in found["tensors"].items()
+    ]
+    table(("TENSORS", "COUNT", "BYTES", ""), rows)
     click.echo()
     table(("SECTION", "BYTES"), [[section, size(count)] for section, count in found["sections"].items()])
     click.echo()
@@ -44,8 +48,9 @@ def _describe(root: Path, digest: str) -> dict[str, Any]:
     """Everything of an image but its weights. Raises ModelNotFound, CorruptImage."""
     with segment.attach(root, digest) as image:
         tensors: dict[str, dict[str, int]] = {}
+        slow = {kind.name for kind in BLOCK_TYPES.values() if kind.slow}
         for stored in image.table.tensors:
-            told = tensors.setdefault(stored.type, {"count": 0, "bytes": 0})
+            told = tensors.setdefault(stored.type, {"count": 0, "bytes": 0, "slow": stored.type in slow})
             told["count"] += 1
             told["bytes"] += stored.bytes
         return {

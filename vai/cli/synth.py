@@ -24,8 +24,9 @@ def synth(words: tuple[str, ...], seed: int | None, source: str | None, shape: s
 
     A model of random weights speaks nonsense, at the true cost of a real one. Shapes are tiny, tiny-qwen2, tiny-256,
     qwen2-0.5b, qwen2-1.5b, deepseek-coder-1.3b and deepseek-coder-6.7b; types are F32, F16, BF16, Q8_0, Q4_0, Q4_1,
-    Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4 and, mixed as people's files are, Q4_K_M, Q5_K_M and
-    Q4_0+Q6_K. One seed gives the same file everywhere.
+    Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4, Q2_K, Q3_K, IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS,
+    IQ3_S, TQ1_0, TQ2_0 and, mixed as people's files are, Q4_K_M, Q5_K_M and Q4_0+Q6_K. One seed gives the same file
+    everywhere.
 
     A grown model writes what the small one writes and costs what the large shape costs, its vocabulary apart.
 

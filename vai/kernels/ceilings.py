@@ -87,7 +87,7 @@ def measure(*, threads: int, buffer_bytes: int, isa: str | None = None) -> Measu
         one = _ceiling(table.make_workers(1), chosen, buffer)
         workers = table.make_workers(threads)
         all_ = _ceiling(workers, chosen, buffer)
-        linear = [_linear(type_, workers, chosen, buffer, all_) for type_ in table.block_types()]
+        linear = [_linear(type_, workers, chosen, buffer, all_) for type_ in table.fast_types()]
     return Measured(chosen, buffer_bytes, one, all_, linear)
 
 

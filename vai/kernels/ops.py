@@ -15,8 +15,8 @@ class Embed:
     """output [M, width] = rows `tokens` of `weight` [vocabulary, width], dequantized; each operation is rounded.
 
     code * d; where the format has minimums code * d + m; with factors of 6 or 8 bits (d * sc) * code - (dmin * m). In
-    IQ4_NL, IQ4_XS and MXFP4 the code stands for an entry of a table (docs/rom-format.md).
-    A `scale` that is not 1 multiplies the result.
+    IQ4_NL, IQ4_XS and MXFP4 the code stands for an entry of a table (docs/rom-format.md). What a raw block holds:
+    codebooks.py. A `scale` that is not 1 multiplies the result.
     """
 
     output: str
@@ -61,7 +61,7 @@ class Linear:
     factors where there are (Q6_K, IQ4_XS); a code of IQ4_NL, IQ4_XS or MXFP4 counts as its table's entry, and MXFP4's
     dw is 2^(e - 128). Q4_1, Q5_1: acc = acc + (float(isum) * (dw * da) + float(asum) * (m * da)), asum being the sum
     of x's codes. Q4_K, Q5_K: acc = acc + (float(isum) * (dw * da) - float(asum) * (dmin * da)), asum being that times
-    the minimums' factors. Float types: acc = acc + (x[k] * w[n, k]) for ascending k.
+    the minimums' factors. Float types, and raw blocks dequantized: acc = acc + (x[k] * w[n, k]) for ascending k.
     """
 
     output: str

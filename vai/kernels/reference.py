@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vai.errors import BadRequest, CorruptImage
+from vai.kernels.codebooks import dequantize
 from vai.kernels.ops import Attention, Embed, Glu, HeadNorm, KvWrite, Linear, Op, RmsNorm, Rope, Rows
 from vai.kernels.program import (
     ATTENTION_CHUNK,
@@ -310,6 +311,17 @@ _UNPACK: dict[str, Callable[[Bytes], Matrix]] = {
     "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
 }
+
+
+def _raw(type: str) -> Callable[[Bytes], Matrix]:
+    def unpacked(blocks: Bytes) -> Matrix:
+        down, across, _ = blocks.shape
+        return Matrix(dequantize(type, blocks).transpose(0, 2, 1, 3).reshape(down * LANES, across * 256))
+
+    return unpacked
+
+
+_UNPACK |= {kind.name: _raw(kind.name) for kind in BLOCK_TYPES.values() if kind.slow}
 
 
 def _part_blocks(part: Part) -> slice:

@@ -16,7 +16,7 @@ from vai.kernels import _native, native, reference
 from vai.kernels.ops import Embed, Linear
 from vai.kernels.program import Adjustments, Masks, Plan, Program, SampleArgs, Sampled
 from vai.request import MAX_LOGPROBS
-from vai.rom.image import BLOCK_ROWS, CHUNK, Part, StoredTensor, TensorTable, place, tensor_bytes
+from vai.rom.image import BLOCK_ROWS, BLOCK_TYPES, CHUNK, Part, StoredTensor, TensorTable, place, tensor_bytes
 from vai.rom.view import Image
 
 BACKENDS = ("native", "reference")
@@ -112,8 +112,13 @@ def workspace_bytes(program: Program, table: TensorTable, *, max_rows: int, max_
 
 
 def block_types() -> list[str]:
-    """The types of matrices that the native executor reads."""
-    return list(native.TYPE_CODES)
+    """The types of matrices that the native executor reads; the slow ones come last."""
+    return sorted(native.TYPE_CODES, key=lambda name: BLOCK_TYPES[name].slow)
+
+
+def fast_types() -> list[str]:
+    """The types that are read in a layout of their own."""
+    return [name for name in native.TYPE_CODES if not BLOCK_TYPES[name].slow]
 
 
 def lower_linear(

@@ -50,13 +50,15 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 class BlockType:
     """How one block (16 rows x `k` columns) is stored in `bytes` bytes.
 
-    group: columns whose activations share a scale in the exact kind; 0 = float activations.
+    group: columns whose activations share a scale in the exact kind; 0 = float activations. slow: the checkpoint's own
+    blocks, one behind the other, of which kernels make binary32 weight by weight.
     """
 
     name: str
     k: int
     bytes: int
     group: int
+    slow: bool = False
 
 
 BLOCK_TYPES: Mapping[str, BlockType] = {
@@ -73,6 +75,17 @@ BLOCK_TYPES: Mapping[str, BlockType] = {
         BlockType("IQ4_NL", 64, 576, 32),
         BlockType("IQ4_XS", 256, 2176, 256),
         BlockType("MXFP4", 64, 544, 32),
+        BlockType("Q2_K", 256, 16 * 84, 0, slow=True),
+        BlockType("Q3_K", 256, 16 * 110, 0, slow=True),
+        BlockType("IQ1_S", 256, 16 * 50, 0, slow=True),
+        BlockType("IQ1_M", 256, 16 * 56, 0, slow=True),
+        BlockType("IQ2_XXS", 256, 16 * 66, 0, slow=True),
+        BlockType("IQ2_XS", 256, 16 * 74, 0, slow=True),
+        BlockType("IQ2_S", 256, 16 * 82, 0, slow=True),
+        BlockType("IQ3_XXS", 256, 16 * 98, 0, slow=True),
+        BlockType("IQ3_S", 256, 16 * 110, 0, slow=True),
+        BlockType("TQ1_0", 256, 16 * 54, 0, slow=True),
+        BlockType("TQ2_0", 256, 16 * 66, 0, slow=True),
         BlockType("F16", 32, 1024, 0),
         BlockType("BF16", 32, 1024, 0),
         BlockType("F32", 16, 1024, 0),

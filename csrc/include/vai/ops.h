@@ -10,9 +10,13 @@
 namespace vai {
 
 enum class BlockType : int {
-  kQ4_0, kQ8_0, kF16, kBF16, kF32, kQ4_K, kQ5_K, kQ6_K, kQ4_1, kQ5_0, kQ5_1, kIQ4_NL, kIQ4_XS, kMXFP4
+  kQ4_0, kQ8_0, kF16, kBF16, kF32, kQ4_K, kQ5_K, kQ6_K, kQ4_1, kQ5_0, kQ5_1, kIQ4_NL, kIQ4_XS, kMXFP4,
+  kQ2_K, kQ3_K, kIQ1_S, kIQ1_M, kIQ2_XXS, kIQ2_XS, kIQ2_S, kIQ3_XXS, kIQ3_S, kTQ1_0, kTQ2_0  // raw
 };
-constexpr int kBlockTypes = 14;
+constexpr int kBlockTypes = 25;
+
+// Stored as the checkpoint's own blocks of 256 columns, one after the other for 16 rows, and made binary32 in the kernel.
+constexpr bool is_raw(BlockType t) { return t >= BlockType::kQ2_K; }
 enum class Act : int { kSilu, kGeluTanh };
 constexpr int kActs = 2;
 enum class KvType : int { kBf16, kF32, kQ8_0 };
@@ -29,7 +33,7 @@ constexpr int kGroup = 32, kWideGroup = 256;
 struct Layout {
   int columns, bytes;
   int group;        // columns that share one activation scale; 0: the activations are floats
-  int bits;         // of a code
+  int bits;         // of a code; 0: raw
   int lines, high;  // where the lines of codes (of their low four bits) begin, and those of the bits above
 };
 
@@ -49,6 +53,17 @@ constexpr Layout layout(BlockType t) {
     case BlockType::kF16:
     case BlockType::kBF16: return {32, 1024, 0, 16, 0, 0};
     case BlockType::kF32: return {16, 1024, 0, 32, 0, 0};
+    case BlockType::kQ2_K: return {256, 16 * 84, 0, 0, 0, 0};
+    case BlockType::kQ3_K: return {256, 16 * 110, 0, 0, 0, 0};
+    case BlockType::kIQ1_S: return {256, 16 * 50, 0, 0, 0, 0};
+    case BlockType::kIQ1_M: return {256, 16 * 56, 0, 0, 0, 0};
+    case BlockType::kIQ2_XXS: return {256, 16 * 66, 0, 0, 0, 0};
+    case BlockType::kIQ2_XS: return {256, 16 * 74, 0, 0, 0, 0};
+    case BlockType::kIQ2_S: return {256, 16 * 82, 0, 0, 0, 0};
+    case BlockType::kIQ3_XXS: return {256, 16 * 98, 0, 0, 0, 0};
+    case BlockType::kIQ3_S: return {256, 16 * 110, 0, 0, 0, 0};
+    case BlockType::kTQ1_0: return {256, 16 * 54, 0, 0, 0, 0};
+    case BlockType::kTQ2_0: return {256, 16 * 66, 0, 0, 0, 0};
   }
   return {};
 }
@@ -75,6 +90,10 @@ struct Matrix {
   }
   const uint8_t* block(int i) const { return data + size_t(first + i * step) * row_bytes(); }
 };
+
+// One raw block -> its 256 weights; a tile of 16 -> [256 columns][16 rows]. Any bytes are a valid block.
+void raw_block(BlockType, const uint8_t* block, float* out);
+void raw_columns(BlockType, const uint8_t* tile, float* panel);
 
 struct EmbedArgs {
   Matrix table;

@@ -19,6 +19,12 @@ static void gather(const uint8_t* row, BlockType type, int lane, int columns, fl
   const Layout l = layout(type);
   for (int k0 = 0; k0 < columns; k0 += l.columns, row += l.bytes) {
     const int count = std::min(l.columns, columns - k0);
+    if (is_raw(type)) {
+      float block[256];
+      raw_block(type, row + lane * (l.bytes / 16), block);
+      std::copy_n(block, count, out + k0);
+      continue;
+    }
     auto half = [&](int at) { return f16_to_f32(load_as<uint16_t>(row + at + lane * 2)); };
     for (int k = 0; k < count; ++k) {
       float value;

@@ -457,6 +457,7 @@ void tile(BlockType type, int rows, const TileArgs& t) {
     case BlockType::kIQ4_NL: return tile_of_rows<V, BlockType::kIQ4_NL, NB>(rows, t);
     case BlockType::kIQ4_XS: return tile_of_rows<V, BlockType::kIQ4_XS, NB>(rows, t);
     case BlockType::kMXFP4: return tile_of_rows<V, BlockType::kMXFP4, NB>(rows, t);
+    default: return;  // raw blocks are read by float_rows alone
   }
 }
 
@@ -505,19 +506,22 @@ void widen(const uint8_t* line, int columns, float* panel) {
     }
 }
 
-// Float weights under many rows: a stretch of columns at a time is made binary32 once and stays close by for all of them.
+// Float weights under many rows, and raw blocks under any: a stretch of columns at a time is made binary32 once and stays
+// close by for all of them.
 template <class V>
 void float_rows(const LinearArgs& a, int first, int end, const uint8_t* weight, size_t stride, int blocks, float* sums) {
   alignas(64) float panel[kPanelColumns * 16];
-  const bool wide = a.weight.type == BlockType::kF32;
+  const bool wide = a.weight.type == BlockType::kF32, raw = is_raw(a.weight.type);
+  const Layout l = layout(a.weight.type);
   // Rows in tiles of like size: one of a single row would wait for its own additions.
   const int tiles = (end - first + V::kMaxRows - 1) / V::kMaxRows, each = (end - first + tiles - 1) / tiles;
   for (int j = 0; j < blocks; ++j)
     for (int k = 0; k < a.weight.columns; k += kPanelColumns) {
       const int columns = a.weight.columns - k < kPanelColumns ? a.weight.columns - k : kPanelColumns;
-      const uint8_t* lines = weight + size_t(j) * stride + size_t(k) * (wide ? 64 : 32);
+      const uint8_t* lines = weight + size_t(j) * stride + size_t(k / l.columns) * size_t(l.bytes);
       if (a.weight.type == BlockType::kF16) widen<V, BlockType::kF16>(lines, columns, panel);
       if (a.weight.type == BlockType::kBF16) widen<V, BlockType::kBF16>(lines, columns, panel);
+      if (raw) raw_columns(a.weight.type, lines, panel);
       TileArgs t{};
       t.weight = wide ? lines : (const uint8_t*)panel;
       t.columns = columns;
@@ -538,8 +542,8 @@ void linear(const LinearArgs& a, int begin, int end) {
   const int per_pass = many ? kRowsPerPass / row_block * row_block : a.rows;
   const size_t row_bytes = a.weight.row_bytes();
   const size_t packed_bytes = a.packed ? packed_row_bytes(layout(a.weight.type).group, a.weight.columns) : 0;
-  const bool panels = V::kPanels && layout(a.weight.type).group == 0 && a.rows > V::kMaxRows;
-  float scratch[(V::kPanels ? kRowsPerPass : V::kMaxRows) * kScratchWidth];
+  const bool panels = is_raw(a.weight.type) || (V::kPanels && layout(a.weight.type).group == 0 && a.rows > V::kMaxRows);
+  float scratch[kRowsPerPass * kScratchWidth];
   for (int m0 = 0; m0 < a.rows; m0 += per_pass) {
     const int m1 = a.rows - m0 < per_pass ? a.rows : m0 + per_pass;
     for (int i = begin; i < end;) {
