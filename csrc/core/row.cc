@@ -93,6 +93,25 @@ bool peaks_of(const float* x, int count, std::vector<float>& peaks) {
   return sound;
 }
 
+void places_of(const float* p, int count, uint32_t high, std::vector<int>& places) {
+  places.clear();
+  const int32_t wanted = int32_t(high);
+  const int whole = count / 16 * 16;
+  for (int i = 0; i < whole; i += 16) {
+    Ints found{};
+    for (int j = 0; j < 16; j += 4) {
+      Ints bits;
+      std::memcpy(&bits, p + i + j, sizeof bits);
+      found |= (bits >> 16) == wanted;
+    }
+    if ((found[0] | found[1] | found[2] | found[3]) == 0) continue;
+    for (int j = i; j < i + 16; ++j)
+      if (std::bit_cast<uint32_t>(p[j]) >> 16 == high) places.push_back(j);
+  }
+  for (int i = whole; i < count; ++i)
+    if (std::bit_cast<uint32_t>(p[i]) >> 16 == high) places.push_back(i);
+}
+
 double ascending_sum(const float* p, int count) {
   double sum = 0.0;
   int i = 0;

@@ -1,6 +1,7 @@
 // Passes over a row as long as a vocabulary, without an element waiting for the one before it.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 namespace vai {
@@ -13,5 +14,8 @@ bool peaks_of(const float* x, int count, std::vector<float>& peaks);
 // The sum of p[0], p[1], ... in this order, in binary64, each addition rounded: the same bits as from a plain loop.
 // For p >= 0 it does not wait for each addition; other values are summed plainly.
 double ascending_sum(const float* p, int count);
+
+// The places i, ascending, of all p[i] >= 0 whose bits shifted right by 16 are `high`.
+void places_of(const float* p, int count, uint32_t high, std::vector<int>& places);
 
 }  // namespace vai

@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <utility>
@@ -77,7 +78,7 @@ class Row {
   const float* probabilities() {
     if (!computed_) {
       scratch_.p.resize(size_t(count_));
-      isa_.probabilities({logits_, count_, temperature_, scratch_.p.data()}, &maximum_);
+      isa_.probabilities({logits_, count_, temperature_, scratch_.p.data(), highest_}, &maximum_);
       computed_ = true;
     }
     return scratch_.p.data();
@@ -114,7 +115,7 @@ class Row {
     }
     scratch_.near_p.resize(near.size());
     float* p = scratch_.near_p.data();
-    isa_.probabilities({near.data(), int(near.size()), temperature_, p}, &maximum_);
+    isa_.probabilities({near.data(), int(near.size()), temperature_, p, highest_}, &maximum_);
     float least = 1.0f;
     for (size_t i = 0; i < near.size(); ++i)
       if (near[i] >= floor) least = std::min(least, p[i]);
@@ -213,9 +214,114 @@ class Ranking {
 
 constexpr size_t kFirst = 128;  // ranked at first where no top_k says how many it takes
 
+// Running sums over the candidates in sorted order, without sorting them: what binary64 adds without rounding may be added
+// in any order. Candidates are in buckets by the upper half of p. All p from 2^-j on are multiples of 2^-(j+23), so sums
+// of them below 2^(30-j) are exact; where that does not hold, nothing is found.
+class RunningSums {
+ public:
+  RunningSums(Row& row, SampleScratch& scratch) : row_(row), scratch_(scratch) {}
+
+  // The first candidate at which the sum is at least `mass`, or `more` than it: its id, and the sum with it.
+  bool find(double mass, bool more, int& id, double& sum) {
+    auto reached = [&](double s) { return more ? s > mass : s >= mass; };
+    sum = 0.0;
+    for (uint64_t c : list()) {
+      sum += double(probability(c));
+      if (reached(sum)) return id = identity(c), true;
+    }
+    if (!counted_) add_up();
+    sum = 0.0;
+    for (int bucket = kBuckets - 1; bucket > 0; --bucket) {
+      const double after = sum + scratch_.masses[size_t(bucket)];
+      if (!(after < exact_below(bucket))) return false;
+      if (reached(after)) return find_in(bucket, reached, id, sum);
+      sum = after;
+    }
+    return false;
+  }
+
+  // The sum of all p that are at least `least`.
+  bool down_to(float least, double& sum) {
+    sum = 0.0;
+    for (uint64_t c : list()) {
+      if (probability(c) < least) return true;
+      sum += double(probability(c));
+    }
+    const int last = int(std::bit_cast<uint32_t>(least) >> 16) - kLowest;
+    if (last <= 0) return false;
+    if (!counted_) add_up();
+    sum = 0.0;
+    for (int bucket = kBuckets - 1; bucket > last; --bucket) sum += scratch_.masses[size_t(bucket)];
+    places_of(row_.probabilities(), row_.count(), uint32_t(last + kLowest), scratch_.near_ids);
+    for (int i : scratch_.near_ids)
+      if (const float p = row_.probabilities()[i]; p >= least) sum += double(p);
+    return sum < exact_below(last);
+  }
+
+ private:
+  // The first ones, where these can be found alone.
+  const std::vector<uint64_t>& list() {
+    if (!listed_ && !row_.best(kFirst, scratch_.kept)) scratch_.kept.clear();
+    listed_ = true;
+    return scratch_.kept;
+  }
+
+  // From 2^-20 to 1, 128 for each power; what is less is in the first.
+  static constexpr int kPowers = 20, kLowest = (127 - kPowers) << 7, kBuckets = (127 << 7) - kLowest + 1;
+
+  static double exact_below(int bucket) { return std::ldexp(1.0, 30 - kPowers + (bucket >> 7)); }
+
+  void add_up() {
+    counted_ = true;
+    scratch_.masses.assign(kBuckets, 0.0);
+    const float* p = row_.probabilities();
+    double* masses = scratch_.masses.data();
+    for (int i = 0; i < row_.count(); ++i) {
+      const int bucket = int(std::bit_cast<uint32_t>(p[i]) >> 16) - kLowest;
+      masses[bucket > 0 ? bucket : 0] += double(p[i]);
+    }
+  }
+
+  template <class Reached>
+  bool find_in(int bucket, Reached reached, int& id, double& sum) {
+    const float* p = row_.probabilities();
+    places_of(p, row_.count(), uint32_t(bucket + kLowest), scratch_.near_ids);
+    std::vector<uint64_t>& own = scratch_.near_mass;
+    own.clear();
+    for (int i : scratch_.near_ids) own.push_back(candidate(p[i], i));
+    sort_candidates(own.data(), own.size(), scratch_.spare);
+    for (uint64_t c : own) {
+      sum += double(probability(c));
+      if (reached(sum)) return id = identity(c), true;
+    }
+    return false;
+  }
+
+  Row& row_;
+  SampleScratch& scratch_;
+  bool listed_ = false, counted_ = false;
+};
+
+// A draw without top_k; -1 where it takes the candidates in sorted order.
+int draw_by_sums(Row& row, const SampleRow& how, SampleScratch& scratch) {
+  RunningSums sums(row, scratch);
+  int id;
+  double kept_total = 0.0, sum;
+  if (how.top_p < 1.0f || !(how.min_p > 0.0f)) kept_total = row.total();
+  if (how.top_p < 1.0f && !sums.find(double(how.top_p) * kept_total, false, id, kept_total)) return -1;
+  if (how.min_p > 0.0f) {  // of the highest p, which is 1
+    if (!sums.down_to(how.min_p, sum)) return -1;
+    kept_total = how.top_p < 1.0f ? std::min(kept_total, sum) : sum;
+  }
+  const double target = uniform(how.seed, how.position, how.choice) * kept_total;
+  return target < kept_total && sums.find(target, true, id, sum) ? id : -1;
+}
+
 int draw(Row& row, const SampleRow& how, SampleScratch& scratch) {
   const size_t count = size_t(row.count());
   const bool cut = how.top_k > 0 && size_t(how.top_k) < count;
+  if (!cut)
+    if (const int id = draw_by_sums(row, how, scratch); id >= 0) return id;
   size_t end = cut ? size_t(how.top_k) : count;
   Ranking ranking(row, cut ? end : kFirst, scratch);
   double total = 0.0;
@@ -257,16 +363,24 @@ int draw(Row& row, const SampleRow& how, SampleScratch& scratch) {
 
 // -inf for every id whose bit is not set. What is no number stays so, and is found.
 void apply_mask(const uint8_t* mask, float* logits, int count) {
-  auto forbid = [](float& z) { z = std::isnan(z) ? z : -std::numeric_limits<float>::infinity(); };
-  for (int i = 0; i < count; i += 8) {
-    const uint8_t bits = mask[i >> 3];
-    if (bits == 0 && i + 8 <= count) {
-      for (int j = 0; j < 8; ++j) forbid(logits[i + j]);
-    } else if (bits != 0xff) {
-      for (int j = 0; j < std::min(8, count - i); ++j)
-        if (!(bits >> j & 1)) forbid(logits[i + j]);
+  using Floats = float __attribute__((vector_size(16)));
+  using Ints = int32_t __attribute__((vector_size(16)));
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  const Ints places[2] = {{1, 2, 4, 8}, {16, 32, 64, 128}};
+  int i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const int32_t bits = mask[i >> 3];
+    if (bits == 0xff) continue;
+    for (int half = 0; half < 2; ++half) {
+      Floats z;
+      std::memcpy(&z, logits + i + 4 * half, sizeof z);
+      const Ints kept = ((places[half] & bits) != 0) | (z != z);
+      z = kept ? z : Floats{kNever, kNever, kNever, kNever};
+      std::memcpy(logits + i + 4 * half, &z, sizeof z);
     }
   }
+  for (; i < count; ++i)
+    if (!(mask[i >> 3] >> (i & 7) & 1) && !std::isnan(logits[i])) logits[i] = kNever;
 }
 
 // The logits to draw from: those of the model where nothing changes them, else a copy with each change rounded.

@@ -24,7 +24,8 @@ struct Adjustments {
 struct SampleScratch {
   std::vector<float> p, adjusted, peaks, floors, near, near_p;
   std::vector<int> near_ids;
-  std::vector<uint64_t> kept, spare;
+  std::vector<uint64_t> kept, spare, near_mass;
+  std::vector<double> masses;
 };
 
 // `adjustments` change what is drawn from, not the logprobs.

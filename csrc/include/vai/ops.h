@@ -251,6 +251,7 @@ struct ProbabilitiesArgs {
   int count;
   float temperature;
   float* p;
+  float highest = __builtin_nanf("");  // logit, if it is known and none is a NaN
 };
 
 // One instruction set's implementations.

@@ -20,7 +20,9 @@ bool probabilities(const ProbabilitiesArgs& a, float* maximum) {
     return a.temperature == 1.0f ? x : V::div(x, temperature);
   };
   F top = lowest, bad = V::set1(0.0f);
-  for (int i = 0; i < a.count; i += W) {
+  const bool known = a.highest == a.highest;
+  if (known) top = V::set1(a.highest);
+  for (int i = 0; i < a.count && !known; i += W) {
     const F x = V::load(i < wide ? a.logits + i : tail);
     bad = V::select(V::unordered(x), V::set1(1.0f), bad);
     top = V::max(x, top);
