@@ -37,7 +37,12 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+SANDWICH = {  # Gemma's
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+CLASSES = {"gemma2": "Gemma2", "gemma3": "Gemma3", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -45,12 +50,13 @@ def prompt(vocabulary: int) -> list[int]:
     return [(61 * i * i + 17 * i + 7) % vocabulary for i in range(40)]
 
 
-def transformers_name(name: str) -> str:
+def transformers_name(name: str, spec: Spec) -> str:
     stem, kind = name.rsplit(".", 1)
     if stem in OUTSIDE:
         return f"{OUTSIDE[stem]}.{kind}"
     _, layer, part = stem.split(".")
-    return f"model.layers.{layer}.{NAMES[part]}.{kind}"
+    names = NAMES | SANDWICH if spec.post_norms else NAMES
+    return f"model.layers.{layer}.{names[part]}.{kind}"
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -65,7 +71,9 @@ def state(path: Path, spec: Spec) -> dict[str, torch.Tensor]:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
         if spec.architecture == "llama" and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             values = unpermute(values, spec.heads if "attn_q" in tensor.name else spec.kv_heads)
-        tensors[transformers_name(tensor.name)] = torch.from_numpy(np.ascontiguousarray(values))
+        if spec.architecture.startswith("gemma") and "norm" in tensor.name:
+            values = values - 1  # the converter adds it
+        tensors[transformers_name(tensor.name, spec)] = torch.from_numpy(np.ascontiguousarray(values))
     return tensors
 
 
@@ -73,9 +81,24 @@ def model(path: Path, spec: Spec) -> torch.nn.Module:
     rope = {"rope_theta": spec.rope_base, "rope_type": "default"}
     if spec.rope_scaling == "linear":
         rope |= {"rope_type": "linear", "factor": spec.rope_factor}
-    name = CLASSES[spec.architecture]
+    name = "Mistral" if spec.architecture == "llama" and spec.window else CLASSES[spec.architecture]
+    more: dict[str, object] = {"attn_implementation": "eager"}  # the one that caps scores
+    if spec.window:
+        kinds = ("full_attention", "sliding_attention")
+        more |= {"sliding_window": spec.window}
+        if name != "Mistral":
+            more |= {"layer_types": [kinds[spec.has_window(layer)] for layer in range(spec.layers)]}
+    if spec.architecture.startswith("gemma"):
+        more |= {
+            "query_pre_attn_scalar": spec.head_dim,
+            "attn_logit_softcapping": spec.attention_softcap or None,
+            "final_logit_softcapping": spec.logit_softcap or None,
+        }
+    if spec.local_rope_base:
+        local = {"rope_theta": spec.local_rope_base, "rope_type": "default"}
+        rope = {"full_attention": rope, "sliding_attention": local}
     built = getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(
+        getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(
             vocab_size=spec.vocabulary,
             hidden_size=spec.width,
             intermediate_size=spec.ffn,
@@ -89,6 +112,8 @@ def model(path: Path, spec: Spec) -> torch.nn.Module:
             tie_word_embeddings=spec.tied,
             bos_token_id=None,
             eos_token_id=None,
+            pad_token_id=None,
+            **more,
         )
     ).double()
     missing, unexpected = built.load_state_dict(state(path, spec), strict=False)
@@ -100,7 +125,7 @@ def model(path: Path, spec: Spec) -> torch.nn.Module:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
-        for shape in ("tiny", "tiny-qwen2", "tiny-qwen3"):
+        for shape in ("tiny", "tiny-qwen2", "tiny-qwen3", "tiny-gemma2", "tiny-gemma3", "tiny-mistral"):
             for type in ("F32", "Q8_0", "Q4_0"):
                 path = Path(directory) / f"{shape}-{type}.gguf"
                 synthesize(path, shape=shape, type=type)

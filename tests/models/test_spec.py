@@ -32,6 +32,12 @@ def metadata(spec: Spec = TINY, **changes: Any) -> dict[str, object]:
     }
     if spec.rope_scaling == "linear":
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": spec.rope_factor}
+    if spec.window:
+        keys |= {"attention.sliding_window": spec.window, "attention.sliding_window_pattern": spec.full_every}
+    if spec.local_rope_base:
+        keys |= {"rope.freq_base_swa": spec.local_rope_base}
+    if spec.attention_softcap:
+        keys |= {"attn_logit_softcapping": spec.attention_softcap, "final_logit_softcapping": spec.logit_softcap}
     keys |= changes.pop("keys", {})
     prefixed = {f"{spec.architecture}.{key}": value for key, value in keys.items() if value is not None}
     return {"general.architecture": spec.architecture, **prefixed}
@@ -69,7 +75,7 @@ def test_a_spec_survives_its_section_of_the_image(name: str) -> None:
         TINY.to_bytes().replace(b'"layers":3', b'"layers":0'),
         TINY.to_bytes().replace(b'"kv_heads":2', b'"kv_heads":5'),
         TINY.to_bytes().replace(b'"llama"', b'"lama"'),
-        TINY.to_bytes().replace(b'{"arch', b'{"window":7,"arch'),
+        TINY.to_bytes().replace(b'{"arch', b'{"winter":7,"arch'),
         b"[" * 100_000,
     ],
 )
@@ -111,7 +117,6 @@ def test_llama_3_frequencies_come_with_the_spec() -> None:
         ({"rope.scaling.type": "yarn"}, "yarn"),
         ({"rope.scaling.type": "longrope"}, "longrope"),
         ({"expert_count": 8}, "expert_count"),
-        ({"attention.sliding_window": 4096}, "sliding_window"),
         ({"attention.value_length": 64}, "value_length"),
         ({"attention.head_count": [6, 6, 4]}, "head_count"),
         ({"attn_logit_softcapping": 50.0}, "softcapping"),
@@ -124,8 +129,43 @@ def test_what_is_not_computed_is_refused_by_name(keys: dict[str, object], words:
         spec_from_gguf(metadata(keys=keys), shapes())
 
 
+def test_a_window_is_computed_where_the_family_has_one() -> None:
+    spec = spec_from_gguf(metadata(keys={"attention.sliding_window": 32}), shapes())
+    assert [spec.has_window(layer) for layer in range(3)] == [True, True, True]
+    qwen2 = SHAPES["tiny-qwen2"]
+    with pytest.raises(UnsupportedModel, match="sliding_window"):
+        spec_from_gguf(metadata(qwen2, keys={"attention.sliding_window": 32}), shapes(qwen2))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "full_every"),
+    [(None, 6), (2, 2), ([True, True, False, True], 3), ([True] * 4, 0), ([False] * 4, 1)],
+)
+def test_which_layers_have_a_window_is_a_number_or_said_for_each(pattern: object, full_every: int) -> None:
+    gemma3 = SHAPES["tiny-gemma3"]
+    keys = {"attention.sliding_window_pattern": pattern}
+    assert spec_from_gguf(metadata(gemma3, keys=keys), shapes(gemma3)).full_every == full_every
+
+
+def test_a_pattern_of_windows_that_is_not_regular_is_refused_by_name() -> None:
+    gemma3 = SHAPES["tiny-gemma3"]
+    with pytest.raises(UnsupportedModel, match="sliding_window_pattern"):
+        keys = {"attention.sliding_window_pattern": [False, True, True, True]}
+        spec_from_gguf(metadata(gemma3, keys=keys), shapes(gemma3))
+
+
+def test_gemma_s_silent_files_have_the_values_of_its_first_models() -> None:
+    gemma2 = SHAPES["tiny-gemma2"]
+    silent = ["attention.sliding_window", "attention.sliding_window_pattern"]
+    silent += ["attn_logit_softcapping", "final_logit_softcapping"]
+    spec = spec_from_gguf(metadata(gemma2, keys=dict.fromkeys(silent)), shapes(gemma2))
+    assert (spec.window, spec.full_every, spec.attention_softcap, spec.logit_softcap) == (4096, 2, 50.0, 30.0)
+    large = msgspec.structs.replace(gemma2, layers=46)
+    assert spec_from_gguf(metadata(large), shapes(large)).attention_scale == pytest.approx((192 / 6) ** -0.5)
+
+
 def test_an_unknown_architecture_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModel, match=r"'mamba'.*llama, qwen2"):
+    with pytest.raises(UnsupportedModel, match=r"'mamba'.*gemma2.*llama, qwen2"):
         spec_from_gguf({"general.architecture": "mamba"}, {})
 
 

@@ -33,6 +33,9 @@ MIXED = [
     ("tiny-256", "IQ4_XS"),
     ("tiny-qwen2", "MXFP4"),
     ("tiny-256", "IQ2_S"),
+    ("tiny-gemma2", "Q8_0"),
+    ("tiny-gemma3", "Q4_0"),
+    ("tiny-mistral", "F32"),
 ]
 TOKENS = 128  # of room for each sequence
 
@@ -42,11 +45,12 @@ class Session:
 
     def __init__(self, plan: Plan, program: Program, sequences: int) -> None:
         self.plan = plan
-        page = program.groups[0].page_bytes(plan.kv_type)
         pages = TOKENS // PAGE_TOKENS
-        order = np.random.default_rng(0).permutation(sequences * pages).astype(np.int64)
-        self.tables = (order * page).reshape(sequences, pages)
-        self.pool = np.zeros(sequences * pages * page, np.uint8)
+        sizes = [group.page_bytes(plan.kv_type) for group in program.groups]
+        starts = np.cumsum([0, *(sequences * pages * size for size in sizes)])
+        order = np.random.default_rng(0).permutation(sequences * pages).astype(np.int64).reshape(sequences, pages)
+        self.tables = [start + order * size for start, size in zip(starts, sizes, strict=False)]
+        self.pool = np.zeros(starts[-1], np.uint8)
         self.context = [0] * sequences
 
     def __call__(self, work: dict[int, list[int]], outputs: list[int] | None = None) -> NDArray[np.float32]:
@@ -59,7 +63,7 @@ class Session:
             positions=np.array(positions, np.int32),
             seq_start=starts,
             context=context,
-            block_tables=(self.tables[list(work)],),
+            block_tables=tuple(table[list(work)] for table in self.tables),
             output_rows=np.array(range(starts[-1]) if outputs is None else outputs, np.int32),
         )
         for sequence, tokens in work.items():

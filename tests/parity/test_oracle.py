@@ -37,7 +37,7 @@ Burned = Callable[[str, str], Image]
 Checkpoint = Callable[[str, str], Path]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-MODELS = ("tiny", "tiny-qwen2", "tiny-qwen3")
+MODELS = ("tiny", "tiny-qwen2", "tiny-qwen3", "tiny-gemma2", "tiny-gemma3", "tiny-mistral")
 DRAWS = 16
 QUANTIZED = [("F32", "bf16"), ("F32", "q8_0"), ("Q8_0", "f32"), ("Q8_0", "bf16"), ("Q4_0", "bf16"), ("Q4_0", "q8_0")]
 
@@ -52,10 +52,12 @@ class Runner:
 
     def __init__(self, program: Program, image: Image, kv_type: str, tokens: int) -> None:
         self._plan = reference.ReferencePlan(program, image, kv_type=kv_type, max_rows=tokens, max_sequences=tokens)
-        page = program.groups[0].page_bytes(kv_type)
         pages = -(-tokens // PAGE_TOKENS)
-        self._table = np.arange(pages, dtype=np.int64)[None, :] * page
-        self._pool = np.zeros(pages * page, np.uint8)
+        sizes = [group.page_bytes(kv_type) for group in program.groups]
+        starts = np.cumsum([0, *(pages * size for size in sizes)])
+        order = np.arange(pages, dtype=np.int64)[None, :]
+        self._tables = tuple(start + order * size for start, size in zip(starts, sizes, strict=False))
+        self._pool = np.zeros(starts[-1], np.uint8)
         self._position = 0
 
     def __call__(self, tokens: NDArray[np.int32]) -> Doubles:
@@ -67,7 +69,7 @@ class Runner:
             positions=np.arange(start, start + n, dtype=np.int32),
             seq_start=np.array([0, n], np.int32),
             context=np.array([start], np.int32),
-            block_tables=(self._table,),
+            block_tables=self._tables,
             output_rows=np.arange(n, dtype=np.int32),
         )
         return self._plan.forward(step, self._pool).astype(np.float64)
@@ -81,6 +83,10 @@ def project(x: Doubles, weight: Doubles) -> Doubles:
     """x times weight transposed; by einsum, because a threaded BLAS is slow on matrices this small."""
     product: Doubles = np.einsum("mk,nk->mn", x, weight)
     return product
+
+
+def capped(x: Doubles, cap: float) -> Doubles:
+    return cap * np.tanh(x / cap) if cap else x
 
 
 class Noise:
@@ -122,42 +128,54 @@ class Ideal:
 
     def __call__(self, tokens: NDArray[np.int32], noise: Noise) -> Doubles:
         s, t = self.spec, self.tensors
-        x = t["token_embd.weight"][tokens]
+        x = t["token_embd.weight"][tokens] * s.embedding_scale
         for layer in range(s.layers):
             w = {name.split(".", 2)[2]: t[name] for name in t if name.startswith(f"blk.{layer}.")}
-            mixed = noise.activation(self._attention(w, self._norm(x, w["attn_norm.weight"]), noise))
-            x = x + project(mixed, w["attn_output.weight"])
+            mixed = noise.activation(self._attention(layer, w, self._norm(x, w["attn_norm.weight"]), noise))
+            x = x + self._after(project(mixed, w["attn_output.weight"]), w, "post_attention_norm.weight")
             h = noise.activation(self._norm(x, w["ffn_norm.weight"]))
             gate, up = project(h, w["ffn_gate.weight"]), project(h, w["ffn_up.weight"])
-            x = x + project(noise.activation(gate / (1 + np.exp(-gate)) * up), w["ffn_down.weight"])
+            if s.act == "silu":
+                bent = gate / (1 + np.exp(-gate))
+            else:
+                bent = gate / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+            x = x + self._after(project(noise.activation(bent * up), w["ffn_down.weight"]), w, "post_ffw_norm.weight")
         head = t["token_embd.weight" if s.tied else "output.weight"]
-        return project(noise.activation(self._norm(x, t["output_norm.weight"])), head)
+        return capped(project(noise.activation(self._norm(x, t["output_norm.weight"])), head), s.logit_softcap)
+
+    def _after(self, x: Doubles, w: dict[str, Doubles], name: str) -> Doubles:
+        return self._norm(x, w[name]) if self.spec.post_norms else x
 
     def _norm(self, x: Doubles, weight: Doubles) -> Doubles:
         scaled: Doubles = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + self.spec.norm_epsilon) * weight
         return scaled
 
-    def _attention(self, w: dict[str, Doubles], x: Doubles, noise: Noise) -> Doubles:
+    def _attention(self, layer: int, w: dict[str, Doubles], x: Doubles, noise: Noise) -> Doubles:
         s, h = self.spec, noise.activation(x)
         q, k, v = (project(h, w[f"attn_{n}.weight"]) + w.get(f"attn_{n}.bias", 0.0) for n in "qkv")
         if s.qk_norm:
             q = self._norm(q.reshape(len(x), s.heads, -1), w["attn_q_norm.weight"])
             k = self._norm(k.reshape(len(x), s.kv_heads, -1), w["attn_k_norm.weight"])
-        q, k = self._rotate(q, s.heads), noise.stored(self._rotate(k, s.kv_heads))
+        near = s.window > 0 and (s.full_every == 0 or layer % s.full_every < s.full_every - 1)
+        base, factor = (s.local_rope_base, 1.0) if near and s.local_rope_base else (s.rope_base, s.rope_factor)
+        q, k = (self._rotate(each, heads, base, factor) for each, heads in ((q, s.heads), (k, s.kv_heads)))
+        k = noise.stored(k)
         v = noise.stored(v.reshape(len(x), s.kv_heads, s.head_dim))
         out = np.empty_like(q)
         for head in range(s.heads):
             shared = head // (s.heads // s.kv_heads)
-            scores = project(q[:, head], k[:, shared]) / math.sqrt(s.head_dim)
+            scores = capped(project(q[:, head], k[:, shared]) / math.sqrt(s.head_dim), s.attention_softcap)
             scores[np.triu_indices(len(x), 1)] = -np.inf
+            if near:
+                scores[np.tril_indices(len(x), -s.window)] = -np.inf
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             out[:, head] = project(weights / weights.sum(axis=1, keepdims=True), v[:, shared].T)
         return out.reshape(len(x), -1)
 
-    def _rotate(self, x: Doubles, heads: int) -> Doubles:
+    def _rotate(self, x: Doubles, heads: int, base: float, factor: float) -> Doubles:
         """Rotation of pairs as multiplication of complex numbers."""
         s, n = self.spec, self.spec.rope_dims
-        angles = np.arange(len(x))[:, None] * s.rope_base ** (-np.arange(0, n, 2) / n) / s.rope_factor
+        angles = np.arange(len(x))[:, None] * base ** (-np.arange(0, n, 2) / n) / factor
         x = x.reshape(len(x), heads, s.head_dim).copy()
         pairs = [(slice(0, n, 2), slice(1, n, 2)), (slice(0, n // 2), slice(n // 2, n))][s.pairing == "neox"]
         turned = (x[..., pairs[0]] + 1j * x[..., pairs[1]]) * np.exp(1j * angles)[:, None, :]
@@ -175,7 +193,7 @@ def test_the_logits_of_a_float_model_are_those_of_transformers(shape: str, burne
     spec, oracle = SHAPES[shape], golden(shape, "F32")
     logits = Runner(build(spec), burned(shape, "F32"), "f32", 40)(oracle["tokens"])[oracle["rows"]]
     for row, truth in zip(logits, oracle["logits"].astype(np.float64), strict=True):
-        assert math.sqrt(nmse(row, truth)) < rounding_tolerance(spec) < 3e-5
+        assert math.sqrt(nmse(row, truth)) < rounding_tolerance(spec) < 4e-5
 
 
 @pytest.mark.parametrize("type", ["F32", "Q8_0", "Q4_0"])
@@ -249,6 +267,22 @@ MUTATIONS = [
     ("tiny-qwen3", {"pairing": "norm"}),
     ("tiny-qwen3", {"rope_base": 10_000.0}),
     ("tiny-qwen3", {"qk_norm": False}),
+    ("tiny-gemma2", {"window": 21}),
+    ("tiny-gemma2", {"full_every": 3}),
+    ("tiny-gemma2", {"attention_scale": 1 / math.sqrt(16)}),
+    ("tiny-gemma2", {"attention_softcap": 0.0}),
+    ("tiny-gemma2", {"logit_softcap": 0.0}),
+    ("tiny-gemma2", {"post_norms": False}),
+    ("tiny-gemma2", {"act": "silu"}),
+    ("tiny-gemma2", {"embedding_scale": 1.0}),
+    ("tiny-gemma3", {"window": 21}),
+    ("tiny-gemma3", {"full_every": 2}),
+    ("tiny-gemma3", {"local_rope_base": 0.0}),
+    ("tiny-gemma3", {"rope_scaling": "none", "rope_factor": 1.0}),
+    ("tiny-gemma3", {"qk_norm": False}),
+    ("tiny-gemma3", {"act": "silu"}),
+    ("tiny-mistral", {"window": 18}),
+    ("tiny-mistral", {"full_every": 3}),
 ]
 
 
@@ -298,9 +332,9 @@ def test_which_key_head_a_query_head_reads_moves_the_logits(
 ) -> None:
     oracle, attend = golden(shape, "F32"), reference.attend
 
-    def interleaved(q, positions, k, v, scale):  # head h reads h mod kv_heads
+    def interleaved(q, positions, k, v, scale, **how):  # head h reads h mod kv_heads
         repeats = (q.shape[1] // len(k), 1, 1)
-        return attend(q, positions, np.tile(k, repeats), np.tile(v, repeats), scale)
+        return attend(q, positions, np.tile(k, repeats), np.tile(v, repeats), scale, **how)
 
     monkeypatch.setattr(reference, "attend", interleaved)
     logits = Runner(build(SHAPES[shape]), burned(shape, "F32"), "f32", 40)(oracle["tokens"])[oracle["rows"]]

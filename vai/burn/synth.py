@@ -75,6 +75,72 @@ SHAPES: Mapping[str, Spec] = {
         tied=True,
         qk_norm=True,
     ),
+    # A layer with a window, one without, one with; caps that bite.
+    "tiny-gemma2": Spec(
+        architecture="gemma2",
+        pairing="neox",
+        layers=3,
+        width=192,
+        ffn=416,
+        heads=6,
+        kv_heads=2,
+        head_dim=48,
+        vocabulary=523,
+        context=4096,
+        norm_epsilon=0.0625,
+        rope_base=10_000.0,
+        rope_dims=48,
+        tied=True,
+        window=20,
+        full_every=2,
+        attention_softcap=3.0,
+        logit_softcap=4.0,
+        post_norms=True,
+        act="gelu_tanh",
+        embedding_scale=math.sqrt(192),
+    ),
+    "tiny-gemma3": Spec(
+        architecture="gemma3",
+        pairing="neox",
+        layers=4,
+        width=192,
+        ffn=416,
+        heads=6,
+        kv_heads=2,
+        head_dim=48,
+        vocabulary=523,
+        context=4096,
+        norm_epsilon=0.0625,
+        rope_base=1_000_000.0,
+        rope_dims=48,
+        rope_scaling="linear",
+        rope_factor=8.0,
+        tied=True,
+        qk_norm=True,
+        window=20,
+        full_every=3,
+        local_rope_base=10_000.0,
+        post_norms=True,
+        act="gelu_tanh",
+        embedding_scale=math.sqrt(192),
+    ),
+    # As Mistral 7B of 2023: every layer with a window.
+    "tiny-mistral": Spec(
+        architecture="llama",
+        pairing="norm",
+        layers=3,
+        width=192,
+        ffn=352,
+        heads=6,
+        kv_heads=2,
+        head_dim=32,
+        vocabulary=512,
+        context=4096,
+        norm_epsilon=0.25,
+        rope_base=10_000.0,
+        rope_dims=32,
+        window=17,
+    ),
     # For block types of 256 columns, with an output matrix of its own and layers of both kinds in a mix.
     "tiny-256": Spec(
         architecture="qwen2",
@@ -214,6 +280,13 @@ _QWEN2_TEMPLATE = (
     "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_GEMMA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else 'user' %}"
+    "{{ '<start_of_turn>' + role + '\\n' + message['content'] + '<end_of_turn>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
 _DEEPSEEK_TEMPLATE = (
     "{% for message in messages %}"
@@ -595,6 +668,15 @@ def _write_metadata(writer: GgufWriter, name: str, spec: Spec, type: str) -> Non
     if spec.rope_scaling != "none":
         writer.add(f"{prefix}.rope.scaling.type", spec.rope_scaling, ValueType.STRING)
         writer.add(f"{prefix}.rope.scaling.factor", spec.rope_factor, ValueType.FLOAT32)
+    if spec.window:
+        writer.add(f"{prefix}.attention.sliding_window", spec.window, ValueType.UINT32)
+        if spec.full_every:
+            writer.add(f"{prefix}.attention.sliding_window_pattern", spec.full_every, ValueType.UINT32)
+        if spec.local_rope_base:
+            writer.add(f"{prefix}.rope.freq_base_swa", spec.local_rope_base, ValueType.FLOAT32)
+    for key, cap in (("attn", spec.attention_softcap), ("final", spec.logit_softcap)):
+        if cap:
+            writer.add(f"{prefix}.{key}_logit_softcapping", cap, ValueType.FLOAT32)
     _write_tokenizer(writer, spec)
 
 
@@ -616,6 +698,9 @@ def _write_tokenizer(writer: GgufWriter, spec: Spec) -> None:
     if spec.architecture.startswith("qwen"):
         pre, template, add_bos = "qwen2", _QWEN2_TEMPLATE, False
         bos, eos, pad, *others = "<|endoftext|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>"
+    elif spec.architecture.startswith("gemma"):  # whose own vocabularies are SentencePiece's
+        pre, template, add_bos = "llama-bpe", _GEMMA_TEMPLATE, True
+        bos, eos, pad, *others = "<bos>", "<end_of_turn>", "<pad>", "<start_of_turn>"
     else:
         pre, template, add_bos = "deepseek-coder", _DEEPSEEK_TEMPLATE, True
         bos, eos, pad, *others = "<｜begin▁of▁sentence｜>", "<|EOT|>", "<｜end▁of▁sentence｜>"

@@ -14,23 +14,31 @@ from vai.models.spec import Spec, expected_tensors
 def build(spec: Spec) -> Program:
     """The forward pass of `spec`, from token ids to logits.
 
-    Llama: Touvron et al. 2023; Qwen 2: Yang et al. 2024; Qwen 3: Yang et al. 2025.
+    Llama: Touvron et al. 2023; Qwen 2: Yang et al. 2024; Qwen 3: Yang et al. 2025; Gemma 2 and 3: Gemma
+    Team 2024, 2025; Mistral: Jiang et al. 2023.
     """
     frequencies = rope_frequencies(spec.rope_base, spec.rope_dims, spec.rope_factor, spec.rope_divisors)
-    ops: list[Op] = [Embed("embedding", "token_embd.weight")]
+    local = rope_frequencies(spec.local_rope_base, spec.rope_dims, 1.0) if spec.local_rope_base else frequencies
+    groups, places = _cache_groups(spec)
+    ops: list[Op] = [Embed("embedding", "token_embd.weight", spec.embedding_scale)]
     x = "embedding"
-    for layer in range(spec.layers):
-        ops += _block(spec, layer, x, frequencies)
+    for layer, place in enumerate(places):
+        ops += _block(spec, layer, x, local if spec.has_window(layer) else frequencies, place)
         x = f"blk.{layer}.output"
     ops += [
         # Only the rows that are asked for go through the final norm and the output projection.
         Rows("last", x),
         RmsNorm("last.norm", "last", "output_norm.weight", spec.norm_epsilon),
-        Linear("logits", "last.norm", "token_embd.weight" if spec.tied else "output.weight"),
+        Linear(
+            "logits",
+            "last.norm",
+            "token_embd.weight" if spec.tied else "output.weight",
+            softcap=spec.logit_softcap,
+        ),
     ]
     return Program(
         ops=tuple(ops),
-        groups=(CacheGroup(layers=spec.layers, kv_heads=spec.kv_heads, head_dim=spec.head_dim),),
+        groups=groups,
         outputs={"logits": "logits"},
         constants=expected_tensors(spec),
         width=spec.width,
@@ -39,8 +47,17 @@ def build(spec: Spec) -> Program:
     )
 
 
-def _block(spec: Spec, layer: int, x: str, frequencies: tuple[float, ...]) -> list[Op]:
-    """x + attention(norm(x)), then that plus feed_forward(norm of that)."""
+def _cache_groups(spec: Spec) -> tuple[tuple[CacheGroup, ...], list[tuple[int, int]]]:
+    """The layers that see everything, then those with a window; and of each layer its group and its place there."""
+    windows = [spec.window if spec.has_window(layer) else None for layer in range(spec.layers)]
+    kinds = sorted(set(windows), key=lambda window: window is not None)
+    groups = tuple(CacheGroup(windows.count(kind), spec.kv_heads, spec.head_dim, kind) for kind in kinds)
+    places = [(kinds.index(window), windows[:layer].count(window)) for layer, window in enumerate(windows)]
+    return groups, places
+
+
+def _block(spec: Spec, layer: int, x: str, frequencies: tuple[float, ...], place: tuple[int, int]) -> list[Op]:
+    """x + attention(norm(x)), then that plus feed_forward(norm of that); each part's result normalized or not."""
     b = f"blk.{layer}."
     bias = {name: f"{b}attn_{name}.bias" if spec.qkv_bias else None for name in "qkv"}
     q, k = b + "q", b + "k"
@@ -59,23 +76,37 @@ def _block(spec: Spec, layer: int, x: str, frequencies: tuple[float, ...]) -> li
         *normed,
         Rope(b + "q.rope", q, spec.heads, spec.head_dim, spec.pairing, frequencies),
         Rope(b + "k.rope", k, spec.kv_heads, spec.head_dim, spec.pairing, frequencies),
-        KvWrite(b + "k.rope", b + "v", group=0, layer=layer),
+        KvWrite(b + "k.rope", b + "v", group=place[0], layer=place[1]),
         Attention(
             b + "attention",
             b + "q.rope",
-            group=0,
-            layer=layer,
+            group=place[0],
+            layer=place[1],
             heads=spec.heads,
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
-            scale=1.0 / math.sqrt(spec.head_dim),
+            scale=spec.attention_scale or 1.0 / math.sqrt(spec.head_dim),
+            window=spec.window if spec.has_window(layer) else 0,
+            softcap=spec.attention_softcap,
         ),
-        Linear(b + "attn_output", b + "attention", b + "attn_output.weight", residual=x),
+        *_added(
+            spec, b + "attn_output", b + "attention", b + "attn_output.weight", b + "post_attention_norm.weight", x
+        ),
         RmsNorm(b + "ffn_norm", b + "attn_output", b + "ffn_norm.weight", spec.norm_epsilon),
         Linear(b + "gate", b + "ffn_norm", b + "ffn_gate.weight"),
         Linear(b + "up", b + "ffn_norm", b + "ffn_up.weight"),
-        Glu(b + "glu", b + "gate", b + "up", act="silu"),
-        Linear(b + "output", b + "glu", b + "ffn_down.weight", residual=b + "attn_output"),
+        Glu(b + "glu", b + "gate", b + "up", act=spec.act),
+        *_added(spec, b + "output", b + "glu", b + "ffn_down.weight", b + "post_ffw_norm.weight", b + "attn_output"),
+    ]
+
+
+def _added(spec: Spec, output: str, x: str, weight: str, norm: str, residual: str) -> list[Op]:
+    """residual + x times weight, that product normalized where the family does so."""
+    if not spec.post_norms:
+        return [Linear(output, x, weight, residual=residual)]
+    return [
+        Linear(output + ".plain", x, weight),
+        RmsNorm(output, output + ".plain", norm, spec.norm_epsilon, residual=residual),
     ]
 
 

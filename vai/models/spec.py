@@ -14,19 +14,32 @@ import msgspec
 from msgspec import Meta
 
 from vai.errors import CorruptImage, MalformedFile, UnsupportedModel
-from vai.models.families import llama, qwen2, qwen3
-from vai.models.family import Family, Pairing
+from vai.models.families import gemma2, gemma3, llama, qwen2, qwen3
+from vai.models.family import Act, Family, Pairing
 from vai.rom.image import canonical_json
 
-FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)}
+FAMILIES: Mapping[str, Family] = {
+    module.FAMILY.architecture: module.FAMILY for module in (gemma2, gemma3, llama, qwen2, qwen3)
+}
 ROPE_DIVISORS = "rope_freqs.weight"  # a tensor that becomes part of the spec, not of the image
 
 MAX_LAYERS, MAX_WIDTH, MAX_FFN, MAX_HEADS, MAX_HEAD_DIM = 1024, 1 << 16, 1 << 20, 1 << 10, 1 << 10
 MAX_VOCABULARY, MAX_CONTEXT = 1 << 24, 1 << 24
-MAX_ROPE_BASE, MAX_ROPE_FACTOR = 1e15, 1e6
+MAX_ROPE_BASE, MAX_ROPE_FACTOR, MAX_SOFTCAP = 1e15, 1e6, 1e6
 
 # Fields that came after the first images: left out where they have their default, so that no digest changes.
-_LATER = frozenset({"qk_norm"})
+_LATER = frozenset({
+    "qk_norm",
+    "window",
+    "full_every",
+    "local_rope_base",
+    "attention_scale",
+    "attention_softcap",
+    "logit_softcap",
+    "post_norms",
+    "act",
+    "embedding_scale",
+})  # fmt: skip
 
 Positive = Annotated[float, Meta(gt=0)]
 
@@ -37,6 +50,10 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     context: longest sequence in tokens. rope_dims: leading elements of a head that RoPE rotates. rope_factor: positions
     are divided by it ("linear"); 1 for "none". rope_divisors: one for each rotated pair, or empty.
     tied: the output projection is the token embedding. qk_norm: each query and key head is normalized before RoPE.
+    window: tokens that a row sees, its own the last, in all layers but each `full_every`-th; 0: no layer has a window;
+    full_every 0: all have. local_rope_base: RoPE's base in layers with a window, unscaled; 0: as in the others.
+    attention_scale: what scores are multiplied by; 0: 1 / sqrt(head_dim). attention_softcap, logit_softcap: 0 for none.
+    post_norms: what attention and feed-forward give is normalized before it is added.
     Raises ValueError where fields contradict one another.
     """
 
@@ -59,6 +76,15 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     tied: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    window: Annotated[int, Meta(ge=0, le=MAX_CONTEXT)] = 0
+    full_every: Annotated[int, Meta(ge=0, le=MAX_LAYERS)] = 0
+    local_rope_base: Annotated[float, Meta(ge=0, le=MAX_ROPE_BASE)] = 0.0
+    attention_scale: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    attention_softcap: Annotated[float, Meta(ge=0, le=MAX_SOFTCAP)] = 0.0
+    logit_softcap: Annotated[float, Meta(ge=0, le=MAX_SOFTCAP)] = 0.0
+    post_norms: bool = False
+    act: Act = "silu"
+    embedding_scale: Annotated[float, Meta(gt=0, le=MAX_WIDTH)] = 1.0
 
     def __post_init__(self) -> None:
         if self.architecture not in FAMILIES:
@@ -71,6 +97,13 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             raise ValueError("a RoPE factor needs a scaling type")
         if self.rope_divisors and len(self.rope_divisors) != self.rope_dims // 2:
             raise ValueError(f"{len(self.rope_divisors)} RoPE divisors for {self.rope_dims // 2} pairs")
+        if (self.full_every or self.local_rope_base) and not self.window:
+            raise ValueError("layers without a window differ from others only where those have one")
+        if self.local_rope_base and self.local_rope_base <= 1:
+            raise ValueError("the RoPE base of layers with a window must be above 1")
+
+    def has_window(self, layer: int) -> bool:
+        return self.window > 0 and (self.full_every == 0 or (layer + 1) % self.full_every != 0)
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: equal specs give equal bytes."""
@@ -108,7 +141,7 @@ def spec_from_gguf(
             f"The architecture '{architecture}' is not supported; VAI runs {', '.join(sorted(FAMILIES))}."
         )
     keys = _Keys(metadata, architecture)
-    _refuse_what_is_not_computed(keys)
+    _refuse_what_is_not_computed(keys, family)
     layers = keys.integer("block_count", 1, MAX_LAYERS)
     heads = keys.integer("attention.head_count", 1, MAX_HEADS, per_layer=layers)
     width = keys.integer("embedding_length", 1, MAX_WIDTH)
@@ -136,6 +169,12 @@ def spec_from_gguf(
         "tied": "output.weight" not in tensors,
         "qkv_bias": _qkv_bias(family, tensors),
         "qk_norm": family.qk_norm,
+        "post_norms": family.post_norms,
+        "act": family.act,
+        "embedding_scale": math.sqrt(width) if family.scaled_embedding else 1.0,
+        "attention_scale": 1.0 / math.sqrt(width / heads) if layers == family.wide_scale_layers else 0.0,
+        **_windows(keys, family, layers),
+        **_softcaps(keys, family),
     }
     try:
         spec = msgspec.convert(spec_fields, Spec)
@@ -161,6 +200,8 @@ def expected_tensors(spec: Spec) -> dict[str, tuple[int, int]]:
             "ffn_up.weight": (spec.ffn, spec.width),
             "ffn_down.weight": (spec.width, spec.ffn),
         }
+        if spec.post_norms:
+            block |= {"post_attention_norm.weight": (spec.width, 1), "post_ffw_norm.weight": (spec.width, 1)}
         if spec.qkv_bias:
             block |= {"attn_q.bias": (q, 1), "attn_k.bias": (kv, 1), "attn_v.bias": (kv, 1)}
         if spec.qk_norm:
@@ -241,8 +282,13 @@ _NEUTRAL: Mapping[str, object] = {
 }
 
 
-def _refuse_what_is_not_computed(keys: _Keys) -> None:
+def _refuse_what_is_not_computed(keys: _Keys, family: Family) -> None:
+    computed = {"attention.sliding_window"} if family.windows else set[str]()
+    if family.softcaps is not None:
+        computed |= {"attn_logit_softcapping", "final_logit_softcapping"}
     for key, neutral in _NEUTRAL.items():
+        if key in computed:
+            continue
         value = keys.get(key)
         if value is not None and value != neutral:
             raise UnsupportedModel(f"{keys.prefix}.{key} is set, and VAI does not compute that yet.")
@@ -258,6 +304,48 @@ def _rope_scaling(keys: _Keys) -> tuple[str, float]:
     if scaling == "none" or factor == 1.0:
         return "none", 1.0
     return "linear", factor
+
+
+def _windows(keys: _Keys, family: Family, layers: int) -> dict[str, object]:
+    if not family.windows:
+        return {}
+    window = family.window
+    if window == 0 or keys.get("attention.sliding_window") is not None:
+        default = None if family.full_every else 0
+        window = keys.integer("attention.sliding_window", 0, MAX_CONTEXT, default=default)
+    if window == 0:
+        return {}
+    return {
+        "window": window,
+        "full_every": _full_every(keys, family, layers),
+        "local_rope_base": keys.number("rope.freq_base_swa", MAX_ROPE_BASE, default=family.local_rope_base)
+        if family.local_rope_base
+        else 0.0,
+    }
+
+
+def _full_every(keys: _Keys, family: Family, layers: int) -> int:
+    """In a file a number, or for each layer whether it has a window."""
+    key = "attention.sliding_window_pattern"
+    value = keys.get(key)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for every in range(min(layers, MAX_LAYERS) + 1):
+            if list(value) == [every == 0 or (layer + 1) % every != 0 for layer in range(layers)]:
+                return every
+        raise UnsupportedModel(
+            f"{keys.prefix}.{key} has a pattern that is not supported; VAI computes every n-th layer."
+        )
+    return keys.integer(key, 0, MAX_LAYERS, default=family.full_every)
+
+
+def _softcaps(keys: _Keys, family: Family) -> dict[str, object]:
+    if family.softcaps is None:
+        return {}
+    scores, logits = family.softcaps
+    return {
+        "attention_softcap": keys.number("attn_logit_softcapping", MAX_SOFTCAP, default=scores),
+        "logit_softcap": keys.number("final_logit_softcapping", MAX_SOFTCAP, default=logits),
+    }
 
 
 def _vocabulary(keys: _Keys, tensors: Mapping[str, tuple[int, int]]) -> int:

@@ -1,8 +1,8 @@
-"""Llama 1 to 3, DeepSeek Coder and LLM, Mistral without a window, and whatever else is stored as `llama`.
+"""Llama 1 to 3, DeepSeek Coder and LLM, Mistral with and without a window, and whatever else is stored as `llama`.
 
 The GGUF converter permutes the rows of each query and key head so that RoPE rotates neighbours.
 """
 
 from vai.models.family import Family
 
-FAMILY = Family(architecture="llama", pairing="norm", qkv_bias="optional", rope_divisors=True)
+FAMILY = Family(architecture="llama", pairing="norm", qkv_bias="optional", rope_divisors=True, windows=True)
