@@ -39,6 +39,17 @@ def test_the_size_of_an_image_is_known_to_the_byte_before_it_is_burned(tmp_path:
         assert (promised.table.tensors, promised.spec.to_bytes()) == (image.table.tensors, image.spec)
 
 
+def test_layers_with_a_window_are_told_apart(vai: Vai, tmp_path: Path) -> None:
+    synthesize(tmp_path / "m.gguf", shape="tiny-gemma2", type="Q8_0")
+    (model,) = planned(vai, tmp_path / "m.gguf", "--kv", "32M")["models"]
+    assert model["groups"] == [
+        {"layers": 1, "window": None, "bytes_per_token": 384},
+        {"layers": 2, "window": 20, "bytes_per_token": 768},
+    ]
+    assert model["kv_bytes_per_token"] == 384 + 768
+    assert "of the last 20 tokens in 2 layers" in vai("plan", tmp_path / "m.gguf", "--kv", "32M").stdout
+
+
 def test_what_is_planned_is_what_status_and_proc_say_after_loading(
     vai: Vai, checkpoint: Path, registry: Registry
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ class Planned:
     """What one model takes, in bytes.
 
     digest: of its image in memory; None where `file` would have to be burned · kv_bytes_per_token: in pages of 32
-    tokens · tokens_that_fit: what the whole scratchpad holds of it; None where it keeps nothing.
+    tokens · tokens_that_fit: what the whole scratchpad holds of it; None where it keeps nothing · groups: its layers by
+    how far back they look, with `window` None for those that see everything, and the bytes of a token in them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Planned:
     context: int
     kv_bytes_per_token: int
     tokens_that_fit: int | None
+    groups: list[dict[str, int | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,10 @@ def _model(settings: Config, text: str, engine: Engine) -> Planned:
         tokens_that_fit=tokens_that_fit(
             engine.scratchpad, [Owner(text, group, count) for group, count in enumerate(pages)]
         ),
+        groups=[
+            {"layers": group.layers, "window": group.window, "bytes_per_token": bytes_ // PAGE_TOKENS}
+            for group, bytes_ in zip(program.groups, pages, strict=True)
+        ],
     )
 
 
@@ -227,6 +233,9 @@ def _could_go(settings: Config, planned: Sequence[Planned]) -> list[str]:
 def _show(planned: Sequence[Planned], found: dict[str, Any]) -> None:
     header = ("MODEL", "IN MEMORY", "IMAGE", "WORKSPACE", "KV PER TOKEN", "CONTEXT", "TOKENS FIT")
     table(header, [_row(model) for model in planned])
+    for model in planned:
+        if any(group["window"] for group in model.groups):
+            click.echo(f"\n{model.name} keeps {', '.join(map(_group, model.groups))}.")
     click.echo()
     room = found["room"]
     lines = [
@@ -241,6 +250,11 @@ def _show(planned: Sequence[Planned], found: dict[str, Any]) -> None:
     table(("MEMORY", "", ""), lines)
     if found["accepted"]:
         click.echo("\nThis fits.")
+
+
+def _group(group: Mapping[str, int | None]) -> str:
+    reach = f"of the last {group['window']:,} tokens" if group["window"] else "of every token"
+    return f"{size(group['bytes_per_token'] or 0)} {reach} in {group['layers']} layers"
 
 
 def _pages(found: dict[str, Any]) -> str:

@@ -1,0 +1,105 @@
+"""A real model with a window in some of its layers: what is behind it is freed, and no bit of an answer changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vai.burn.burn import burn
+from vai.burn.synth import SHAPES, synthesize
+from vai.engine.engine import Engine
+from vai.kernels import table
+from vai.kernels.program import PAGE_TOKENS, StepArgs
+from vai.models.decoder import build
+from vai.request import Request, SamplingParams
+from vai.rom.segment import attach
+
+Make = Callable[..., Engine]
+SHAPE = "tiny-gemma2"
+PROMPT = [(61 * i * i + 17 * i + 7) % SHAPES[SHAPE].vocabulary for i in range(150)]
+MADE = 50
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    base = tmp_path_factory.mktemp("windowed")
+    synthesize(base / "model.gguf", shape=SHAPE, type="Q8_0")
+    return base / "root", burn(base / "model.gguf", base / "root").digest
+
+
+def by_reference(root: Path, digest: str, tokens: list[int]) -> list[int]:
+    """The most likely token behind each of `tokens`, from one step of the reference that keeps every page."""
+    program = build(SHAPES[SHAPE])
+    pages = -(-len(tokens) // PAGE_TOKENS)
+    sizes = [group.page_bytes("bf16") for group in program.groups]
+    tables = tuple(sum(sizes[:g]) * pages + np.arange(pages)[None, :] * size for g, size in enumerate(sizes))
+    with attach(root, digest) as image:
+        plan = table.lower(
+            program,
+            image,
+            backend="reference",
+            max_rows=len(tokens),
+            max_sequences=len(tokens),
+            workers=table.make_workers(1),
+        )
+        step = StepArgs(
+            tokens=np.array(tokens, np.int32),
+            positions=np.arange(len(tokens), dtype=np.int32),
+            seq_start=np.array([0, len(tokens)], np.int32),
+            context=np.zeros(1, np.int32),
+            block_tables=tables,
+            output_rows=np.arange(len(tokens), dtype=np.int32),
+        )
+        logits = plan.forward(step, np.full(pages * sum(sizes), 0xFF, np.uint8))
+        return [int(token) for token in logits.argmax(axis=1)]
+
+
+def asked(engine: Engine, digest: str, prompts: list[list[int]], **how: bool) -> list[tuple[list[int], int]]:
+    """Answers and tokens taken from the cache; all at once."""
+    sampling = SamplingParams(temperature=0, max_tokens=MADE)
+    for i, prompt in enumerate(prompts):
+        engine.submit(Request(id=str(i), image=digest, tokens=prompt, sampling=sampling, **how))
+    answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    cached = dict.fromkeys(answers, 0)
+    while engine.has_work():
+        for output in engine.step():
+            assert output.error is None
+            answers[output.id] += output.tokens
+            cached[output.id] += output.cached_tokens
+    return [(answers[identity], cached[identity]) for identity in answers]
+
+
+def test_answers_are_the_reference_s_with_pages_freed_found_again_and_computed_again(
+    model: tuple[Path, str], make_engine: Make
+) -> None:
+    root, digest = model
+    program = build(SHAPES[SHAPE])
+    assert [group.window for group in program.groups] == [None, 20]
+    engine = make_engine(root, slabs=2)
+    engine.attach(digest)
+    [(first, hit)] = asked(engine, digest, [PROMPT])
+    assert (len(first), hit) == (MADE, 0)
+    told = by_reference(root, digest, PROMPT + first)
+    assert first == told[len(PROMPT) - 1 : -1]
+    turn = [*PROMPT, *first, 3, 5]  # goes on; the other needs pages that the window had left behind
+    fork = [*PROMPT[:100], 9]
+    together = asked(engine, digest, [turn, fork])
+    assert [hit for _, hit in together] == [192, 0]
+    for prompt, (answer, _) in zip((turn, fork), together, strict=True):
+        assert asked(make_engine(root, slabs=2), digest, [prompt], cache=False) == [(answer, 0)]
+
+
+def test_the_group_with_a_window_holds_two_pages_of_a_long_sequence(model: tuple[Path, str], make_engine: Make) -> None:
+    root, digest = model
+    engine = make_engine(root, slabs=2)
+    sampling = SamplingParams(temperature=0, max_tokens=MADE)
+    engine.submit(Request(id="a", image=digest, tokens=PROMPT, sampling=sampling, cache=False))
+    made, most = 0, 0
+    while engine.has_work():
+        made += sum(len(output.tokens) for output in engine.step())
+        if made:
+            most = max(most, engine.status().models[0].pages)
+    assert most == 7 + 2  # of 200 tokens, those of all layers that see everything, and those of the others
