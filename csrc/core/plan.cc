@@ -27,7 +27,7 @@ constexpr int kPieces = 8;
 
 int share_begin(int units, int worker, int count) { return int(int64_t(units) * worker / count); }
 
-// How many rows of one sequence a unit of attention takes, so that its queries fill a group of four.
+// How many rows of one sequence a unit of attention takes.
 int rows_of_tile(int queries_per_row) { return std::max(1, kAttentionQueries / queries_per_row); }
 
 }  // namespace
@@ -186,6 +186,7 @@ void Plan::attention(Place q, Place out, int group, int layer, int heads, float 
   add(a, where, group);
   Instruction& instruction = instructions_.back();
   instruction.next = &counters_.emplace_back(0);
+  tiles_[rows_of_tile(heads / p.kv_heads)];
   instruction.scratch = reinterpret_cast<float*>(area(scratch, size_t(workers_.count()) * floats * sizeof(float)));
   instruction.scratch_floats = floats;
 }
@@ -243,12 +244,11 @@ void Plan::check(const Step& s) const {
 
 // What the instructions need to know of this step.
 void Plan::bind(const Step& s) {
-  for (auto& tiles : tiles_) tiles.clear();
+  for (auto& [rows, tiles] : tiles_) tiles.clear();
   for (size_t q = 0; q < s.sequences; ++q) {
     std::fill(sequence_of_row_.begin() + s.seq_start[q], sequence_of_row_.begin() + s.seq_start[q + 1], int32_t(q));
-    for (int n : {1, 2, 4})
-      for (int m = s.seq_start[q]; m < s.seq_start[q + 1]; m += n)
-        tiles_[n].push_back({m, std::min(n, s.seq_start[q + 1] - m)});
+    for (auto& [rows, tiles] : tiles_)
+      for (int m = s.seq_start[q]; m < s.seq_start[q + 1]; m += rows) tiles.push_back({m, std::min(rows, s.seq_start[q + 1] - m)});
   }
   for (auto& instruction : instructions_) {
     const int rows = int(instruction.where.outputs ? s.outputs : s.rows);
@@ -275,7 +275,7 @@ void Plan::bind(const Step& s) {
     } else if (auto* attention = std::get_if<AttentionArgs>(&instruction.args)) {
       attention->positions = s.positions;
       set_pages(attention->pages);
-      attention->tiles = tiles_[rows_of_tile(attention->heads / attention->pages.kv_heads)].data();
+      attention->tiles = tiles_.at(rows_of_tile(attention->heads / attention->pages.kv_heads)).data();
       instruction.next->store(0, std::memory_order_relaxed);
     }
   }
@@ -323,7 +323,7 @@ void Plan::work(int worker, const Step& s) {
       if constexpr (std::is_same_v<A, LinearArgs>) {
         if (rows > 0) multiply(worker, instruction, a);
       } else if constexpr (std::is_same_v<A, AttentionArgs>) {
-        const auto& tiles = tiles_[rows_of_tile(a.heads / a.pages.kv_heads)];
+        const auto& tiles = tiles_.at(rows_of_tile(a.heads / a.pages.kv_heads));
         const int units = int(tiles.size()) * a.pages.kv_heads;
         float* scratch = instruction.scratch + size_t(worker) * instruction.scratch_floats;
         for (int u; (u = instruction.next->fetch_add(1, std::memory_order_relaxed)) < units;) isa_.attention(a, u, scratch);

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <optional>
 #include <variant>
 #include <vector>
@@ -149,7 +150,7 @@ class Plan {
   std::deque<std::vector<Cursor>> cursors_;
   std::vector<int32_t> sequence_of_row_;
   std::vector<std::chrono::steady_clock::time_point> ends_;  // of a timed step: its beginning, then each instruction's end
-  std::vector<RowTile> tiles_[kAttentionQueries + 1];  // by rows in a tile
+  std::map<int, std::vector<RowTile>> tiles_;  // by rows in a tile
   float* result_ = nullptr;
   size_t result_columns_ = 0, result_width_ = 0;
   bool result_of_outputs_ = false;

@@ -24,7 +24,7 @@ enum class KvType : int { kBf16, kF32, kQ8_0 };
 constexpr int kPageTokens = 32;
 constexpr int kAttentionChunk = 1024;
 constexpr int kKvGroup = 32;  // elements of a head that share a scale in kQ8_0
-constexpr int kAttentionQueries = 4;  // queries that share one reading of K and V
+constexpr int kAttentionQueries = 24;  // queries that share one reading of K and V
 
 // Activations are quantized in groups of 32 columns, or of 256 for the K types.
 constexpr int kGroup = 32, kWideGroup = 256;
@@ -267,7 +267,8 @@ struct Isa {
 };
 
 constexpr size_t attention_scratch(size_t context, int head_dim) {
-  return kAttentionQueries * (context + 2 * size_t((head_dim + 15) / 16 * 16));
+  const size_t padded = size_t(head_dim + 15) / 16 * 16;
+  return kAttentionQueries * (context + 2 * padded) + kPageTokens * padded;
 }
 
 }  // namespace vai
