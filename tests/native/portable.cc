@@ -111,7 +111,7 @@ void linear_layers() {
       note(y.data(), size_t(rows) * width);
       Guarded<float> gathered(k);
       const int32_t token = between(0, blocks * 16 - 1);
-      embed({{weights.data(), BlockType(type), columns, 0, 1}, &token, gathered.data(), k}, 0, 1);
+      embed({{weights.data(), BlockType(type), columns, 0, 1}, &token, gathered.data(), k, 1.0f}, 0, 1);
       note(gathered.data(), k);
     }
 }
@@ -149,7 +149,7 @@ void the_rest() {
     const size_t k = size_t(columns);
     Guarded<float> gate(k * 3), up(k * 3), out(k * 3), p(k);
     for (size_t i = 0; i < k * 3; ++i) gate[i] = 20 * real(), up[i] = real();
-    glu_scalar({gate.data(), up.data(), k, k, columns, out.data(), k}, 0, 3);
+    glu_scalar({gate.data(), up.data(), k, k, columns, out.data(), k, Act::kSilu}, 0, 3);
     note(out.data(), 3 * k);
     float top;
     demand(probabilities_scalar({gate.data(), columns, 0.7f, p.data()}, &top), "a logit that is no NaN");
@@ -167,10 +167,10 @@ void plan_on_threads() {
   constexpr size_t kCopied = kOut + kRows * kOutputs * 4;
   Workers workers(3);
   Plan plan(workers, isa, image.data(), kTable + kWeights, {kCopied + kRows * kOutputs * 4, kRows, kRows, 16, 4096, KvType::kF32, {}});
-  plan.embed({0, int(BlockType::kF32), 16, kColumns, 0, 1}, {0, kColumns}, {false, false});
-  plan.norm({0, kColumns}, kColumns, {}, 0, {}, kPacked, {}, {false, true});
+  plan.embed({0, int(BlockType::kF32), 16, kColumns, 0, 1}, 1.0f, {0, kColumns}, {false, false});
+  plan.norm({0, kColumns}, 1, kColumns, {}, 0, {}, {}, kPacked, {}, {false, true});
   plan.linear({kTable, int(BlockType::kQ4_0), kOutputs, kColumns, 0, 1}, kOutputs / 16, {}, kPacked, {}, {}, {}, {kOut, kOutputs}, false,
-              {false, true});
+              0, 0.0f, {false, true});
   plan.rows({kOut, kOutputs}, kOutputs, {kCopied, kOutputs}, {true, true});
   plan.result({kCopied, kOutputs}, kOutputs, true);
   std::vector<int32_t> tokens(kRows), positions(kRows);
