@@ -2,8 +2,8 @@
 
 Run: python bench/grammar.py [FILE.gguf] [--tokens 96] [--seed 1]. Without a file, a qwen2-0.5b with random weights
 and a vocabulary of 152,000 is made. Masks are made for an answer drawn at random from what the grammar allows, so that
-all of its parts come up. Through the engine, the same model answers in turns with and without the grammar, greedy, one stream
-without guesses: a mask travels while the step that needs it computes, so what is left is what could not be hidden.
+all of its parts come up. Through the engine, the same model answers in turns with and without the grammar, greedy, one
+stream without guesses: a mask travels while the step that needs it computes, so what is left could not be hidden.
 
 A table for people, then one line of JSON.
 """
