@@ -28,7 +28,8 @@ using Table = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::
 using PlaceOf = std::tuple<size_t, size_t>;
 using WeightOf = std::tuple<size_t, int, int, int, int, int>;
 using VectorOf = std::tuple<size_t, size_t, int, int>;
-using WhereOf = std::tuple<bool, bool>;
+using WhereOf = std::tuple<bool, bool, int>;
+using RoutedOf = std::tuple<size_t, int, int>;
 
 template <class T, class U>
 T made(const U& tuple) {
@@ -117,6 +118,27 @@ void bind_plan(nb::module_& m) {
              p.attention(made<Place>(q), made<Place>(out), group, layer, heads, scale, window, softcap, scratch, made<Where>(where));
            }, nb::kw_only(), nb::arg("q"), nb::arg("out"), nb::arg("group"), nb::arg("layer"), nb::arg("heads"), nb::arg("scale"),
            nb::arg("window"), nb::arg("softcap"), nb::arg("scratch"), nb::arg("where"))
+      .def("route", [](Plan& p, PlaceOf logits, RoutedOf routed, bool renormalize, WhereOf where) {
+             p.route(made<Place>(logits), made<vai::Routed>(routed), renormalize, made<Where>(where));
+           }, nb::kw_only(), nb::arg("logits"), nb::arg("routed"), nb::arg("renormalize"), nb::arg("where"))
+      .def("sort", [](Plan& p, RoutedOf routed, WhereOf where) { p.sort(made<vai::Routed>(routed), made<Where>(where)); },
+           nb::kw_only(), nb::arg("routed"), nb::arg("where"))
+      .def("expert_rows", [](Plan& p, PlaceOf x, int columns, RoutedOf routed, bool gathered, std::optional<PlaceOf> out,
+                             std::optional<size_t> packed32, std::optional<size_t> packed256, WhereOf where) {
+             p.expert_rows(made<Place>(x), columns, made<vai::Routed>(routed), gathered, made<Place>(out), packed32, packed256,
+                           made<Where>(where));
+           }, nb::kw_only(), nb::arg("x"), nb::arg("columns"), nb::arg("routed"), nb::arg("gathered"), nb::arg("out").none(),
+           nb::arg("packed32").none(), nb::arg("packed256").none(), nb::arg("where"))
+      .def("expert_linear", [](Plan& p, WeightOf weight, int blocks, std::optional<PlaceOf> x, std::optional<size_t> packed, PlaceOf out,
+                               bool gated, RoutedOf routed, WhereOf where) {
+             p.expert_linear(made<vai::Weight>(weight), blocks, made<Place>(x), packed, made<Place>(out), gated,
+                             made<vai::Routed>(routed), made<Where>(where));
+           }, nb::kw_only(), nb::arg("weight"), nb::arg("blocks"), nb::arg("x").none(), nb::arg("packed").none(), nb::arg("out"),
+           nb::arg("gated"), nb::arg("routed"), nb::arg("where"))
+      .def("expert_sum", [](Plan& p, PlaceOf x, int columns, RoutedOf routed, std::optional<PlaceOf> residual, PlaceOf out, WhereOf where) {
+             p.expert_sum(made<Place>(x), columns, made<vai::Routed>(routed), made<Place>(residual), made<Place>(out), made<Where>(where));
+           }, nb::kw_only(), nb::arg("x"), nb::arg("columns"), nb::arg("routed"), nb::arg("residual").none(), nb::arg("out"),
+           nb::arg("where"))
       .def("rows", [](Plan& p, PlaceOf x, int columns, PlaceOf out, WhereOf where) {
              p.rows(made<Place>(x), columns, made<Place>(out), made<Where>(where));
            }, nb::kw_only(), nb::arg("x"), nb::arg("columns"), nb::arg("out"), nb::arg("where"))

@@ -49,15 +49,15 @@ uint8_t* Plan::area(size_t offset, size_t bytes) const {
   return workspace_ + offset;
 }
 
-float* Plan::place(Place p, int columns, bool outputs) const {
+float* Plan::place(Place p, int columns, bool outputs, int copies) const {
   require(columns > 0 && size_t(columns) <= p.width, "a row wider than its place");
-  const size_t floats = size_t(capacity(outputs) - 1) * p.width + size_t(columns);
+  const size_t floats = (size_t(capacity(outputs)) * size_t(copies) - 1) * p.width + size_t(columns);
   return reinterpret_cast<float*>(area(p.offset, floats * sizeof(float)));
 }
 
-uint8_t* Plan::packed(size_t offset, int group, int columns, bool outputs) const {
+uint8_t* Plan::packed(size_t offset, int group, int columns, bool outputs, int copies) const {
   require(columns % group == 0, "columns that are no whole groups");
-  return area(offset, size_t(capacity(outputs)) * packed_row_bytes(group, columns));
+  return area(offset, size_t(capacity(outputs)) * size_t(copies) * packed_row_bytes(group, columns));
 }
 
 Matrix Plan::matrix(const Weight& w) const {
@@ -145,9 +145,8 @@ void Plan::linear(const Weight& weight, int blocks, std::optional<Place> x, std:
 
 void Plan::glu(Place gate, Place up, int act, int columns, Place out, Where where) {
   require(act >= 0 && act < kActs, "no such activation");
-  add(GluArgs{place(gate, columns, where.outputs), place(up, columns, where.outputs), gate.width, up.width, columns,
-              place(out, columns, where.outputs), out.width, Act(act)},
-      where);
+  auto at = [&](Place p) { return place(p, columns, where.outputs, where.copies); };
+  add(GluArgs{at(gate), at(up), gate.width, up.width, columns, at(out), out.width, Act(act)}, where);
 }
 
 void Plan::angles(std::vector<double> frequencies, size_t out, Where where) {
@@ -189,6 +188,63 @@ void Plan::attention(Place q, Place out, int group, int layer, int heads, float 
   tiles_[rows_of_tile(heads / p.kv_heads)];
   instruction.scratch = reinterpret_cast<float*>(area(scratch, size_t(workers_.count()) * floats * sizeof(float)));
   instruction.scratch_floats = floats;
+}
+
+Routing Plan::routing(Routed r) const {
+  require(r.experts > 0 && r.experts <= kMaxExperts && r.used > 0 && r.used <= r.experts, "bad experts");
+  const size_t rows = size_t(shape_.max_rows), pairs = rows * size_t(r.used);
+  auto* words = reinterpret_cast<int32_t*>(area(r.offset, routing_words(rows, r.experts, r.used) * sizeof(int32_t)));
+  int32_t* first = words + 4 * pairs;
+  return {r.experts, r.used, words, reinterpret_cast<float*>(words + pairs), words + 2 * pairs, words + 3 * pairs,
+          first,     first + r.experts + 1};
+}
+
+void Plan::route(Place logits, Routed routed, bool renormalize, Where where) {
+  require(!where.outputs, "experts of output rows");
+  add(RouteArgs{place(logits, routed.experts, false), logits.width, renormalize, routing(routed)}, where);
+}
+
+void Plan::sort(Routed routed, Where where) { add(SortArgs{routing(routed)}, where); }
+
+void Plan::expert_rows(Place x, int columns, Routed routed, bool gathered, std::optional<Place> out,
+                       std::optional<size_t> packed32, std::optional<size_t> packed256, Where where) {
+  const int used = routed.used;
+  ExpertRowsArgs a{{}, routing(routed)};
+  require(!where.outputs && where.copies == used, "rows that are not the experts'");
+  a.norm.x = place(x, columns, false, gathered ? 1 : used);
+  a.norm.ldx = x.width;
+  a.norm.columns = columns;
+  if (gathered) a.norm.source = a.routing.row;
+  if (out) a.norm.out = place(*out, columns, false, used), a.norm.ldo = out->width;
+  if (packed32) a.norm.packed32 = packed(*packed32, kGroup, columns, false, used);
+  if (packed256) a.norm.packed256 = packed(*packed256, kWideGroup, columns, false, used);
+  add(a, where);
+}
+
+void Plan::expert_linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records, Place out,
+                         bool gated, Routed routed, Where where) {
+  ExpertLinearArgs a{{}, routing(routed), blocks};
+  require(!where.outputs && where.copies == routed.used, "rows that are not the experts'");
+  a.linear.weight = matrix(weight);
+  require(blocks > 0 && weight.first + (routed.experts * blocks - 1) * weight.step + (gated ? 1 : 0) < (weight.rows + 15) / 16,
+          "too many blocks");
+  const int group = layout(a.linear.weight.type).group;
+  require(group ? records && !x : x && !records, "the wrong kind of activations");
+  if (x) a.linear.x = place(*x, weight.columns, false, routed.used), a.linear.ldx = x->width;
+  if (records) a.linear.packed = packed(*records, group, weight.columns, false, routed.used);
+  a.linear.out = place(out, blocks * 16, false, routed.used);
+  a.linear.ldo = out.width;
+  a.linear.gated = gated;
+  add(a, where);
+  instructions_.back().next = &counters_.emplace_back(0);
+}
+
+void Plan::expert_sum(Place x, int columns, Routed routed, std::optional<Place> residual, Place out, Where where) {
+  require(!where.outputs, "experts of output rows");
+  ExpertSumArgs a{routing(routed), place(x, columns, false, routed.used), x.width, columns, nullptr, 0, place(out, columns, false),
+                  out.width};
+  if (residual) a.residual = place(*residual, columns, false), a.ldr = residual->width;
+  add(a, where);
 }
 
 void Plan::rows(Place x, int columns, Place out, Where where) {
@@ -277,6 +333,8 @@ void Plan::bind(const Step& s) {
       set_pages(attention->pages);
       attention->tiles = tiles_.at(rows_of_tile(attention->heads / attention->pages.kv_heads)).data();
       instruction.next->store(0, std::memory_order_relaxed);
+    } else if (std::holds_alternative<ExpertLinearArgs>(instruction.args)) {
+      instruction.next->store(0, std::memory_order_relaxed);
     }
   }
 }
@@ -306,6 +364,44 @@ void Plan::multiply(int worker, const Instruction& instruction, const LinearArgs
   }
 }
 
+// The sorted rows [begin, end), which may be those of several experts.
+void Plan::sorted_rows(const ExpertRowsArgs& args, int begin, int end) {
+  const int32_t *first = args.routing.first, *active = args.routing.active;
+  for (int i = 0; i < active[args.routing.experts]; ++i) {
+    const int start = first[active[i]], stop = first[active[i] + 1];
+    if (stop <= begin || start >= end) continue;
+    NormArgs a = args.norm;
+    a.rows = stop - start;
+    a.row_block = isa_.row_block(a.rows);
+    if (a.source)
+      a.source += start;
+    else
+      a.x += size_t(start) * a.ldx;
+    if (a.out) a.out += size_t(start) * a.ldo;
+    if (a.packed32) a.packed32 += size_t(start) * packed_row_bytes(kGroup, a.columns);
+    if (a.packed256) a.packed256 += size_t(start) * packed_row_bytes(kWideGroup, a.columns);
+    isa_.norm(a, std::max(begin, start) - start, std::min(end, stop) - start);
+  }
+}
+
+// A unit is a piece of one expert's blocks under all of that expert's rows.
+void Plan::multiply_experts(const Instruction& instruction, const ExpertLinearArgs& args) {
+  const Routing& r = args.routing;
+  const int active = r.active[r.experts], parts = workers_.count() * kPieces;
+  const int piece = std::max(2, ((active * args.blocks + parts - 1) / parts + 1) & ~1);
+  const int pieces = (args.blocks + piece - 1) / piece;
+  for (int unit; (unit = instruction.next->fetch_add(1, std::memory_order_relaxed)) < active * pieces;) {
+    const int expert = r.active[unit / pieces], begin = unit % pieces * piece, start = r.first[expert];
+    LinearArgs a = args.linear;
+    a.rows = r.first[expert + 1] - start;
+    a.weight.first += expert * args.blocks * a.weight.step;
+    if (a.packed) a.packed += size_t(start) * packed_row_bytes(layout(a.weight.type).group, a.weight.columns);
+    if (a.x) a.x += size_t(start) * a.ldx;
+    a.out += size_t(start) * a.ldo;
+    isa_.linear(a, begin, std::min(begin + piece, args.blocks));
+  }
+}
+
 void Plan::work(int worker, const Step& s) {
   const int count = workers_.count();
   // The last worker has work wherever there are rows. Where a barrier ends an instruction, it is over when the last one
@@ -313,7 +409,7 @@ void Plan::work(int worker, const Step& s) {
   const bool clock = s.seconds && worker == count - 1;
   if (clock) ends_[0] = std::chrono::steady_clock::now();
   for (auto& instruction : instructions_) {
-    const int rows = int(instruction.where.outputs ? s.outputs : s.rows);
+    const int rows = int(instruction.where.outputs ? s.outputs : s.rows) * instruction.where.copies;
     auto share = [&](int units, auto&& part) {
       const int begin = share_begin(units, worker, count), end = share_begin(units, worker + 1, count);
       if (begin < end) part(begin, end);
@@ -327,6 +423,10 @@ void Plan::work(int worker, const Step& s) {
         const int units = int(tiles.size()) * a.pages.kv_heads;
         float* scratch = instruction.scratch + size_t(worker) * instruction.scratch_floats;
         for (int u; (u = instruction.next->fetch_add(1, std::memory_order_relaxed)) < units;) isa_.attention(a, u, scratch);
+      } else if constexpr (std::is_same_v<A, SortArgs>) {
+        if (worker == 0) sort_rows(a.routing, rows);
+      } else if constexpr (std::is_same_v<A, ExpertLinearArgs>) {
+        multiply_experts(instruction, a);
       } else {
         share(rows, [&](int b, int e) {
           if constexpr (std::is_same_v<A, EmbedArgs>) vai::embed(a, b, e);
@@ -335,6 +435,9 @@ void Plan::work(int worker, const Step& s) {
           if constexpr (std::is_same_v<A, AnglesArgs>) vai::angles(a, b, e);
           if constexpr (std::is_same_v<A, RopeArgs>) vai::rope(a, b, e);
           if constexpr (std::is_same_v<A, KvWriteArgs>) vai::kv_write(a, b, e);
+          if constexpr (std::is_same_v<A, RouteArgs>) vai::route(a, b, e);
+          if constexpr (std::is_same_v<A, ExpertRowsArgs>) sorted_rows(a, b, e);
+          if constexpr (std::is_same_v<A, ExpertSumArgs>) vai::expert_sum(a, b, e);
           if constexpr (std::is_same_v<A, CopyArgs>)
             for (int r = b; r < e; ++r)
               std::memcpy(a.out + size_t(r) * a.ldo, a.x + size_t(s.output_rows[r]) * a.ldx, size_t(a.columns) * sizeof(float));

@@ -33,9 +33,17 @@ struct Vector {
   int first, step;
 };
 
-// Over which rows an instruction goes, and whether the next one reads what another worker wrote.
+// Over which rows an instruction goes, and whether the next one reads what another worker wrote. `copies`: rows there are for
+// each of them, one for each of its experts.
 struct Where {
   bool outputs, barrier;
+  int copies;
+};
+
+// The bytes of a Routing in the workspace.
+struct Routed {
+  size_t offset;
+  int experts, used;
 };
 
 // `window`: tokens that a row sees at most, its own the last; 0: all.
@@ -97,6 +105,15 @@ class Plan {
   // `scratch`: byte offset of the workers' scratch, one after the other.
   void attention(Place q, Place out, int group, int layer, int heads, float scale, int window, float softcap, size_t scratch,
                  Where where);
+  void route(Place logits, Routed routed, bool renormalize, Where where);
+  void sort(Routed routed, Where where);
+  // As norm without a weight. `gathered`: x has the rows of the step, not the sorted ones.
+  void expert_rows(Place x, int columns, Routed routed, bool gathered, std::optional<Place> out, std::optional<size_t> packed32,
+                   std::optional<size_t> packed256, Where where);
+  // As linear; `blocks`: output blocks of each expert.
+  void expert_linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records, Place out, bool gated,
+                     Routed routed, Where where);
+  void expert_sum(Place x, int columns, Routed routed, std::optional<Place> residual, Place out, Where where);
   void rows(Place x, int columns, Place out, Where where);
   void result(Place out, int columns, bool of_outputs);
 
@@ -111,7 +128,8 @@ class Plan {
   size_t result_width() const { return result_width_; }
 
  private:
-  using Args = std::variant<EmbedArgs, NormArgs, LinearArgs, GluArgs, AnglesArgs, RopeArgs, KvWriteArgs, AttentionArgs, CopyArgs>;
+  using Args = std::variant<EmbedArgs, NormArgs, LinearArgs, GluArgs, AnglesArgs, RopeArgs, KvWriteArgs, AttentionArgs, CopyArgs,
+                            RouteArgs, SortArgs, ExpertRowsArgs, ExpertLinearArgs, ExpertSumArgs>;
   struct alignas(64) Cursor {
     std::atomic<int> next{0};
   };
@@ -119,16 +137,17 @@ class Plan {
     Args args;
     Where where;
     int units;  // linear: output blocks; KV operations: their cache group
-    std::atomic<int>* next = nullptr;  // attention: the unit that nobody has taken yet
+    std::atomic<int>* next = nullptr;  // attention, experts: the unit that nobody has taken yet
     Cursor* cursors = nullptr;  // linear: for each worker, the block of its share that nobody has taken yet
     float* scratch = nullptr;
     size_t scratch_floats = 0;
   };
 
   int capacity(bool outputs) const { return outputs ? shape_.max_outputs : shape_.max_rows; }
-  float* place(Place p, int columns, bool outputs) const;
+  float* place(Place p, int columns, bool outputs, int copies = 1) const;
   uint8_t* area(size_t offset, size_t bytes) const;
-  uint8_t* packed(size_t offset, int group, int columns, bool outputs) const;
+  uint8_t* packed(size_t offset, int group, int columns, bool outputs, int copies = 1) const;
+  Routing routing(Routed routed) const;
   Matrix matrix(const Weight& weight) const;
   const float* vector(const Vector& v, int blocks) const;
   Pages pages(int group, int layer) const;
@@ -137,6 +156,8 @@ class Plan {
   void bind(const Step& step);
   void work(int worker, const Step& step);
   void multiply(int worker, const Instruction& instruction, const LinearArgs& args);
+  void sorted_rows(const ExpertRowsArgs& args, int begin, int end);
+  void multiply_experts(const Instruction& instruction, const ExpertLinearArgs& args);
 
   Workers& workers_;
   const Isa& isa_;

@@ -29,6 +29,7 @@ SHORT = [(shape, type, 40, 40) for shape in ("tiny", "tiny-qwen2") for type in (
 LONG = [("tiny", "Q8_0", 1060, 8)]  # over the edge of an attention chunk
 MORE = [("tiny-qwen2", type, 40, 40) for type in ("Q4_1", "Q5_0", "Q5_1", "Q4_K_M")]
 QWEN3 = [("tiny-qwen3", type, 40, 40) for type in ("Q4_0", "Q8_0", "F32")]
+EXPERTS = [("tiny-qwen3moe", type, 40, 40) for type in ("Q4_0", "Q8_0", "Q4_K_M", "BF16", "F32")]
 WIDE = [("tiny-256", type, 40, 40) for type in ("Q4_K", "Q5_K", "Q6_K", "Q4_K_M", "Q5_K_M", "Q4_0+Q6_K")]
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     entries = []
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory) / "root"
-        for shape, type, tokens, rows in SHORT + LONG + MORE + WIDE + QWEN3:
+        for shape, type, tokens, rows in SHORT + LONG + MORE + WIDE + QWEN3 + EXPERTS:
             path = Path(directory) / f"{shape}-{type}.gguf"
             synthesize(path, shape=shape, type=type)
             with attach(root, burn(path, root).digest) as image:

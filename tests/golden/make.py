@@ -36,13 +36,21 @@ NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
 SANDWICH = {  # Gemma's
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-CLASSES = {"gemma2": "Gemma2", "gemma3": "Gemma3", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CLASSES = {
+    "gemma2": "Gemma2",
+    "gemma3": "Gemma3",
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3moe": "Qwen3Moe",
+}
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -66,15 +74,34 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def state(path: Path, spec: Spec) -> dict[str, torch.Tensor]:
-    tensors = {}
+    tensors, experts = {}, {}
     for tensor in gguf.GGUFReader(path).tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
         if spec.architecture == "llama" and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             values = unpermute(values, spec.heads if "attn_q" in tensor.name else spec.kv_heads)
         if spec.architecture.startswith("gemma") and "norm" in tensor.name:
             values = values - 1  # the converter adds it
+        if tensor.name.endswith("_exps.weight"):
+            experts[tensor.name] = torch.from_numpy(values)
+            continue
         tensors[transformers_name(tensor.name, spec)] = torch.from_numpy(np.ascontiguousarray(values))
+    for layer in range(spec.layers if experts else 0):
+        gate, up, down = (experts[f"blk.{layer}.ffn_{part}_exps.weight"] for part in ("gate", "up", "down"))
+        to = f"model.layers.{layer}.mlp.experts."
+        tensors |= {to + "gate_up_proj": torch.cat([gate, up], dim=1), to + "down_proj": down}
     return tensors
+
+
+def experts_of(spec: Spec) -> dict[str, object]:
+    return {
+        "moe_intermediate_size": spec.ffn,
+        "num_experts": spec.experts,
+        "num_experts_per_tok": spec.experts_used,
+        "norm_topk_prob": spec.renormalize,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "experts_implementation": "eager",  # the only one in binary64
+    }
 
 
 def model(path: Path, spec: Spec) -> torch.nn.Module:
@@ -110,6 +137,7 @@ def model(path: Path, spec: Spec) -> torch.nn.Module:
             rms_norm_eps=spec.norm_epsilon,
             rope_parameters=rope,
             tie_word_embeddings=spec.tied,
+            **({} if not spec.experts else experts_of(spec)),
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=None,
@@ -125,7 +153,15 @@ def model(path: Path, spec: Spec) -> torch.nn.Module:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
-        for shape in ("tiny", "tiny-qwen2", "tiny-qwen3", "tiny-gemma2", "tiny-gemma3", "tiny-mistral"):
+        for shape in (
+            "tiny",
+            "tiny-qwen2",
+            "tiny-qwen3",
+            "tiny-gemma2",
+            "tiny-gemma3",
+            "tiny-mistral",
+            "tiny-qwen3moe",
+        ):
             for type in ("F32", "Q8_0", "Q4_0"):
                 path = Path(directory) / f"{shape}-{type}.gguf"
                 synthesize(path, shape=shape, type=type)

@@ -10,12 +10,23 @@ import msgspec
 import pytest
 
 from vai.burn.synth import SHAPES
-from vai.kernels.ops import Attention, HeadNorm, KvWrite, Linear, RmsNorm, Rope, Rows
+from vai.kernels.ops import (
+    Attention,
+    ExpertLinear,
+    ExpertSum,
+    HeadNorm,
+    KvWrite,
+    Linear,
+    RmsNorm,
+    Rope,
+    Route,
+    Rows,
+)
 from vai.models.decoder import build, rope_frequencies
 from vai.models.spec import Spec
 
 WEIGHTS = ("weight", "bias")
-INPUTS = ("x", "residual", "addend", "k", "v", "q", "gate", "up")
+INPUTS = ("x", "residual", "addend", "k", "v", "q", "gate", "up", "logits")
 
 
 @pytest.mark.parametrize("spec", SHAPES.values(), ids=SHAPES)
@@ -26,9 +37,13 @@ def test_every_value_is_made_before_it_is_used_and_only_once(spec: Spec) -> None
         fields = {field.name: getattr(op, field.name) for field in dataclasses.fields(op)}
         for name in INPUTS:
             assert fields.get(name) is None or fields[name] in made, op
-        if "output" in fields:
-            assert fields["output"] not in made
-            made.add(fields["output"])
+        if isinstance(op, ExpertLinear | ExpertSum):
+            assert (op.chosen if isinstance(op, ExpertLinear) else op.shares) in made, op
+        results = (
+            {op.chosen, op.shares} if isinstance(op, Route) else {fields[name] for name in fields if name == "output"}
+        )
+        assert not results & made
+        made |= results
     assert set(program.outputs.values()) <= made
 
 

@@ -30,6 +30,9 @@ def metadata(spec: Spec = TINY, **changes: Any) -> dict[str, object]:
         "rope.dimension_count": spec.rope_dims,
         "vocab_size": spec.vocabulary,
     }
+    if spec.experts:
+        keys |= {"expert_count": spec.experts, "expert_used_count": spec.experts_used}
+        keys |= {"expert_feed_forward_length": spec.ffn, "feed_forward_length": 3 * spec.ffn}
     if spec.rope_scaling == "linear":
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": spec.rope_factor}
     if spec.window:

@@ -36,6 +36,9 @@ MIXED = [
     ("tiny-gemma2", "Q8_0"),
     ("tiny-gemma3", "Q4_0"),
     ("tiny-mistral", "F32"),
+    ("tiny-qwen3moe", "Q4_0"),
+    ("tiny-qwen3moe", "Q4_K_M"),
+    ("tiny-qwen3moe", "F32"),
 ]
 TOKENS = 128  # of room for each sequence
 
@@ -120,8 +123,9 @@ def test_native_is_the_reference_in_prefill_chunks_decode_and_mixed_steps(
             np.testing.assert_array_equal(native.pool, twin.pool)
 
 
-def test_chunking_and_company_do_not_change_a_sequence(burned: Burned) -> None:
-    image = burned("tiny-qwen2", "Q4_0")
+@pytest.mark.parametrize("shape", ["tiny-qwen2", "tiny-qwen3moe"])
+def test_chunking_and_company_do_not_change_a_sequence(burned: Burned, shape: str) -> None:
+    image = burned(shape, "Q4_0")
     program = build(Spec.from_bytes(image.spec))
     workers = table.make_workers(2)
     tokens = [int(token) for token in np.random.default_rng(2).integers(0, program.vocabulary, 100)]

@@ -22,7 +22,21 @@ import pytest
 from numpy.typing import NDArray
 
 from vai.kernels import reference, table
-from vai.kernels.ops import Attention, Embed, Glu, KvWrite, Linear, Op, RmsNorm, Rope, Rows
+from vai.kernels.ops import (
+    Attention,
+    Embed,
+    ExpertLinear,
+    ExpertSum,
+    Glu,
+    HeadNorm,
+    KvWrite,
+    Linear,
+    Op,
+    RmsNorm,
+    Rope,
+    Route,
+    Rows,
+)
 from vai.kernels.program import KV_TYPES, PAGE_TOKENS, CacheGroup, Plan, Program, StepArgs
 from vai.rom.image import BLOCK_TYPES, CHUNK, VECTOR, Part, StoredTensor, TensorTable, place, tensor_bytes
 
@@ -264,6 +278,21 @@ def test_rms_norm_sums_in_the_order_of_sixteen(isa: str, pools: list[table.Worke
         if output == "n" or columns % 32 == 0:
             prog = program(rom, ops, output)
             same(native(rom, prog, isa, pools[2]).forward(args, EMPTY), reference_of(rom, prog, args))
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 48), (6, 20), (3, 128)])
+def test_each_head_has_a_norm_of_its_own(isa: str, pools: list[table.Workers], heads: int, head_dim: int) -> None:
+    rng = np.random.default_rng(14)
+    rom = Rom(
+        activations("x.weight", awkward(rng, ROWS, heads * head_dim))
+        | vector("n.weight", rng.standard_normal(head_dim).astype(np.float32))
+    )
+    ops = [Embed("x", "x.weight"), HeadNorm("y", "x", "n.weight", heads, 1e-6)]
+    kept = [*ops, HeadNorm("z", "x", "n.weight", heads, 1.0)]  # x is read again: the first may not write over it
+    args = step(range(ROWS))
+    for output, these in (("y", ops), ("z", kept)):
+        prog = program(rom, these, output)
+        same(native(rom, prog, isa, pools[2]).forward(args, EMPTY), reference_of(rom, prog, args))
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
@@ -825,3 +854,125 @@ def test_a_poisoned_row_does_not_reach_its_neighbours(isa: str, pools: list[tabl
     clean, dirty = (plan.forward(args, np.zeros(4 * page, np.uint8)).copy() for plan in plans)
     assert np.isnan(dirty[2:4]).all()
     same(dirty[[0, 1, 4, 5, 6, 7]], clean[[0, 1, 4, 5, 6, 7]])
+
+
+# ---------------------------------------------------------------- experts
+
+
+def logits_of(rng: np.random.Generator, rows: int, experts: int) -> Floats:
+    """Among them rows with equals, with all equal, with infinities and with NaNs."""
+    logits = (3 * rng.standard_normal((rows, experts))).astype(np.float32)
+    logits[1] = np.round(logits[1])
+    logits[2] = 1.5
+    logits[3, experts // 2] = -np.inf
+    logits[4, experts - 1] = np.inf
+    logits[5, 0] = np.nan
+    logits[6, experts - 1] = np.nan
+    logits[7] = -np.inf
+    logits[8] *= 1e30
+    return logits
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("experts", "used"), [(2, 1), (10, 3), (40, 40), (128, 8)])
+def test_rows_go_to_their_experts_and_what_those_say_is_added_in_ascending_order(
+    isa: str, pools: list[table.Workers], experts: int, used: int, renormalize: bool
+) -> None:
+    rng = np.random.default_rng(experts)
+    rom = Rom(
+        activations("l.weight", logits_of(rng, ROWS, experts))
+        | activations("x.weight", rng.standard_normal((ROWS, 32)).astype(np.float32))
+        | activations("r.weight", rng.standard_normal((ROWS, 16)).astype(np.float32))
+        | one("e.weight", "F32", 16 * experts, 32, random_matrix(rng, "F32", 16 * experts, 32))
+    )
+    ops = [
+        Embed("l", "l.weight"),
+        Embed("x", "x.weight"),
+        Embed("r", "r.weight"),
+        Route("chosen", "shares", "l", used, renormalize),
+        ExpertLinear("pieces", "x", "chosen", "e.weight", experts),
+        ExpertSum("y", "pieces", "shares", residual="r"),
+    ]
+    prog = program(rom, ops, "y")
+    expected = reference_of(rom, prog, step(range(ROWS)))
+    assert np.isfinite(np.delete(expected, [4, 5, 6, 7], axis=0)).all()
+    for workers in pools:
+        plan = native(rom, prog, isa, workers)
+        for rows in (ROWS, 1, 7):
+            tokens = (np.arange(rows) * 5 + 2 * rows) % ROWS
+            same(plan.forward(step(tokens), EMPTY), expected[tokens])
+
+
+def interleaved(gate: bytes, up: bytes, blocks: int) -> bytes:
+    return np.stack([np.frombuffer(each, np.uint8).reshape(blocks, -1) for each in (gate, up)], axis=1).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "down"),
+    [(type, type, type) for type in TYPES]
+    + [("Q4_0", "Q8_0", "F16"), ("F32", "Q4_0", "Q8_0"), ("Q8_0", "Q8_0", "F32")],
+)
+def test_experts_are_the_same_fused_or_not_in_any_company(
+    isa: str, pools: list[table.Workers], gate: str, up: str, down: str
+) -> None:
+    experts, used, inner, width = 6, 3, 32, 96
+    rng = np.random.default_rng(6)
+    g, u = (random_matrix(rng, type, experts * inner, width) for type in (gate, up))
+    x = awkward(rng, ROWS, width)
+    x[5] /= np.float32(2.0**110)  # the products of what is that large are no numbers
+    tensors = activations("x.weight", x) | activations("l.weight", logits_of(rng, ROWS, experts))
+    parts = tuple(Part(f"{name}.weight", experts * inner, i, 2) for i, name in enumerate(("gate", "up")))
+    if gate == up:
+        tensors["gate_up.weight"] = (gate, parts, width, interleaved(g, u, experts * inner // 16))
+    else:
+        tensors |= one("gate.weight", gate, experts * inner, width, g)
+        tensors |= one("up.weight", up, experts * inner, width, u)
+    tensors |= one("down.weight", down, experts * width, inner, random_matrix(rng, down, experts * width, inner))
+    rom = Rom(tensors)
+    ops = [
+        Embed("x", "x.weight"),
+        Embed("l", "l.weight"),
+        Route("chosen", "shares", "l", used, True),
+        ExpertLinear("g", "x", "chosen", "gate.weight", experts),
+        ExpertLinear("u", "x", "chosen", "up.weight", experts),
+        Glu("h", "g", "u", "silu"),
+        ExpertLinear("d", "h", "chosen", "down.weight", experts),
+        ExpertSum("y", "d", "shares", residual="x"),
+    ]
+    prog = program(rom, ops, "y")
+    expected = reference_of(rom, prog, step(range(ROWS)))
+    for workers in pools:
+        plan = native(rom, prog, isa, workers)
+        assert any(line.startswith("gated_experts") for line in plan.lines()) == (gate == up)
+        for rows in (ROWS, 1, 2, 20):
+            tokens = (np.arange(rows) * 7 + rows) % ROWS
+            same(plan.forward(step(tokens), EMPTY), expected[tokens])
+
+
+@pytest.mark.parametrize("type", ["Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1"])
+def test_experts_of_the_other_types_are_rows_of_one_matrix(isa: str, pools: list[table.Workers], type: str) -> None:
+    """With equal shares of all experts, the sum is that of plain linear layers over their parts of the matrix."""
+    experts, rows, columns = 4, 32, 512
+    rng = np.random.default_rng(7)
+    coded = random_codes(rng, type, experts * rows, columns)
+    parts = tuple(Part(f"{expert}.weight", rows, 2 * expert, 1) for expert in range(experts))
+    x = activations("x.weight", rng.standard_normal((ROWS, columns)).astype(np.float32))
+    whole = Rom(
+        x
+        | one("e.weight", type, experts * rows, columns, coded.tiles())
+        | activations("l.weight", np.ones((ROWS, experts), np.float32))
+    )
+    ops = [
+        Embed("x", "x.weight"),
+        Embed("l", "l.weight"),
+        Route("chosen", "shares", "l", experts, True),
+        ExpertLinear("d", "x", "chosen", "e.weight", experts),
+        ExpertSum("y", "d", "shares"),
+    ]
+    cut = Rom(x | {"e": (type, parts, columns, coded.tiles())})
+    expected = np.zeros((ROWS, rows), np.float32)
+    for expert in range(experts):
+        alone = program(cut, [Embed("x", "x.weight"), Linear("y", "x", f"{expert}.weight")], "y")
+        piece = native(cut, alone, isa, pools[0]).forward(step(range(ROWS)), EMPTY)
+        expected = expected + np.float32(0.25) * piece
+    same(native(whole, program(whole, ops, "y"), isa, pools[2]).forward(step(range(ROWS)), EMPTY), expected)

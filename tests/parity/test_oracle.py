@@ -37,7 +37,7 @@ Burned = Callable[[str, str], Image]
 Checkpoint = Callable[[str, str], Path]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-MODELS = ("tiny", "tiny-qwen2", "tiny-qwen3", "tiny-gemma2", "tiny-gemma3", "tiny-mistral")
+MODELS = ("tiny", "tiny-qwen2", "tiny-qwen3", "tiny-gemma2", "tiny-gemma3", "tiny-mistral", "tiny-qwen3moe")
 DRAWS = 16
 QUANTIZED = [("F32", "bf16"), ("F32", "q8_0"), ("Q8_0", "f32"), ("Q8_0", "bf16"), ("Q4_0", "bf16"), ("Q4_0", "q8_0")]
 
@@ -133,18 +133,40 @@ class Ideal:
             w = {name.split(".", 2)[2]: t[name] for name in t if name.startswith(f"blk.{layer}.")}
             mixed = noise.activation(self._attention(layer, w, self._norm(x, w["attn_norm.weight"]), noise))
             x = x + self._after(project(mixed, w["attn_output.weight"]), w, "post_attention_norm.weight")
-            h = noise.activation(self._norm(x, w["ffn_norm.weight"]))
-            gate, up = project(h, w["ffn_gate.weight"]), project(h, w["ffn_up.weight"])
-            if s.act == "silu":
-                bent = gate / (1 + np.exp(-gate))
+            h = self._norm(x, w["ffn_norm.weight"])
+            if s.experts:
+                out = self._experts(w, h, noise)
             else:
-                bent = gate / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
-            x = x + self._after(project(noise.activation(bent * up), w["ffn_down.weight"]), w, "post_ffw_norm.weight")
+                out = self._feed_forward(*(w[f"ffn_{n}.weight"] for n in ("gate", "up", "down")), h, noise)
+            x = x + self._after(out, w, "post_ffw_norm.weight")
         head = t["token_embd.weight" if s.tied else "output.weight"]
         return capped(project(noise.activation(self._norm(x, t["output_norm.weight"])), head), s.logit_softcap)
 
     def _after(self, x: Doubles, w: dict[str, Doubles], name: str) -> Doubles:
         return self._norm(x, w[name]) if self.spec.post_norms else x
+
+    def _feed_forward(self, gate: Doubles, up: Doubles, down: Doubles, x: Doubles, noise: Noise) -> Doubles:
+        h = noise.activation(x)
+        inner = project(h, gate)
+        if self.spec.act == "silu":
+            bent = inner / (1 + np.exp(-inner))
+        else:
+            bent = inner / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+        return project(noise.activation(bent * project(h, up)), down)
+
+    def _experts(self, w: dict[str, Doubles], x: Doubles, noise: Noise) -> Doubles:
+        """A softmax over the router's logits; each row's largest, made to sum to 1, weigh those experts' results."""
+        scores = np.exp(project(x, w["ffn_gate_inp.weight"]))
+        shares = scores / scores.sum(axis=1, keepdims=True)
+        ranked = np.sort(shares, axis=1)
+        shares[shares < ranked[:, [-self.spec.experts_used]]] = 0
+        out = np.zeros_like(x)
+        for expert in range(self.spec.experts):
+            rows = np.flatnonzero(shares[:, expert])
+            if len(rows):
+                own = (w[f"ffn_{n}_exps.weight"][expert] for n in ("gate", "up", "down"))
+                out[rows] += shares[rows, expert, None] * self._feed_forward(*own, x[rows], noise)
+        return out / shares.sum(axis=1, keepdims=True)
 
     def _norm(self, x: Doubles, weight: Doubles) -> Doubles:
         scaled: Doubles = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + self.spec.norm_epsilon) * weight
@@ -283,6 +305,10 @@ MUTATIONS = [
     ("tiny-gemma3", {"act": "silu"}),
     ("tiny-mistral", {"window": 18}),
     ("tiny-mistral", {"full_every": 3}),
+    ("tiny-qwen3moe", {"qk_norm": False}),
+    ("tiny-qwen3moe", {"renormalize": False}),
+    ("tiny-qwen3moe", {"experts_used": 2}),
+    ("tiny-qwen3moe", {"experts_used": 4}),
 ]
 
 

@@ -26,8 +26,10 @@ VECTOR_TYPES = ("F32", "F16", "BF16")
 _FUSIONS: Mapping[str, tuple[tuple[str, ...], bool]] = {
     "attn_qkv": (("attn_q", "attn_k", "attn_v"), False),
     "ffn_gate_up": (("ffn_gate", "ffn_up"), True),
+    "ffn_gate_up_exps": (("ffn_gate_exps", "ffn_up_exps"), True),
 }
-_MEMBER = re.compile(r"(blk\.\d+\.)(attn_q|attn_k|attn_v|ffn_gate|ffn_up)\.(weight|bias)")
+_MEMBER = re.compile(r"(blk\.\d+\.)(attn_q|attn_k|attn_v|ffn_gate|ffn_up|ffn_gate_exps|ffn_up_exps)\.(weight|bias)")
+_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 
 
 class StoredPart(NamedTuple):
@@ -67,10 +69,11 @@ class ImagePlan(NamedTuple):
 def plan_image(gguf: GgufFile, spec: Spec) -> ImagePlan:
     """Which tensors the image of this checkpoint has, and where. `spec` is that of `gguf`: its tensors are all there.
 
-    Raises UnsupportedModel for a vector of a quantized type, MalformedFile for a tensor with more than two dimensions.
+    The matrices of a layer's experts become one, each below the one before. Raises UnsupportedModel for a vector of a
+    quantized type, MalformedFile for a tensor with another number of dimensions or of experts than it should have.
     """
     groups = _fused(gguf, expected_tensors(spec))
-    shapes = [_shape(gguf, names, interleaved) for _, names, interleaved in groups]
+    shapes = [_shape(gguf, names, interleaved, spec.experts) for _, names, interleaved in groups]
     sizes = [tensor_bytes(type_, rows, columns) for type_, rows, columns, _ in shapes]
     offsets, data_bytes = place(sizes)
     tensors = tuple(
@@ -106,14 +109,19 @@ def _fusion(gguf: GgufFile, name: str) -> tuple[str, tuple[str, ...], bool] | No
     return None
 
 
-def _shape(gguf: GgufFile, names: Sequence[str], interleaved: bool) -> tuple[str, int, int, tuple[StoredPart, ...]]:
+def _shape(
+    gguf: GgufFile, names: Sequence[str], interleaved: bool, experts: int
+) -> tuple[str, int, int, tuple[StoredPart, ...]]:
     """(stored type, stored rows, columns, parts) of the logical tensors stored together."""
     sources = [gguf.tensors[name] for name in names]
     vector = _is_vector(sources[0])
     parts: list[StoredPart] = []
     block = 0
     for index, source in enumerate(sources):
-        if len(source.dimensions) > 2:
+        if _EXPERTS.fullmatch(source.name):
+            if len(source.dimensions) != 3 or source.dimensions[2] != experts:
+                raise MalformedFile(f"The tensor {source.name} is not {experts} matrices, one for each expert.")
+        elif len(source.dimensions) > 2:
             raise MalformedFile(f"The tensor {source.name} has {len(source.dimensions)} dimensions instead of two.")
         if vector and source.type not in VECTOR_TYPES:
             raise UnsupportedModel(

@@ -141,6 +141,26 @@ SHAPES: Mapping[str, Spec] = {
         rope_dims=32,
         window=17,
     ),
+    # Experts whose number is no power of two, and columns for every block type.
+    "tiny-qwen3moe": Spec(
+        architecture="qwen3moe",
+        pairing="neox",
+        layers=2,
+        width=256,
+        ffn=256,
+        heads=6,
+        kv_heads=2,
+        head_dim=32,
+        vocabulary=523,
+        context=4096,
+        norm_epsilon=0.0625,
+        rope_base=1_000_000.0,
+        rope_dims=32,
+        qk_norm=True,
+        experts=10,
+        experts_used=3,
+        renormalize=True,
+    ),
     # For block types of 256 columns, with an output matrix of its own and layers of both kinds in a mix.
     "tiny-256": Spec(
         architecture="qwen2",
@@ -191,6 +211,26 @@ SHAPES: Mapping[str, Spec] = {
         rope_dims=128,
         tied=True,
         qk_norm=True,
+    ),
+    # Blocks of Qwen3-30B-A3B, and few of them: speed and memory for each layer are the large model's.
+    "qwen3-30b-a3b-4-layers": Spec(
+        architecture="qwen3moe",
+        pairing="neox",
+        layers=4,
+        width=2048,
+        ffn=768,
+        heads=32,
+        kv_heads=4,
+        head_dim=128,
+        vocabulary=151_936,
+        context=40_960,
+        norm_epsilon=1e-6,
+        rope_base=1_000_000.0,
+        rope_dims=128,
+        qk_norm=True,
+        experts=128,
+        experts_used=8,
+        renormalize=True,
     ),
     "deepseek-coder-1.3b": Spec(
         architecture="llama",
@@ -318,7 +358,7 @@ def synthesize(path: Path, *, shape: str | Spec, type: str, seed: int = 0) -> in
             if columns == 1:
                 writer.declare(tensor, "F32", (rows,))
             else:
-                writer.declare(tensor, types[tensor], (rows, columns))
+                writer.declare(tensor, types[tensor], _file_shape(tensor, rows, columns, spec))
         for tensor, (rows, columns) in tensors.items():
             stream = _Stream(seed, tensor)
             if columns == 1:
@@ -337,14 +377,23 @@ def shape_named(name: str) -> Spec:
     return SHAPES[name]
 
 
+def _file_shape(tensor: str, rows: int, columns: int, spec: Spec) -> tuple[int, ...]:
+    """The matrices of a layer's experts are one tensor of three dimensions."""
+    if tensor.endswith("_exps.weight"):
+        return spec.experts, rows // spec.experts, columns
+    return rows, columns
+
+
 def _matrix_type(type: str, tensor: str, columns: int, spec: Spec) -> str:
-    """The type of one matrix. In a mix it is that of llama.cpp's rule (llama_tensor_get_type)."""
+    """The type of one matrix. In a mix it is that of llama.cpp's rule (llama_tensor_get_type); routers stay F32."""
+    if tensor.endswith("ffn_gate_inp.weight"):
+        return "F32"
     if type not in MIXES:
         return type
     chosen = MIXES[type]
     if tensor == ("token_embd.weight" if spec.tied else "output.weight"):
         chosen = "Q6_K"
-    elif chosen != "Q4_0" and tensor.endswith(("attn_v.weight", "ffn_down.weight")):
+    elif chosen != "Q4_0" and tensor.endswith(("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight")):
         layer, eighth = int(tensor.split(".")[1]), spec.layers // 8
         if layer < eighth or layer >= 7 * spec.layers // 8 or (layer - eighth) % 3 == 2:
             chosen = "Q6_K"
@@ -370,6 +419,8 @@ def _gain(tensor: str, spec: Spec) -> float:
         return math.sqrt(spec.width)  # rows of unit variance
     if tensor in ("token_embd.weight", "output.weight"):
         return 3.0  # logits that are far from uniform
+    if tensor.endswith("ffn_gate_inp.weight"):
+        return 1.5  # experts that are clearly chosen, and leave the others something
     if tensor.endswith(("attn_q.weight", "attn_k.weight")):
         return 1.5  # attention that prefers some tokens
     return 1.0
@@ -686,6 +737,10 @@ def _integers(spec: Spec) -> Iterator[tuple[str, int]]:
     yield "embedding_length", spec.width
     yield "block_count", spec.layers
     yield "feed_forward_length", spec.ffn
+    if spec.experts:
+        yield "expert_feed_forward_length", spec.ffn
+        yield "expert_count", spec.experts
+        yield "expert_used_count", spec.experts_used
     yield "attention.head_count", spec.heads
     yield "attention.head_count_kv", spec.kv_heads
     yield "attention.key_length", spec.head_dim

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 Place = tuple[int, int]
 Weight = tuple[int, int, int, int, int, int]  # offset, block type, stored rows, columns, first block, block step
 Vector = tuple[int, int, int, int]  # offset, stored elements, first block, block step
-Where = tuple[bool, bool]  # over the output rows, barrier after
+Where = tuple[bool, bool, int]  # over the output rows, barrier after, rows for each of them
+Routed = tuple[int, int, int]  # offset, experts, used
 
 def isas() -> list[str]: ...
 def refused_isas() -> list[tuple[str, str]]: ...
@@ -94,6 +95,35 @@ class Plan:
         softcap: float,
         scratch: int,
         where: Where,
+    ) -> None: ...
+    def route(self, *, logits: Place, routed: Routed, renormalize: bool, where: Where) -> None: ...
+    def sort(self, *, routed: Routed, where: Where) -> None: ...
+    def expert_rows(
+        self,
+        *,
+        x: Place,
+        columns: int,
+        routed: Routed,
+        gathered: bool,
+        out: Place | None,
+        packed32: int | None,
+        packed256: int | None,
+        where: Where,
+    ) -> None: ...
+    def expert_linear(
+        self,
+        *,
+        weight: Weight,
+        blocks: int,
+        x: Place | None,
+        packed: int | None,
+        out: Place,
+        gated: bool,
+        routed: Routed,
+        where: Where,
+    ) -> None: ...
+    def expert_sum(
+        self, *, x: Place, columns: int, routed: Routed, residual: Place | None, out: Place, where: Where
     ) -> None: ...
     def rows(self, *, x: Place, columns: int, out: Place, where: Where) -> None: ...
     def result(self, *, out: Place, columns: int, of_outputs: bool) -> None: ...

@@ -15,7 +15,21 @@ from numpy.typing import NDArray
 
 from vai.errors import BadRequest, CorruptImage, NotSupported, Unavailable, UnsupportedModel
 from vai.kernels import _native
-from vai.kernels.ops import Attention, Embed, Glu, HeadNorm, KvWrite, Linear, Op, RmsNorm, Rope, Rows
+from vai.kernels.ops import (
+    Attention,
+    Embed,
+    ExpertLinear,
+    ExpertSum,
+    Glu,
+    HeadNorm,
+    KvWrite,
+    Linear,
+    Op,
+    RmsNorm,
+    Rope,
+    Route,
+    Rows,
+)
 from vai.kernels.program import KV_TYPES, PlanLine, Program, StepArgs
 from vai.rom.image import BLOCK_TYPES, VECTOR, Part, StoredTensor, TensorTable
 
@@ -156,16 +170,33 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """Where a value stands: `columns` of each row of a slot, from `first` on. `outputs`: it has R rows instead of M."""
+    """Where a value stands: `columns` of each row of a slot, from `first` on. `outputs`: it has R rows instead of M.
+
+    `copies`: of a value that each of a row's experts has a piece of, how many. The pieces stand as rows of their own,
+    sorted by expert, and `columns` are those of a piece.
+    """
 
     slot: _Slot
     width: int  # floats from row to row
     first: int
     columns: int
     outputs: bool
+    copies: int = 1
 
     def place(self) -> _native.Place:
         return self.slot.offset + 4 * self.first, self.width
+
+
+@dataclass(frozen=True, slots=True)
+class _Routing:
+    """Which rows go to which experts, in a slot of its own; see Routing in csrc/include/vai/ops.h."""
+
+    slot: _Slot
+    experts: int
+    used: int
+
+    def place(self) -> _native.Routed:
+        return self.slot.offset, self.experts, self.used
 
 
 @dataclass(slots=True)
@@ -185,13 +216,16 @@ class _Instruction:
     text: str = ""
     image_bytes: int = 0
     products: int = 0  # multiply-adds with weights for one row
+    routing: _Routing | None = None
+    copies: int = 1
     phase: int = -1
     barrier: bool = False
 
     @property
     def by_rows(self) -> bool:
         """Whether a worker that did its rows here may go on with the same rows in the next instruction."""
-        return self.kind not in ("linear", "gated", "attention", "rows")
+        apart = ("linear", "gated", "attention", "rows", "sort", "expert_rows", "experts", "gated_experts")
+        return self.kind not in apart and self.copies == 1
 
     def described(self) -> PlanLine:
         floats = "packed" not in self.areas
@@ -213,6 +247,8 @@ class _Fuser:
         self._packed: dict[tuple[str, int], _Slot] = {}  # of a value, in groups of so many columns
         self._angles: dict[tuple[float, ...], _Slot] = {}
         self._scratch: _Slot | None = None
+        self._routings: dict[str, _Routing] = {}  # by the value of the chosen experts, and by that of their shares
+        self._expert_inputs: dict[tuple[str, int, str], _Slot] = {}  # of a value, in groups of so many columns, sorted
         self._done: set[int] = set()
         self._made: list[_Instruction] = []
         self._readers: dict[str, list[int]] = {}
@@ -243,6 +279,12 @@ class _Fuser:
                     self._attention(index, op)
                 case Glu():
                     self._glu(index, op)
+                case Route():
+                    self._route(index, op)
+                case ExpertLinear():
+                    self._expert_linear(index, op)
+                case ExpertSum():
+                    self._expert_sum(index, op)
                 case Rows():
                     self._rows(index, op)
         for before, after in zip(self._made, self._made[1:], strict=False):
@@ -479,7 +521,7 @@ class _Fuser:
     def _glu(self, index: int, op: Glu) -> None:
         _check_act(op)
         gate = self._views[op.gate]
-        out = self._new(op.output, gate.columns, outputs=gate.outputs)
+        out = self._new(op.output, gate.columns, outputs=gate.outputs, copies=gate.copies)
         self._add(
             "glu",
             [index],
@@ -488,6 +530,120 @@ class _Fuser:
             op=op,
             text=f"{op.act} {gate.columns}",
         )
+
+    def _route(self, index: int, op: Route) -> None:
+        logits = self._views[op.logits]
+        words = 4 * self._shape.rows * op.used + 2 * (logits.columns + 1)
+        routing = _Routing(_Slot(4 * words), logits.columns, op.used)
+        self._routings[op.chosen] = self._routings[op.shares] = routing
+        text = f"{op.used} of {logits.columns} experts"
+        self._add("route", [index], logits, views={"logits": logits}, op=op, text=text, routing=routing)
+        self._add("sort", [index], logits, text=text, routing=routing)
+
+    def _expert_linear(self, index: int, op: ExpertLinear) -> None:
+        stored, part, weight = self._expert_matrix(op)
+        if self._expert_gated(index, op, stored):
+            return
+        out = self._new(op.output, part.rows // op.experts, outputs=False, copies=self._routings[op.chosen].used)
+        self._multiply_experts("experts", [index], op, stored, weight, out, _of(op.weight, stored, part.rows))
+
+    def _expert_gated(self, index: int, op: ExpertLinear, stored: StoredTensor) -> bool:
+        """gate and up of all experts, interleaved in the ROM and read by one gated unit alone."""
+        parts = stored.parts
+        if [(p.first_block, p.block_step) for p in parts] != [(0, 2), (1, 2)] or op.weight != parts[0].name:
+            return False
+        ops = self._program.ops
+        siblings = [line for line in self._readers[op.x] if line < len(ops) and _sibling(ops[line], op, parts[1].name)]
+        if len(siblings) != 1:
+            return False
+        up = ops[siblings[0]]
+        readers = self._readers.get(op.output, [])
+        glu = ops[readers[0]] if len(readers) == 1 and readers[0] < len(ops) else None
+        if (
+            not (isinstance(glu, Glu) and isinstance(up, ExpertLinear) and (glu.gate, glu.up) == (op.output, up.output))
+            or glu.act != "silu"
+            or self._readers[up.output] != readers
+        ):
+            return False
+        self._expert_matrix(up)
+        lines = [index, siblings[0], readers[0]]
+        self._done.update(lines)
+        out = self._new(glu.output, parts[0].rows // op.experts, outputs=False, copies=self._routings[op.chosen].used)
+        text = f"{_of(stored.name, stored, stored.rows)}, {glu.act}"
+        self._multiply_experts("gated_experts", lines, op, stored, self._weight(stored, parts[0]), out, text)
+        return True
+
+    def _multiply_experts(
+        self,
+        kind: str,
+        lines: list[int],
+        op: ExpertLinear,
+        stored: StoredTensor,
+        weight: _native.Weight,
+        out: _View,
+        text: str,
+    ) -> None:
+        routing = self._routings[op.chosen]
+        blocks = _blocks(out.columns)
+        read = routing.used * blocks * (2 if kind == "gated_experts" else 1)
+        x = self._views[op.x]
+        group = BLOCK_TYPES[stored.type].group
+        views, areas = {"out": out}, {}
+        if group:
+            areas["packed"] = self._expert_rows(lines[0], op, group)
+        elif x.copies == 1:
+            views["x"] = _View(self._expert_rows(lines[0], op, 0), x.columns, 0, x.columns, False, routing.used)
+        else:
+            views["x"] = x
+        self._add(
+            kind,
+            lines,
+            out,
+            views=views,
+            areas=areas,
+            weight=weight,
+            blocks=blocks,
+            text=f"{text}, {routing.used} of {routing.experts}",
+            image_bytes=stored.bytes // (stored.rows // BLOCK_ROWS) * read,
+            routing=routing,
+        )
+        self._made[-1].products = BLOCK_ROWS * read * stored.columns
+
+    def _expert_rows(self, index: int, op: ExpertLinear, group: int) -> _Slot:
+        """The rows of a value side by side for each expert: quantized in groups of so many columns, or floats (0)."""
+        key = op.x, group, op.chosen
+        slot = self._expert_inputs.get(key)
+        if slot is None:
+            x, routing = self._views[op.x], self._routings[op.chosen]
+            row = x.columns // group * RECORD_BYTES[group] if group else 4 * x.columns
+            slot = self._expert_inputs[key] = _Slot(self._count(False) * routing.used * row)
+            views, areas = {"x": x}, {}
+            if group:
+                areas[f"packed{group}"] = slot
+            else:
+                views["out"] = _View(slot, x.columns, 0, x.columns, False, routing.used)
+            text = f"{x.columns} by {group}" if group else f"{x.columns}"
+            self._add("expert_rows", [index], x, views=views, areas=areas, text=text, routing=routing)
+            self._made[-1].copies = routing.used
+        return slot
+
+    def _expert_sum(self, index: int, op: ExpertSum) -> None:
+        x, routing = self._views[op.x], self._routings[op.shares]
+        residual = None if op.residual is None else self._views[op.residual]
+        if residual is not None and self._readers.get(op.residual or "", [])[-1] == index and residual.first == 0:
+            out = _View(residual.slot, residual.width, 0, x.columns, False)
+        else:
+            out = self._new(op.output, x.columns, outputs=False)
+        self._views[op.output] = out
+        views = {"x": x, "out": out} if residual is None else {"x": x, "out": out, "residual": residual}
+        text = f"{x.columns} of {routing.used} experts{'' if residual is None else ' + residual'}"
+        self._add("expert_sum", [index], out, views=views, text=text, routing=routing)
+
+    def _expert_matrix(self, op: ExpertLinear) -> tuple[StoredTensor, Part, _native.Weight]:
+        stored, part, weight = self._matrix(op.weight)
+        if part.rows % (op.experts * BLOCK_ROWS):
+            raise CorruptImage(f"The image's {op.weight} is not {op.experts} whole matrices; burn the model again.")
+        return stored, part, weight
 
     def _rows(self, index: int, op: Rows) -> None:
         x = self._views[op.x]
@@ -635,10 +791,10 @@ class _Fuser:
         self._packed[value, group] = slot
         return slot
 
-    def _new(self, value: str, columns: int, *, outputs: bool) -> _View:
+    def _new(self, value: str, columns: int, *, outputs: bool, copies: int = 1) -> _View:
         """A slot of its own for a value; rows are padded to whole blocks, which linear operations write."""
         width = _blocks(columns) * BLOCK_ROWS
-        view = _View(_Slot(self._count(outputs) * width * 4), width, 0, columns, outputs)
+        view = _View(_Slot(self._count(outputs) * copies * width * 4), width, 0, columns, outputs, copies)
         self._views[value] = view
         return view
 
@@ -656,10 +812,11 @@ class _Fuser:
         blocks: int = 0,
         text: str = "",
         image_bytes: int = 0,
+        routing: _Routing | None = None,
     ) -> None:
         """Append an instruction over the rows of `like`."""
         views, areas = views or {}, areas or {}
-        slots = [view.slot for view in views.values()] + list(areas.values())
+        slots = [view.slot for view in views.values()] + list(areas.values()) + ([routing.slot] if routing else [])
         self._made.append(
             _Instruction(
                 kind,
@@ -674,6 +831,8 @@ class _Fuser:
                 blocks,
                 text,
                 image_bytes,
+                routing=routing,
+                copies=like.copies,
             )
         )
 
@@ -694,6 +853,17 @@ def _reads(op: Op) -> list[str]:
             return [op.q]
         case Glu():
             return [op.gate, op.up]
+        case Route():
+            return [op.logits]
+        case ExpertLinear():
+            return [op.x, op.chosen]
+        case ExpertSum():
+            return [value for value in (op.x, op.shares, op.residual) if value is not None]
+
+
+def _sibling(op: Op, of: ExpertLinear, weight: str) -> bool:
+    same = isinstance(op, ExpertLinear) and (op.x, op.chosen, op.experts) == (of.x, of.chosen, of.experts)
+    return same and isinstance(op, ExpertLinear) and op.weight == weight
 
 
 def _blocks(rows: int) -> int:
@@ -744,7 +914,7 @@ def _aligned(offset: int) -> int:
 
 
 def _emit(native: _native.Plan, made: _Instruction) -> None:
-    where = (made.outputs, made.barrier)
+    where = (made.outputs, made.barrier, made.copies)
     place = {name: view.place() for name, view in made.views.items()}
     area = {name: slot.offset for name, slot in made.areas.items()}
     op = made.op
@@ -793,8 +963,59 @@ def _emit(native: _native.Plan, made: _Instruction) -> None:
             )
         case "rows":
             native.rows(x=place["x"], columns=made.views["x"].columns, out=place["out"], where=where)
+        case _ if made.routing:
+            _emit_routed(native, made, made.routing.place(), place, area, where)
         case _:
             _emit_positional(native, made, place, area, where)
+
+
+def _emit_routed(
+    native: _native.Plan,
+    made: _Instruction,
+    routed: _native.Routed,
+    place: dict[str, _native.Place],
+    area: dict[str, int],
+    where: _native.Where,
+) -> None:
+    """The instructions that experts need."""
+    match made.kind, made.op:
+        case "route", Route() as op:
+            native.route(logits=place["logits"], routed=routed, renormalize=op.renormalize, where=where)
+        case "sort", _:
+            native.sort(routed=routed, where=where)
+        case "expert_rows", _:
+            native.expert_rows(
+                x=place["x"],
+                columns=made.views["x"].columns,
+                routed=routed,
+                gathered=made.views["x"].copies == 1,
+                out=place.get("out"),
+                packed32=area.get("packed32"),
+                packed256=area.get("packed256"),
+                where=where,
+            )
+        case "experts" | "gated_experts", _ if made.weight:
+            native.expert_linear(
+                weight=made.weight,
+                blocks=made.blocks,
+                x=place.get("x"),
+                packed=area.get("packed"),
+                out=place["out"],
+                gated=made.kind == "gated_experts",
+                routed=routed,
+                where=where,
+            )
+        case "expert_sum", _:
+            native.expert_sum(
+                x=place["x"],
+                columns=made.views["x"].columns,
+                routed=routed,
+                residual=place.get("residual"),
+                out=place["out"],
+                where=where,
+            )
+        case unknown:
+            raise AssertionError(f"no such instruction: {unknown}")
 
 
 def _emit_positional(

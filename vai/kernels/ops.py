@@ -146,6 +146,50 @@ class Glu:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """Which experts each row goes to: chosen [M, used] (int32, ascending ids) and shares [M, used], what each counts.
+
+    p = e / t for e[i] = exp(logits[i] - max logits) and t their sum in the R16 order. Chosen are the `used` largest p,
+    of equals the lower id; shares are their p, with `renormalize` each divided by the sum of the row's shares, added
+    from +0 in ascending id. A row with a NaN, or with no finite largest logit, has the first experts and shares NaN.
+    """
+
+    chosen: str
+    shares: str
+    logits: str
+    used: int
+    renormalize: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLinear:
+    """output [M, used * N]: for each expert that a row chose, in that order, x times the expert's matrix, as in Linear.
+
+    `weight` [experts * N, K] has the experts' matrices one below the other. x is [M, K], which all of a row's experts
+    read, or [M, used * K], a piece for each.
+    """
+
+    output: str
+    x: str
+    chosen: str
+    weight: str
+    experts: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSum:
+    """output [M, n] = the sum over a row's experts of share * x[expert's piece], from +0 in ascending id; + residual.
+
+    x is [M, used * n]; each product and each sum is rounded.
+    """
+
+    output: str
+    x: str
+    shares: str
+    residual: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """output [R, n] = the rows `output_rows` of x: what the caller asked results for."""
 
@@ -153,4 +197,4 @@ class Rows:
     x: str
 
 
-Op = Embed | RmsNorm | HeadNorm | Linear | Rope | KvWrite | Attention | Glu | Rows
+Op = Embed | RmsNorm | HeadNorm | Linear | Rope | KvWrite | Attention | Glu | Route | ExpertLinear | ExpertSum | Rows

@@ -18,7 +18,21 @@ from numpy.typing import NDArray
 
 from vai.errors import BadRequest, CorruptImage
 from vai.kernels.codebooks import dequantize
-from vai.kernels.ops import Attention, Embed, Glu, HeadNorm, KvWrite, Linear, Op, RmsNorm, Rope, Rows
+from vai.kernels.ops import (
+    Attention,
+    Embed,
+    ExpertLinear,
+    ExpertSum,
+    Glu,
+    HeadNorm,
+    KvWrite,
+    Linear,
+    Op,
+    RmsNorm,
+    Rope,
+    Route,
+    Rows,
+)
 from vai.kernels.program import (
     ATTENTION_CHUNK,
     KV_GROUP,
@@ -167,6 +181,16 @@ class Matrix:
     factors: NDArray[np.int16] | None = None  # [N, K / F]
     minimums: Floats | None = None  # [N, K / G]
     minimum_factors: NDArray[np.int16] | None = None  # [N, K / F]
+
+    def part(self, index: int, count: int) -> Matrix:
+        """One of `count` matrices that stand one below the other."""
+        n = len(self.values) // count
+
+        def cut(x: NDArray[Any] | None) -> NDArray[Any] | None:
+            return None if x is None else x[index * n : (index + 1) * n]
+
+        values = self.values[index * n : (index + 1) * n]
+        return Matrix(values, cut(self.scales), cut(self.factors), cut(self.minimums), cut(self.minimum_factors))
 
 
 def _float_tiles(blocks: Bytes, dtype: str, interleave: int) -> NDArray[Any]:
@@ -522,6 +546,42 @@ def softcapped(x: Floats, cap: float) -> Floats:
     return _F(cap) * tanh(x / _F(cap))
 
 
+@np.errstate(all="ignore")
+def route(logits: Floats, used: int, renormalize: bool) -> tuple[NDArray[np.int32], Floats]:
+    """The chosen experts [M, used] of each row, ascending, and their shares."""
+    e = exp(logits - logits.max(axis=1, keepdims=True))
+    p = e / sum_r16(e)[:, None]
+    chosen = np.sort(np.argsort(-p, axis=1, kind="stable")[:, :used], axis=1).astype(np.int32)
+    shares = np.take_along_axis(p, chosen, axis=1)
+    if renormalize:
+        total = np.zeros(len(p), np.float32)
+        for slot in range(used):
+            total = total + shares[:, slot]
+        shares = shares / total[:, None]
+    return chosen, shares
+
+
+def expert_linear(x: Floats, chosen: NDArray[np.int32], weight: Matrix, experts: int) -> Floats:
+    """x [M, K] or [M, used * K] times the chosen experts' matrices: [M, used * N]."""
+    rows, used = chosen.shape
+    pieces = np.broadcast_to(x.reshape(rows, -1, weight.values.shape[1]), (rows, used, weight.values.shape[1]))
+    out = np.empty((rows, used, len(weight.values) // experts), np.float32)
+    for expert in np.unique(chosen):
+        mine = chosen == expert
+        out[mine] = linear(pieces[mine], weight.part(int(expert), experts))
+    return out.reshape(rows, -1)
+
+
+@np.errstate(all="ignore")
+def expert_sum(x: Floats, shares: Floats) -> Floats:
+    rows, used = shares.shape
+    pieces = x.reshape(rows, used, -1)
+    acc = np.zeros_like(pieces[:, 0])
+    for slot in range(used):
+        acc = acc + shares[:, slot, None] * pieces[:, slot]
+    return acc
+
+
 # ---------------------------------------------------------------- pages
 
 
@@ -633,13 +693,14 @@ class ReferencePlan:
                 f"A step of {rows} rows, {results} results and kind '{step.kind}' does not fit this plan "
                 f"of {self._max_rows}, {self._max_sequences} and 'exact'."
             )
-        values: dict[str, Floats] = {}
+        values: dict[str, Any] = {}  # float32, and int32 for the chosen experts
         for index, op in enumerate(self._program.ops):
             began = time.perf_counter()
             self._run(op, values, step, pool)
             if seconds is not None:
                 seconds[index] += time.perf_counter() - began
-        return values[self._program.outputs["logits"]]
+        logits: Floats = values[self._program.outputs["logits"]]
+        return logits
 
     def describe(self) -> list[PlanLine]:
         """An operation each; what they read is not told apart."""
@@ -658,7 +719,7 @@ class ReferencePlan:
         else:
             self._matrices[name] = unpack(tensor, part, data)
 
-    def _run(self, op: Op, values: dict[str, Floats], step: StepArgs, pool: Bytes) -> None:
+    def _run(self, op: Op, values: dict[str, Any], step: StepArgs, pool: Bytes) -> None:
         match op:
             case Embed():
                 rows = embed(self._matrices[op.weight], step.tokens)
@@ -679,6 +740,14 @@ class ReferencePlan:
                 values[op.output] = self._attention(op, values[op.q], step, pool)
             case Glu():
                 values[op.output] = _GLU[op.act](values[op.gate], values[op.up])
+            case Route():
+                values[op.chosen], values[op.shares] = route(values[op.logits], op.used, op.renormalize)
+            case ExpertLinear():
+                weight = self._matrices[op.weight]
+                values[op.output] = expert_linear(values[op.x], values[op.chosen], weight, op.experts)
+            case ExpertSum():
+                out = expert_sum(values[op.x], values[op.shares])
+                values[op.output] = out if op.residual is None else out + values[op.residual]
             case Rows():
                 values[op.output] = values[op.x][step.output_rows]
 
@@ -750,6 +819,12 @@ def _value_widths(program: Program) -> dict[str, int]:
                 widths[op.output] = widths[op.q]
             case Glu():
                 widths[op.output] = widths[op.gate]
+            case Route():
+                widths[op.chosen] = widths[op.shares] = op.used
+            case ExpertLinear():
+                widths[op.output] = widths[op.chosen] * (program.constants[op.weight][0] // op.experts)
+            case ExpertSum():
+                widths[op.output] = widths[op.x] // widths[op.shares]
             case KvWrite():
                 pass
     return widths

@@ -6,7 +6,21 @@ import decimal
 import math
 from collections.abc import Sequence
 
-from vai.kernels.ops import Attention, Embed, Glu, HeadNorm, KvWrite, Linear, Op, RmsNorm, Rope, Rows
+from vai.kernels.ops import (
+    Attention,
+    Embed,
+    ExpertLinear,
+    ExpertSum,
+    Glu,
+    HeadNorm,
+    KvWrite,
+    Linear,
+    Op,
+    RmsNorm,
+    Rope,
+    Route,
+    Rows,
+)
 from vai.kernels.program import CacheGroup, Program
 from vai.models.spec import Spec, expected_tensors
 
@@ -93,6 +107,12 @@ def _block(spec: Spec, layer: int, x: str, frequencies: tuple[float, ...], place
             spec, b + "attn_output", b + "attention", b + "attn_output.weight", b + "post_attention_norm.weight", x
         ),
         RmsNorm(b + "ffn_norm", b + "attn_output", b + "ffn_norm.weight", spec.norm_epsilon),
+        *(_experts(spec, b) if spec.experts else _feed_forward(spec, b)),
+    ]
+
+
+def _feed_forward(spec: Spec, b: str) -> list[Op]:
+    return [
         Linear(b + "gate", b + "ffn_norm", b + "ffn_gate.weight"),
         Linear(b + "up", b + "ffn_norm", b + "ffn_up.weight"),
         Glu(b + "glu", b + "gate", b + "up", act=spec.act),
@@ -107,6 +127,20 @@ def _added(spec: Spec, output: str, x: str, weight: str, norm: str, residual: st
     return [
         Linear(output + ".plain", x, weight),
         RmsNorm(output, output + ".plain", norm, spec.norm_epsilon, residual=residual),
+    ]
+
+
+def _experts(spec: Spec, b: str) -> list[Op]:
+    """Of many feed-forward layers, those that the router gives a row to (Shazeer et al. 2017)."""
+    chosen = b + "experts"
+    return [
+        Linear(b + "router", b + "ffn_norm", b + "ffn_gate_inp.weight"),
+        Route(chosen, b + "shares", b + "router", spec.experts_used, spec.renormalize),
+        ExpertLinear(b + "gate", b + "ffn_norm", chosen, b + "ffn_gate_exps.weight", spec.experts),
+        ExpertLinear(b + "up", b + "ffn_norm", chosen, b + "ffn_up_exps.weight", spec.experts),
+        Glu(b + "glu", b + "gate", b + "up", act=spec.act),
+        ExpertLinear(b + "down", b + "glu", chosen, b + "ffn_down_exps.weight", spec.experts),
+        ExpertSum(b + "output", b + "down", b + "shares", residual=b + "attn_output"),
     ]
 
 

@@ -25,6 +25,8 @@ class Family:
     post_norms: whether what attention and feed-forward give is normalized before it is added.
     act: of the gate. scaled_embedding: whether embeddings are multiplied by sqrt(width).
     wide_scale_layers: with so many layers, scores are divided by sqrt(width / heads), not sqrt(head_dim).
+    experts: whether the feed-forward layers are experts, of which a softmax router chooses some for each token;
+        renormalize: whether the shares of the chosen ones are made to sum to 1.
     """
 
     architecture: str
@@ -41,3 +43,5 @@ class Family:
     act: Act = "silu"
     scaled_embedding: bool = False
     wide_scale_layers: int = 0
+    experts: bool = False
+    renormalize: bool = False

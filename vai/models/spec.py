@@ -14,18 +14,20 @@ import msgspec
 from msgspec import Meta
 
 from vai.errors import CorruptImage, MalformedFile, UnsupportedModel
-from vai.models.families import gemma2, gemma3, llama, qwen2, qwen3
+from vai.models.families import gemma2, gemma3, llama, qwen2, qwen3, qwen3moe
 from vai.models.family import Act, Family, Pairing
-from vai.rom.image import canonical_json
+from vai.rom.image import BLOCK_ROWS, canonical_json
 
 FAMILIES: Mapping[str, Family] = {
-    module.FAMILY.architecture: module.FAMILY for module in (gemma2, gemma3, llama, qwen2, qwen3)
+    module.FAMILY.architecture: module.FAMILY for module in (gemma2, gemma3, llama, qwen2, qwen3, qwen3moe)
 }
 ROPE_DIVISORS = "rope_freqs.weight"  # a tensor that becomes part of the spec, not of the image
 
 MAX_LAYERS, MAX_WIDTH, MAX_FFN, MAX_HEADS, MAX_HEAD_DIM = 1024, 1 << 16, 1 << 20, 1 << 10, 1 << 10
+MAX_EXPERTS = 1024
 MAX_VOCABULARY, MAX_CONTEXT = 1 << 24, 1 << 24
 MAX_ROPE_BASE, MAX_ROPE_FACTOR, MAX_SOFTCAP = 1e15, 1e6, 1e6
+
 
 # Fields that came after the first images: left out where they have their default, so that no digest changes.
 _LATER = frozenset({
@@ -39,13 +41,16 @@ _LATER = frozenset({
     "post_norms",
     "act",
     "embedding_scale",
+    "experts",
+    "experts_used",
+    "renormalize",
 })  # fmt: skip
 
 Positive = Annotated[float, Meta(gt=0)]
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A dense decoder. Sizes in elements; `ffn` is the inner width of the gated feed-forward layer.
+    """A decoder. Sizes in elements; `ffn` is the inner width of the gated feed-forward layer, or of each expert.
 
     context: longest sequence in tokens. rope_dims: leading elements of a head that RoPE rotates. rope_factor: positions
     are divided by it ("linear"); 1 for "none". rope_divisors: one for each rotated pair, or empty.
@@ -54,6 +59,8 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     full_every 0: all have. local_rope_base: RoPE's base in layers with a window, unscaled; 0: as in the others.
     attention_scale: what scores are multiplied by; 0: 1 / sqrt(head_dim). attention_softcap, logit_softcap: 0 for none.
     post_norms: what attention and feed-forward give is normalized before it is added.
+    experts: how many a layer has, 0 for one plain feed-forward layer; experts_used: by each token; renormalize: their
+    shares are made to sum to 1.
     Raises ValueError where fields contradict one another.
     """
 
@@ -85,6 +92,9 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     post_norms: bool = False
     act: Act = "silu"
     embedding_scale: Annotated[float, Meta(gt=0, le=MAX_WIDTH)] = 1.0
+    experts: Annotated[int, Meta(ge=0, le=MAX_EXPERTS)] = 0
+    experts_used: Annotated[int, Meta(ge=0, le=MAX_EXPERTS)] = 0
+    renormalize: bool = False
 
     def __post_init__(self) -> None:
         if self.architecture not in FAMILIES:
@@ -101,6 +111,10 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             raise ValueError("layers without a window differ from others only where those have one")
         if self.local_rope_base and self.local_rope_base <= 1:
             raise ValueError("the RoPE base of layers with a window must be above 1")
+        if self.experts_used > self.experts or (self.experts_used == 0) != (self.experts == 0):
+            raise ValueError(f"{self.experts_used} of {self.experts} experts cannot be used")
+        if self.experts and (self.ffn % BLOCK_ROWS or self.width % BLOCK_ROWS):
+            raise ValueError(f"experts of {self.ffn} x {self.width} are no whole blocks of {BLOCK_ROWS} rows")
 
     def has_window(self, layer: int) -> bool:
         return self.window > 0 and (self.full_every == 0 or (layer + 1) % self.full_every != 0)
@@ -154,7 +168,7 @@ def spec_from_gguf(
         "pairing": family.pairing,
         "layers": layers,
         "width": width,
-        "ffn": keys.integer("feed_forward_length", 1, MAX_FFN, per_layer=layers),
+        "ffn": keys.integer(f"{'expert_' if family.experts else ''}feed_forward_length", 1, MAX_FFN, per_layer=layers),
         "heads": heads,
         "kv_heads": keys.integer("attention.head_count_kv", 1, MAX_HEADS, default=heads, per_layer=layers),
         "head_dim": head_dim,
@@ -175,6 +189,9 @@ def spec_from_gguf(
         "attention_scale": 1.0 / math.sqrt(width / heads) if layers == family.wide_scale_layers else 0.0,
         **_windows(keys, family, layers),
         **_softcaps(keys, family),
+        "experts": keys.integer("expert_count", 1, MAX_EXPERTS) if family.experts else 0,
+        "experts_used": keys.integer("expert_used_count", 1, MAX_EXPERTS) if family.experts else 0,
+        "renormalize": family.renormalize,
     }
     try:
         spec = msgspec.convert(spec_fields, Spec)
@@ -196,9 +213,7 @@ def expected_tensors(spec: Spec) -> dict[str, tuple[int, int]]:
             "attn_v.weight": (kv, spec.width),
             "attn_output.weight": (spec.width, q),
             "ffn_norm.weight": (spec.width, 1),
-            "ffn_gate.weight": (spec.ffn, spec.width),
-            "ffn_up.weight": (spec.ffn, spec.width),
-            "ffn_down.weight": (spec.width, spec.ffn),
+            **_feed_forward(spec),
         }
         if spec.post_norms:
             block |= {"post_attention_norm.weight": (spec.width, 1), "post_ffw_norm.weight": (spec.width, 1)}
@@ -211,6 +226,20 @@ def expected_tensors(spec: Spec) -> dict[str, tuple[int, int]]:
     if not spec.tied:
         tensors["output.weight"] = (spec.vocabulary, spec.width)
     return tensors
+
+
+def _feed_forward(spec: Spec) -> dict[str, tuple[int, int]]:
+    """The matrices of one layer's feed-forward part; those of experts stand one below the other."""
+    inner, outer = (spec.ffn, spec.width), (spec.width, spec.ffn)
+    if not spec.experts:
+        return {"ffn_gate.weight": inner, "ffn_up.weight": inner, "ffn_down.weight": outer}
+    all_inner, all_outer = ((spec.experts * rows, columns) for rows, columns in (inner, outer))
+    return {
+        "ffn_gate_inp.weight": (spec.experts, spec.width),
+        "ffn_gate_exps.weight": all_inner,
+        "ffn_up_exps.weight": all_inner,
+        "ffn_down_exps.weight": all_outer,
+    }
 
 
 class _Keys:
@@ -262,6 +291,11 @@ class _Keys:
 _NEUTRAL: Mapping[str, object] = {
     "expert_count": 0,
     "expert_used_count": 0,
+    "expert_shared_count": 0,
+    "expert_group_count": 0,
+    "expert_gating_func": 1,  # softmax
+    "expert_weights_scale": 1.0,
+    "leading_dense_block_count": 0,
     "nextn_predict_layers": 0,
     "attention.sliding_window": 0,
     "attention.causal": True,
@@ -286,6 +320,8 @@ def _refuse_what_is_not_computed(keys: _Keys, family: Family) -> None:
     computed = {"attention.sliding_window"} if family.windows else set[str]()
     if family.softcaps is not None:
         computed |= {"attn_logit_softcapping", "final_logit_softcapping"}
+    if family.experts:
+        computed |= {"expert_count", "expert_used_count"}
     for key, neutral in _NEUTRAL.items():
         if key in computed:
             continue

@@ -121,6 +121,7 @@ struct NormArgs {
   size_t ldo;
   uint8_t *packed32, *packed256;  // may be null
   int row_block;
+  const int32_t* source = nullptr;  // if there is one, row m is row source[m] of x
 };
 
 struct LinearArgs {
@@ -228,6 +229,58 @@ struct AttentionArgs {
   int window;            // tokens a row sees, its own the last; 0: all
   float softcap;         // scores are softcap * tanh(score / softcap); 0: as they are
 };
+
+constexpr int kMaxExperts = 1024;
+
+// Which rows of a step go to which experts. The pairs of a row and one of its experts, sorted by expert and then by row, are
+// the sorted rows: that of row m and its j-th expert (ids ascending) is position[m * used + j], the one at p is of row row[p],
+// and expert e has [first[e], first[e + 1]). active: the experts that have any, ascending; how many at [experts].
+struct Routing {
+  int experts, used;
+  int32_t* chosen;                     // [rows][used]
+  float* shares;                       // [rows][used]
+  int32_t *position, *row;             // [rows][used], [rows * used]
+  int32_t *first, *active;             // [experts + 1] each
+};
+constexpr size_t routing_words(size_t rows, int experts, int used) { return 4 * rows * size_t(used) + 2 * (size_t(experts) + 1); }
+
+struct RouteArgs {
+  const float* logits;
+  size_t ldl;
+  bool renormalize;
+  Routing routing;
+};
+void route(const RouteArgs&, int begin, int end);
+
+// From what the rows chose to the sorted rows.
+void sort_rows(const Routing&, int rows);
+struct SortArgs { Routing routing; };
+
+// Rows as `norm` says, in the order of the sorted rows, each expert's in blocks of their own; `norm.source` is null where they
+// stand in that order already. For each expert rows, x, out and packed move on.
+struct ExpertRowsArgs {
+  NormArgs norm;
+  Routing routing;
+};
+
+// An expert's matrix has `blocks` output blocks; all stand one below the other. Rows are sorted rows.
+struct ExpertLinearArgs {
+  LinearArgs linear;
+  Routing routing;
+  int blocks;
+};
+
+struct ExpertSumArgs {
+  Routing routing;
+  const float* x;  // sorted rows
+  size_t ldx;
+  int columns;
+  const float* residual;  // may be null
+  size_t ldr;
+  float* out;
+  size_t ldo;
+};
+void expert_sum(const ExpertSumArgs&, int begin, int end);
 
 struct SampleRow {
   float temperature;

@@ -105,7 +105,7 @@ void norm(const NormArgs& a, int begin, int end) {
   constexpr int W = V::kLanes;
   for (int unit = begin * a.heads; unit < end * a.heads; ++unit) {
     const int m = unit / a.heads, head = unit % a.heads * a.columns;
-    const float* x = a.x + size_t(m) * a.ldx + head;
+    const float* x = a.x + size_t(a.source ? a.source[m] : m) * a.ldx + head;
     float* out = a.out ? a.out + size_t(m) * a.ldo + head : nullptr;
     float r = 1.0f;
     if (a.weight) {
