@@ -256,6 +256,16 @@ def test_a_matrix_of_three_dimensions_is_named(changed: Checkpoint, tmp_path: Pa
         burn(changed.write(tmp_path / "a.gguf"), root)
 
 
+def test_experts_that_are_not_one_matrix_each_are_named(tmp_path: Path, root: Path) -> None:
+    synthesize(tmp_path / "moe.gguf", shape="tiny-qwen3moe", type="Q4_0")
+    changed = Checkpoint.read(tmp_path / "moe.gguf")
+    kind, (experts, rows, columns), data = changed.tensors["blk.1.ffn_down_exps.weight"]
+    for shape in ((experts * rows, columns), (rows, experts, columns)):
+        changed.tensors["blk.1.ffn_down_exps.weight"] = (kind, shape, data)
+        with pytest.raises(MalformedFile, match=r"blk\.1\.ffn_down_exps\.weight is not 10 matrices"):
+            burn(changed.write(tmp_path / "a.gguf"), root)
+
+
 def test_a_quantized_vector_is_named(changed: Checkpoint, tmp_path: Path, root: Path) -> None:
     changed.convert("output_norm.weight", "Q8_0")
     with pytest.raises(UnsupportedModel, match=r"output_norm\.weight has the type Q8_0"):

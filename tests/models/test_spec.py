@@ -244,6 +244,23 @@ def test_a_qwen2_without_biases_is_incomplete() -> None:
         spec_from_gguf(metadata(qwen2), tensors)
 
 
+@pytest.mark.parametrize(
+    ("keys", "error", "words"),
+    [
+        ({"expert_count": None}, MalformedFile, "expert_count"),
+        ({"expert_used_count": 11}, MalformedFile, "11 of 10 experts"),
+        ({"expert_feed_forward_length": 100}, MalformedFile, "whole blocks of 16 rows"),
+        ({"expert_count": 5}, MalformedFile, "ffn_gate_inp"),
+        ({"expert_gating_func": 2}, UnsupportedModel, "expert_gating_func"),
+        ({"expert_shared_count": 1}, UnsupportedModel, "expert_shared_count"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused(keys: dict[str, object], error: type[Exception], words: str) -> None:
+    spec = SHAPES["tiny-qwen3moe"]
+    with pytest.raises(error, match=words):
+        spec_from_gguf(metadata(spec, keys=keys), shapes(spec))
+
+
 def test_a_llama_with_biases_has_them() -> None:
     spec = msgspec.structs.replace(TINY, qkv_bias=True)
     assert spec_from_gguf(metadata(spec), shapes(spec)) == spec
