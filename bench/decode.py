@@ -4,7 +4,8 @@ Run: python bench/decode.py FILE.gguf... --peers FOLDER, where FOLDER has llama-
 the forward pass of its Plan, llama.cpp its own programs with default settings and with repacking off; the same files,
 the same threads, in turns: VAI, the one, VAI, the other, and again, so that VAI's samples enclose each of theirs. What
 both leave out: sampling and text. Each of VAI's samples has the ceiling measured beside it: reading for decode, integer
-products for prompts. Medians with their spread, a ratio to the better of the two settings, then one line of JSON.
+products for prompts. With --openvino PYTHON, which has `openvino-genai`, OpenVINO takes its turn too: prompts, and
+decode of one row. Medians with their spread, a ratio to the better of the two settings, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from vai.rom import segment
 DECODE, PREFILL, LONG = (1, 4, 8, 16), (96, 512), 4096
 CONTEXT, STEPS = 8, 16  # tokens before the first decode step, and how many steps
 WARM_UP = 8  # tokens of a prompt that is not counted; the peer's own warm-up is as long as what it measures
-SETTINGS = {"default": ([], []), "no repack": (["--repack", "0"], ["--no-repack"])}
+SETTINGS = {"llama.cpp default": ([], []), "llama.cpp no repack": (["--repack", "0"], ["--no-repack"])}
 
 Samples = dict[str, dict[str, list[float]]]  # work -> who -> tokens/s
 
@@ -131,18 +132,57 @@ class Peer:
         return {"decode": " ".join(self.batched[3:]), "prefill": " ".join(self.bench[3:])}
 
 
-def measure(
-    file: Path, folder: Path, threads: int, isa: str | None, until: float, rounds: int, long: bool
-) -> dict[str, Any]:
-    """All works of one file: `rounds` rounds, or as many as begin before `until` on the clock."""
+class OpenVino:
+    """OpenVINO GenAI, in a process that stays: it compiles the model when it starts."""
+
+    setting = "OpenVINO"
+
+    def __init__(self, python: Path, file: Path, threads: int) -> None:
+        words = [f"{python}", f"{Path(__file__).with_name('openvino_peer.py')}", f"{file}", f"{threads}"]
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer("ready")
+
+    def run(self, samples: Samples, prompts: tuple[int, ...], decode: bool) -> None:
+        """One sample of each work it can do."""
+        if decode:
+            samples["decode 1"][self.setting].append(self._ask(f"decode {STEPS}"))
+        for tokens in prompts:
+            samples[f"prefill {tokens}"][self.setting].append(self._ask(f"prefill {tokens}"))
+
+    def flags(self) -> dict[str, str]:
+        """How it was set."""
+        return {"both": "CPU, INFERENCE_NUM_THREADS as ours"}
+
+    def close(self) -> None:
+        """End its process."""
+        self._process.terminate()
+        self._process.wait()
+
+    def _ask(self, work: str) -> float:
+        self._process.stdin.write(work + "\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self, wanted: str = "") -> str:
+        """The next line that it prints of its own accord, which other lines may stand before."""
+        for line in self._process.stdout:
+            if line.strip() == wanted or (not wanted and line[:1].isdigit()):
+                return line
+        raise RuntimeError("OpenVINO's process ended; what it said stands above.")
+
+
+def measure(file: Path, given: argparse.Namespace, until: float, long: bool) -> dict[str, Any]:
+    """All works of one file: as many rounds as are asked for, or as begin before `until` on the clock."""
     warm(file)
     samples: Samples = defaultdict(lambda: defaultdict(list))
     shares: dict[str, list[float]] = defaultdict(list)
-    peers = [Peer(folder, file, threads, setting) for setting in SETTINGS]
+    peers: list[Peer | OpenVino] = [Peer(given.peers, file, given.threads, setting) for setting in SETTINGS]
+    if given.openvino:
+        peers.append(OpenVino(given.openvino, file, given.threads))
     with tempfile.TemporaryDirectory(prefix="vai-bench-decode-", dir="/dev/shm") as place:
-        vai = Vai(file, Path(place) / "root", threads, isa)
+        vai = Vai(file, Path(place) / "root", given.threads, given.isa)
         vai.decode(1), vai.prefill(64)
-        for done in range(rounds):
+        for done in range(given.rounds):
             if done and time.monotonic() > until:
                 break
             for peer in peers:
@@ -150,12 +190,17 @@ def measure(
                 peer.run(samples, PREFILL, decode=True)
         vai.run(samples, shares, PREFILL, decode=True)
         if long:
-            best = max(peers, key=lambda peer: statistics.median(samples[f"prefill {PREFILL[-1]}"][peer.setting]))
-            vai.run(samples, shares, (LONG,), decode=False)
-            best.run(samples, (LONG,), decode=False)
+            prompt = f"prefill {PREFILL[-1]}"
+            best = max(peers[: len(SETTINGS)], key=lambda peer: statistics.median(samples[prompt][peer.setting]))
+            for peer in [best, *peers[len(SETTINGS) :]]:
+                vai.run(samples, shares, (LONG,), decode=False)
+                peer.run(samples, (LONG,), decode=False)
             vai.run(samples, shares, (LONG,), decode=False)
         isa_used = vai.isa
         vai.image.close()
+    for peer in peers:
+        if isinstance(peer, OpenVino):
+            peer.close()
     return {
         "file": file.name,
         "bytes": file.stat().st_size,
@@ -172,24 +217,31 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):7.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
+def ratio(by: dict[str, list[float]], *peers: str) -> str:
+    """VAI's median to the best of these peers'."""
+    medians = [statistics.median(by[peer]) for peer in peers if by.get(peer)]
+    return f"{statistics.median(by['VAI']) / max(medians):.2f}x" if medians else "-"
+
+
 def show(found: dict[str, Any]) -> None:
     print(f"\n{found['file']}, {found['bytes'] / 1e6:.0f} MB, VAI on {found['isa']}")
     for setting, flags in found["flags"].items():
         for work, words in flags.items():
-            print(f"  llama.cpp {setting}, {work}: {words}")
-    print(f"{'tokens/s':<14}{'VAI':<26}{'of ceiling':<12}{'llama.cpp default':<26}{'no repack':<26}to the better")
+            print(f"  {setting}, {work}: {words}")
+    heads = "".join(f"{who:<26}" for who in found["flags"])
+    print(f"{'tokens/s':<14}{'VAI':<26}{'of ceiling':<12}{heads}to llama.cpp at its better  to OpenVINO")
     for work, by in found["samples"].items():
-        peers = [statistics.median(by[setting]) for setting in SETTINGS if by.get(setting)]
-        ratio = f"{statistics.median(by['VAI']) / max(peers):.2f}x" if peers else "-"
         share = f"{statistics.median(found['shares'][work]):.0%}"
-        cells = [spread(by.get(setting, [])) for setting in SETTINGS]
-        print(f"{work:<14}{spread(by['VAI']):<26}{share:<12}{cells[0]:<26}{cells[1]:<26}{ratio}")
+        cells = "".join(f"{spread(by.get(who, [])):<26}" for who in found["flags"])
+        ratios = f"{ratio(by, *SETTINGS):<28}{ratio(by, OpenVino.setting)}"
+        print(f"{work:<14}{spread(by['VAI']):<26}{share:<12}{cells}{ratios}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--peers", type=Path, required=True, help="folder of llama.cpp's programs")
+    parser.add_argument("--openvino", type=Path, help="a Python that has openvino-genai")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--isa", help="force a lower instruction set on our side")
     parser.add_argument("--rounds", type=int, default=2)
@@ -201,9 +253,7 @@ def main() -> None:
     results = []
     for number, file in enumerate(given.files, 1):
         until = began + 60 * given.minutes * (number - 0.5) / len(given.files)
-        results.append(
-            measure(file, given.peers, given.threads, given.isa, until, given.rounds, given.long and number == 1)
-        )
+        results.append(measure(file, given, until, given.long and number == 1))
         show(results[-1])
     answer = {
         "bench": "decode",
