@@ -48,7 +48,11 @@ class Sequence:
         self.arrival = arrival
         self.draft = draft
         kind = request.speculate.kind
-        self.guesses = not request.constrained and (kind == "ngram" or (kind == "draft" and draft is not None))
+        self.guesses = (
+            not request.constrained
+            and limit > len(request.tokens) + 1  # a last token needs no guess at what follows it
+            and (kind == "ngram" or (kind == "draft" and draft is not None))
+        )
         self.priority = request.priority
         self.rank = rank(now, request.priority, arrival)
         self.limit = limit
