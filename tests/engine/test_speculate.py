@@ -557,3 +557,10 @@ def test_draws_stand_up_to_the_first_that_was_not_guessed() -> None:
     wrong = VaiError("no number")
     assert kept([5, 6], [draws[0], wrong, draws[2]]) == [draws[0], wrong]
     assert kept([9, 6], [draws[0], wrong, draws[2]]) == draws[:1]  # nobody was to see it
+
+
+def test_nobody_guesses_for_a_request_of_one_token() -> None:
+    for count in (1, 2):
+        request = Request(id="a", image="a", tokens=[1, 2, 3], speculate=Speculate(kind="ngram"))
+        sequence = Sequence(request, model("a"), arrival=1, limit=3 + count, now=0.0)
+        assert sequence.guesses == (count > 1)
