@@ -103,9 +103,8 @@ class Batch:
         )
 
     def _block_table(self, group: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-        if (
-            len(self.sequences) == 1 and not self.sequences[0].windows
-        ):  # by way of lists, as the others: less code to fetch
+        if len(self.sequences) == 1 and not self.sequences[0].windows:
+            # By way of a list, as the other arrays: NumPy's code for buffers would have to be fetched as well.
             return np.array([self.sequences[0].block_table[group].tolist()], np.int64)
         tables = [sequence.block_table[group] for sequence in self.sequences]
         padded = np.zeros((len(tables), max(map(len, tables))), np.int64)

@@ -79,7 +79,7 @@ class ModelQueue:
 
     def has_rows(self) -> bool:
         """Whether there is anything to compute: not where all wait for a mask."""
-        return any([each.computed < len(each.tokens) for each in self.running])  # noqa: C419 - see _whose_turn
+        return any([each.computed < len(each.tokens) for each in self.running])  # noqa: C419 - cheaper, see _whose_turn
 
 
 class Scheduler:
@@ -308,7 +308,7 @@ class Scheduler:
                 if each.running:
                     self._grow(each)
             ready = [each for each in ready if each.running]  # growing may have preempted some
-        if any([each.guesses for each in ready]):  # noqa: C419 - see _whose_turn
+        if any([each.guesses for each in ready]):  # noqa: C419 - cheaper, see _whose_turn
             drafting = self._speculation.next_step(queue.entry, ready, self._room(queue, ready), picked_at)
             if drafting is not None:
                 return drafting

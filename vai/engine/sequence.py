@@ -94,7 +94,7 @@ class Sequence:
     def page_is_full(self) -> bool:
         """Whether the next row needs a page that is not there, in any cache group."""
         pages = self.computed // PAGE_TOKENS
-        return any([len(table) <= pages for table in self.block_table])  # noqa: C419 - a generator costs more
+        return any([len(table) <= pages for table in self.block_table])  # noqa: C419 - a generator costs more, in every step
 
     def masks_stop(self, ahead: int) -> bool:
         """Whether the token behind the next `ahead` must not be a stop id.
