@@ -107,14 +107,26 @@ def test_pages_that_run_out_are_taken_from_the_lowest_priority_though_it_be_the_
     assert bench.answers == {old: answer([1] * 20, 60), young: answer([2] * 40, 60)}
 
 
-def test_models_with_urgent_requests_go_first_and_the_others_once_in_the_longest_wait() -> None:
+@pytest.mark.parametrize("lesser", "ab")
+def test_models_with_urgent_requests_go_first_and_the_others_once_in_the_longest_wait(lesser: str) -> None:
     bench = Bench()
-    bench.submit(model("a", 4096), [1], 5000)
-    bench.submit(model("b", 4096), [1], 5000, priority=1)
+    for letter in "ab":
+        bench.submit(model(letter, 4096), [1], 5000, priority=int(letter == lesser))
     order = turns(bench, 500, {"a": 0.02, "b": 0.02})
     seconds = 500 * 0.02
-    assert seconds / (MAX_WAIT + 0.1) - 2 <= order.count("b") <= seconds / MAX_WAIT + 2
-    assert max(map(len, order.split("b"))) * 0.02 <= MAX_WAIT + 2 * 0.02
+    assert seconds / (MAX_WAIT + 0.1) - 2 <= order.count(lesser) <= seconds / MAX_WAIT + 2
+    assert max(map(len, order.split(lesser))) * 0.02 <= MAX_WAIT + 2 * 0.02
+
+
+def test_a_model_is_as_urgent_as_those_of_its_requests_that_are_left() -> None:
+    bench = Bench()
+    urgent = bench.submit(model("a", 4096), [1], 5000)
+    for letter in "ab":
+        bench.submit(model(letter, 4096), [1], 5000, priority=1)
+    turns(bench, 100, {"a": 0.02, "b": 0.02})
+    bench.scheduler.abort(urgent)
+    order = turns(bench, 60, {"a": 0.02, "b": 0.02})
+    assert abs(order.count("a") - order.count("b")) <= 6
 
 
 def test_a_model_that_waited_for_urgent_requests_of_another_has_saved_nothing_up() -> None:
