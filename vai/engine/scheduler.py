@@ -20,6 +20,7 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as List
+from functools import partial
 from itertools import groupby
 
 from vai.engine import windows
@@ -212,6 +213,7 @@ class Scheduler:
             sequence.computed += count
             self._seal(sequence)
         self.take(batch.places, draws)
+        self._speculation.read(batch)
 
     def take(self, places: List[Place], draws: List[Draw | VaiError | None]) -> None:
         """One draw for each of `places`, or the reason why there is none, or None where it is still to come."""
@@ -309,7 +311,8 @@ class Scheduler:
                     self._grow(each)
             ready = [each for each in ready if each.running]  # growing may have preempted some
         if any([each.guesses for each in ready]):  # noqa: C419 - cheaper, see _whose_turn
-            drafting = self._speculation.next_step(queue.entry, ready, self._room(queue, ready), picked_at)
+            room = partial(self._room, queue, ready)
+            drafting = self._speculation.next_step(queue.entry, ready, room, picked_at)
             if drafting is not None:
                 return drafting
             for sequence, draft in zip(ready, self._speculation.drafts(queue.entry, ready), strict=True):

@@ -20,16 +20,15 @@ taken (`Pace`) and the share of each request's guesses that stood: none where th
 from __future__ import annotations
 
 import math
-from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 from typing import NamedTuple
 
-import numpy as np
 from msgspec.structs import replace
 
 from vai.engine.batch import Batch, Place
+from vai.engine.ngrams import NgramIndex
 from vai.engine.priority import by_rank
 from vai.engine.sampler import Draw
 from vai.engine.select import Entry
@@ -37,7 +36,7 @@ from vai.engine.sequence import Sequence
 from vai.errors import VaiError
 from vai.request import SamplingParams, Speculate
 
-SIZES = range(2, 5)  # tokens that must agree for a lookup to say what comes next; the more the better
+PIECE = 512  # tokens that may be added to indexes behind a step, where it has fewer rows
 CHANCE, WEIGHT = 0.7, 2.0  # a guess's chance to stand before any was tried, and how many trials that is worth
 LEAST, LEARN = 0.5, 0.02  # what others' guesses may teach a new request to expect at worst, and how fast, a trial
 FORGET = 0.8  # what the trials so far count after the next ones
@@ -73,10 +72,18 @@ class Pace:
         What was never tried, or long ago, is taken for cheap, so that it will be.
         """
         fresh = sorted((rows, mean) for rows, (mean, at) in self._means.items() if at > self._notes - MEMORY)
-        means = np.array([0.0, *(mean for _, mean in fresh)])
-        rising = np.minimum.accumulate(means[::-1])[::-1]  # more rows never take less: a greater mean is out of date
-        known = [0, *(rows for rows, _ in fresh)]
-        return [float(each) for each in np.interp(range(first, last + 1), known, rising)]
+        known, least = [], math.inf
+        for rows, mean in reversed(fresh):
+            least = min(least, mean)  # more rows never take less: a greater mean is out of date
+            known.append((rows, least))
+        known.append((0, 0.0))
+        (left, low), found = known.pop(), []
+        for rows in range(first, last + 1):
+            while known and known[-1][0] <= rows:
+                left, low = known.pop()
+            right, high = known[-1] if known else (left + 1, low)
+            found.append((high - low) / (right - left) * (rows - left) + low)
+        return found
 
 
 class Offer(NamedTuple):
@@ -166,34 +173,14 @@ class Guesser:
 class Lookup(Guesser):
     """Guesses that the text goes on as it did where its last tokens stood before (prompt lookup; Saxena, 2023)."""
 
-    def __init__(self, usual: float = CHANCE) -> None:
+    def __init__(self, usual: float = CHANCE, ngrams: NgramIndex | None = None) -> None:
+        """`ngrams`: of the request's tokens, as far as somebody has read them."""
         super().__init__(usual)
-        self._seen = array("i")
+        self._ngrams = NgramIndex() if ngrams is None else ngrams
 
     def look_up(self, tokens: List[int], most: int) -> list[int]:
-        """At most `most` guesses at what follows `tokens`, which have only grown since the last call.
-
-        The longest agreement counts, up to four tokens, and the latest of equally long ones. A text that repeats itself
-        is guessed to go on doing so.
-        """
-        self._seen.extend(tokens[len(self._seen) :])
-        if not self._seen:
-            return []
-        seen = np.frombuffer(self._seen, np.int32)
-        places = np.flatnonzero(seen[:-1] == seen[-1])
-        found = None
-        for size in SIZES:
-            places = places[places >= size - 1]
-            places = places[seen[places - size + 1] == seen[-size]] if len(seen) >= size else places[:0]
-            if not len(places):
-                break
-            found = int(places[-1]) + 1
-        if found is None:
-            return []
-        guesses: list[int] = []
-        for place in range(found, found + most):
-            guesses.append(self._seen[place] if place < len(self._seen) else guesses[place - len(self._seen)])
-        return guesses
+        """At most `most` guesses at what follows `tokens`, which have only grown since the last call."""
+        return self._ngrams.go_on(tokens, most)
 
 
 class Ahead(Guesser):
@@ -267,6 +254,7 @@ class Speculation:
         self._pages = pages
         self._max_rows = max_rows
         self._guessers: dict[Sequence, Guesser] = {}
+        self._ngrams: dict[Sequence, NgramIndex] = {}  # of those whose guesses are looked up
         self._paces: dict[str, Pace] = {}
         self._usual: dict[tuple[str, str | None], float] = {}  # model and draft model -> chance of a guess to stand
         self._tallies: dict[str, Tally] = {}
@@ -278,6 +266,16 @@ class Speculation:
     def note(self, batch: Batch, seconds: float) -> None:
         """A step took so long."""
         self._paces.setdefault(batch.entry.digest, Pace()).note(batch.rows, seconds)
+
+    def read(self, batch: Batch) -> None:
+        """Go on with the indexes of those in a step, behind it: not while the next native call waits.
+
+        By no more tokens than the step had rows, or PIECE: who finds a long prompt cached does without for some steps.
+        """
+        left = max(batch.rows, PIECE)
+        for sequence in batch.sequences:
+            if sequence.guesses and sequence.draft is None:
+                left -= self._ngrams.setdefault(sequence, NgramIndex()).read(sequence.tokens, left)
 
     def take(self, batch: Batch, draws: List[Drawn]) -> None:
         """The results of a step of a draft model."""
@@ -334,6 +332,7 @@ class Speculation:
         """The request guesses no more: it has ended, or its draft model has."""
         self.pause(sequence)
         self._guessers.pop(sequence, None)
+        self._ngrams.pop(sequence, None)
         sequence.guesses, sequence.draft = False, None
 
     def forget(self, image: str) -> None:
@@ -358,10 +357,12 @@ class Speculation:
 
     # Rounds
 
-    def next_step(self, entry: Entry, ready: List[Sequence], room: Room, picked_at: float) -> Batch | None:
+    def next_step(
+        self, entry: Entry, ready: List[Sequence], room: Callable[[], Room], picked_at: float
+    ) -> Batch | None:
         """The step of a draft model that comes before the next of `entry`, or None: then `drafts` are due.
 
-        `ready`: the decoding sequences that are in that step.
+        `ready`: the decoding sequences that are in that step. `room`: asked where there is something to guess.
         """
         begun = entry.digest in self._planned
         mine = []
@@ -404,11 +405,16 @@ class Speculation:
         found = self._guessers.get(sequence)
         if found is None and sequence.guesses:
             usual = self._usual.get(_pair(sequence), CHANCE)
-            made = Lookup(usual) if sequence.draft is None else Ahead(sequence, sequence.draft, usual)
-            found = self._guessers[sequence] = made
+            if sequence.draft is None:
+                found = Lookup(usual, self._ngrams.setdefault(sequence, NgramIndex()))
+            else:
+                found = Ahead(sequence, sequence.draft, usual)
+            self._guessers[sequence] = found
         return found
 
-    def _plan(self, entry: Entry, mine: List[tuple[Sequence, Guesser]], ready: int, room: Room) -> None:
+    def _plan(
+        self, entry: Entry, mine: List[tuple[Sequence, Guesser]], ready: int, find_room: Callable[[], Room]
+    ) -> None:
         """Decide how much each request guesses in this round, beside all that are `ready`."""
         offers, found = [], []
         for sequence, guesser in mine:
@@ -422,6 +428,7 @@ class Speculation:
             found.append(looked_up)
         if not any(offer.most for offer in offers):
             return
+        room = find_room()
         rows, most = ready + room.prompt_rows, max(0, min(room.guesses, sum(offer.most for offer in offers)))
         seconds = self._pace(entry.digest).seconds(rows, rows + most)
         drafting = {
