@@ -1,6 +1,6 @@
 """Recompute the golden arrays of this directory with transformers on the dequantized tensors of our synthetic models.
 
-    pip install ".[dev,oracle]" && python tests/golden/make.py
+    pip install ".[dev,oracle]" && python tests/golden/make.py [SHAPE ...]
 
 An implementation that shares nothing with ours: the GGUF file is read and dequantized by the `gguf` package, and the
 forward pass is transformers' class of the family in binary64 (which computes norms, angles and softmax in binary32 all
@@ -10,6 +10,7 @@ and `greedy`, the tokens that follow by greedy decoding. Bits are another matter
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,16 @@ from vai.burn.synth import SHAPES, synthesize
 from vai.models.spec import Spec
 
 HERE = Path(__file__).parent
+MODELS = (
+    "tiny",
+    "tiny-qwen2",
+    "tiny-qwen3",
+    "tiny-gemma2",
+    "tiny-gemma3",
+    "tiny-mistral",
+    "tiny-yarn",
+    "tiny-qwen3moe",
+)
 ROWS = (0, 1, 2, 7, 15, 16, 31, 32, 33, 39)
 GREEDY = 24
 NAMES = {
@@ -108,6 +119,10 @@ def model(path: Path, spec: Spec) -> torch.nn.Module:
     rope = {"rope_theta": spec.rope_base, "rope_type": "default"}
     if spec.rope_scaling == "linear":
         rope |= {"rope_type": "linear", "factor": spec.rope_factor}
+    if spec.rope_scaling == "yarn":
+        rope |= {"rope_type": "yarn", "factor": spec.rope_factor}
+        rope |= {"original_max_position_embeddings": spec.rope_original_context}
+        rope |= {"beta_fast": spec.rope_beta_fast, "beta_slow": spec.rope_beta_slow}
     name = "Mistral" if spec.architecture == "llama" and spec.window else CLASSES[spec.architecture]
     more: dict[str, object] = {"attn_implementation": "eager"}  # the one that caps scores
     if spec.window:
@@ -153,15 +168,7 @@ def model(path: Path, spec: Spec) -> torch.nn.Module:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
-        for shape in (
-            "tiny",
-            "tiny-qwen2",
-            "tiny-qwen3",
-            "tiny-gemma2",
-            "tiny-gemma3",
-            "tiny-mistral",
-            "tiny-qwen3moe",
-        ):
+        for shape in sys.argv[1:] or MODELS:
             for type in ("F32", "Q8_0", "Q4_0"):
                 path = Path(directory) / f"{shape}-{type}.gguf"
                 synthesize(path, shape=shape, type=type)

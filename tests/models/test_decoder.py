@@ -22,7 +22,7 @@ from vai.kernels.ops import (
     Route,
     Rows,
 )
-from vai.models.decoder import build, rope_frequencies
+from vai.models.decoder import build, rope_frequencies, yarn_frequencies
 from vai.models.spec import Spec
 
 WEIGHTS = ("weight", "bias")
@@ -108,3 +108,35 @@ def test_divisors_apply_to_their_own_frequency() -> None:
     assert rope_frequencies(10_000.0, 8, 1.0, (1.0, 2.0, 4.0, 8.0)) == tuple(
         frequency / divisor for frequency, divisor in zip(plain, (1, 2, 4, 8), strict=True)
     )
+
+
+def test_yarn_keeps_fast_frequencies_divides_slow_ones_and_goes_between_them_in_a_line() -> None:
+    base, dims, context = 10_000.0, 48, 512
+    plain = rope_frequencies(base, dims, 1.0)
+    shares = [
+        (kept - found) / (kept - kept / 8)
+        for kept, found in zip(plain, yarn_frequencies(base, dims, 8.0, context, 32.0, 1.0), strict=True)
+    ]
+    turns = [frequency * context / (2 * math.pi) for frequency in plain]
+    first = max(i for i, count in enumerate(turns) if count >= 32)
+    last = min(i for i, count in enumerate(turns) if count <= 1)
+    assert shares == pytest.approx([min(max((i - first) / (last - first), 0), 1) for i in range(dims // 2)], abs=1e-15)
+    assert shares[first] == 0 and shares[first + 1] > 0 and shares[last - 1] < 1
+
+
+@pytest.mark.parametrize(("context", "divided"), [(5, 24), (1 << 24, 0)])
+def test_a_yarn_whose_pairs_all_turn_slowly_or_all_fast_is_no_mixture(context: int, divided: int) -> None:
+    plain = rope_frequencies(10.0, 48, 1.0)
+    halves = tuple(frequency / (2 if i < divided else 1) for i, frequency in enumerate(plain))
+    found = yarn_frequencies(10.0, 48, 2.0, context, 32.0, 1.0)
+    assert found[1:] == halves[1:]  # the first pair keeps its frequency where the ramp begins at it
+
+
+def test_yarn_multiplies_scores_by_the_square_of_its_magnitude() -> None:
+    def scales(spec: Spec) -> list[float]:
+        return [op.scale for op in build(spec).ops if isinstance(op, Attention)]
+
+    spec = SHAPES["tiny-yarn"]
+    assert scales(spec) == pytest.approx([(1 + math.log(4) / 10) ** 2 / math.sqrt(48)] * 2, rel=1e-15)
+    longer = msgspec.structs.replace(spec, rope_magnitude=1.25)
+    assert scales(longer) == pytest.approx([1.5625 * scale for scale in scales(spec)], rel=1e-15)

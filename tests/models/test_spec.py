@@ -35,6 +35,9 @@ def metadata(spec: Spec = TINY, **changes: Any) -> dict[str, object]:
         keys |= {"expert_feed_forward_length": spec.ffn, "feed_forward_length": 3 * spec.ffn}
     if spec.rope_scaling == "linear":
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": spec.rope_factor}
+    if spec.rope_scaling == "yarn":
+        keys |= {"rope.scaling.type": "yarn", "rope.scaling.factor": spec.rope_factor}
+        keys |= {"rope.scaling.original_context_length": spec.rope_original_context}
     if spec.window:
         keys |= {"attention.sliding_window": spec.window, "attention.sliding_window_pattern": spec.full_every}
     if spec.local_rope_base:
@@ -104,6 +107,31 @@ def test_a_factor_without_scaling_means_nothing() -> None:
     assert (spec.rope_scaling, spec.rope_factor) == ("none", 1.0)
 
 
+def test_yarn_has_its_own_numbers_or_those_for_llama() -> None:
+    yarn = {"rope.scaling.type": "yarn"}
+    spec = spec_from_gguf(metadata(keys=yarn), shapes())
+    assert (spec.rope_scaling, spec.rope_factor, spec.rope_original_context) == ("yarn", 4.0, TINY.context)
+    assert (spec.rope_beta_fast, spec.rope_beta_slow, spec.rope_magnitude) == (32.0, 1.0, 1.0)
+    own = {"original_context_length": 256, "yarn_beta_fast": 24.0, "yarn_beta_slow": 2.0, "attn_factor": 1.25}
+    own |= {"yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.0}
+    keys = yarn | {f"rope.scaling.{key}": value for key, value in own.items()}
+    spec = spec_from_gguf(metadata(keys=keys), shapes())
+    assert spec.rope_original_context == 256
+    assert (spec.rope_beta_fast, spec.rope_beta_slow, spec.rope_magnitude) == (24.0, 2.0, 1.25)
+    spec = spec_from_gguf(metadata(keys=keys | {"rope.scaling.factor": 1.0}), shapes())
+    assert (spec.rope_scaling, spec.rope_original_context, spec.rope_magnitude) == ("none", 0, 1.25)
+
+
+def test_yarn_beside_frequencies_of_another_kind_is_refused() -> None:
+    yarn = {"rope.scaling.type": "yarn"}
+    divided = shapes() | {"rope_freqs.weight": (1, 16)}
+    with pytest.raises(UnsupportedModel, match="YaRN"):
+        spec_from_gguf(metadata(keys=yarn), divided, rope_divisors=[1.0] * 16)
+    gemma3 = SHAPES["tiny-gemma3"]
+    with pytest.raises(UnsupportedModel, match="YaRN"):
+        spec_from_gguf(metadata(gemma3, keys=yarn), shapes(gemma3))
+
+
 def test_equal_values_for_each_layer_are_one_value() -> None:
     assert spec_from_gguf(metadata(keys={"attention.head_count_kv": [2, 2, 2]}), shapes()) == TINY
 
@@ -117,7 +145,11 @@ def test_llama_3_frequencies_come_with_the_spec() -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"rope.scaling.type": "yarn"}, "yarn"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.yarn_attn_factor": 1.2}, "yarn_attn_factor"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier"),
+        ({"rope.scaling.type": "yarn", "rope.dimension_count": 16}, "16 of 32"),
+        ({"rope.scaling.attn_factor": 1.2}, "attn_factor"),
         ({"rope.scaling.type": "longrope"}, "longrope"),
         ({"expert_count": 8}, "expert_count"),
         ({"attention.value_length": 64}, "value_length"),
@@ -194,6 +226,8 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
         ({"rope.dimension_count": 31}, "RoPE"),
         ({"rope.scaling.factor": -4.0}, "factor"),
         ({"rope.scaling.type": 3}, "scaling.type"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.original_context_length": 0}, "original_context"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.yarn_beta_slow": 32.0}, "32 times"),
         ({"vocab_size": 511}, "vocab_size"),
         ({"context_length": None}, "context_length"),
         ({"embedding_length": 160}, "token_embd"),

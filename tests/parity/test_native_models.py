@@ -36,6 +36,7 @@ MIXED = [
     ("tiny-gemma2", "Q8_0"),
     ("tiny-gemma3", "Q4_0"),
     ("tiny-mistral", "F32"),
+    ("tiny-yarn", "Q4_0"),
     ("tiny-qwen3moe", "Q4_0"),
     ("tiny-qwen3moe", "Q4_K_M"),
     ("tiny-qwen3moe", "F32"),

@@ -37,7 +37,16 @@ Burned = Callable[[str, str], Image]
 Checkpoint = Callable[[str, str], Path]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-MODELS = ("tiny", "tiny-qwen2", "tiny-qwen3", "tiny-gemma2", "tiny-gemma3", "tiny-mistral", "tiny-qwen3moe")
+MODELS = (
+    "tiny",
+    "tiny-qwen2",
+    "tiny-qwen3",
+    "tiny-gemma2",
+    "tiny-gemma3",
+    "tiny-mistral",
+    "tiny-yarn",
+    "tiny-qwen3moe",
+)
 DRAWS = 16
 QUANTIZED = [("F32", "bf16"), ("F32", "q8_0"), ("Q8_0", "f32"), ("Q8_0", "bf16"), ("Q4_0", "bf16"), ("Q4_0", "q8_0")]
 
@@ -197,10 +206,18 @@ class Ideal:
     def _rotate(self, x: Doubles, heads: int, base: float, factor: float) -> Doubles:
         """Rotation of pairs as multiplication of complex numbers."""
         s, n = self.spec, self.spec.rope_dims
-        angles = np.arange(len(x))[:, None] * base ** (-np.arange(0, n, 2) / n) / factor
+        divisors, magnitude = np.full(n // 2, factor), s.rope_magnitude
+        if s.rope_scaling == "yarn":
+            turns = s.rope_original_context / 2 / math.pi * base ** (-np.arange(n) / n * 2)
+            # The last pair of all that turns often enough keeps its frequency, the first that does not is divided.
+            kept = max(int((turns >= s.rope_beta_fast).sum()) - 1, 0)
+            divided = min(int((turns > s.rope_beta_slow).sum()), n - 1)
+            divisors = 1 / np.interp(np.arange(n // 2), [kept, divided], [1, 1 / factor])
+            magnitude *= 1 + 0.1 * math.log(factor)
+        angles = np.arange(len(x))[:, None] * base ** (-np.arange(0, n, 2) / n) / divisors
         x = x.reshape(len(x), heads, s.head_dim).copy()
         pairs = [(slice(0, n, 2), slice(1, n, 2)), (slice(0, n // 2), slice(n // 2, n))][s.pairing == "neox"]
-        turned = (x[..., pairs[0]] + 1j * x[..., pairs[1]]) * np.exp(1j * angles)[:, None, :]
+        turned = (x[..., pairs[0]] + 1j * x[..., pairs[1]]) * (magnitude * np.exp(1j * angles))[:, None, :]
         x[..., pairs[0]], x[..., pairs[1]] = turned.real, turned.imag
         return x
 
@@ -308,6 +325,12 @@ MUTATIONS = [
     ("tiny-gemma3", {"act": "silu"}),
     ("tiny-mistral", {"window": 18}),
     ("tiny-mistral", {"full_every": 3}),
+    ("tiny-yarn", {"rope_scaling": "linear", "rope_original_context": 0}),
+    ("tiny-yarn", {"rope_scaling": "none", "rope_factor": 1.0, "rope_original_context": 0}),
+    ("tiny-yarn", {"rope_original_context": 64}),
+    ("tiny-yarn", {"rope_beta_fast": 8.0}),
+    ("tiny-yarn", {"rope_beta_slow": 8.0}),
+    ("tiny-yarn", {"rope_magnitude": 1.25}),
     ("tiny-qwen3moe", {"qk_norm": False}),
     ("tiny-qwen3moe", {"renormalize": False}),
     ("tiny-qwen3moe", {"experts_used": 2}),

@@ -161,6 +161,27 @@ SHAPES: Mapping[str, Spec] = {
         experts_used=3,
         renormalize=True,
     ),
+    # Qwen 2 with its context extended by YaRN.
+    "tiny-yarn": Spec(
+        architecture="qwen2",
+        pairing="neox",
+        layers=2,
+        width=160,
+        ffn=416,
+        heads=6,
+        kv_heads=2,
+        head_dim=48,
+        vocabulary=523,
+        context=2048,
+        norm_epsilon=0.25,
+        rope_base=10_000.0,
+        rope_dims=48,
+        rope_scaling="yarn",
+        rope_factor=4.0,
+        rope_original_context=512,
+        tied=True,
+        qkv_bias=True,
+    ),
     # For block types of 256 columns, with an output matrix of its own and layers of both kinds in a mix.
     "tiny-256": Spec(
         architecture="qwen2",
@@ -719,6 +740,12 @@ def _write_metadata(writer: GgufWriter, name: str, spec: Spec, type: str) -> Non
     if spec.rope_scaling != "none":
         writer.add(f"{prefix}.rope.scaling.type", spec.rope_scaling, ValueType.STRING)
         writer.add(f"{prefix}.rope.scaling.factor", spec.rope_factor, ValueType.FLOAT32)
+    if spec.rope_scaling == "yarn":
+        key = f"{prefix}.rope.scaling."
+        writer.add(key + "original_context_length", spec.rope_original_context, ValueType.UINT32)
+        writer.add(key + "yarn_beta_fast", spec.rope_beta_fast, ValueType.FLOAT32)
+        writer.add(key + "yarn_beta_slow", spec.rope_beta_slow, ValueType.FLOAT32)
+        writer.add(key + "attn_factor", spec.rope_magnitude, ValueType.FLOAT32)
     if spec.window:
         writer.add(f"{prefix}.attention.sliding_window", spec.window, ValueType.UINT32)
         if spec.full_every:

@@ -31,7 +31,7 @@ def build(spec: Spec) -> Program:
     Llama: Touvron et al. 2023; Qwen 2: Yang et al. 2024; Qwen 3: Yang et al. 2025; Gemma 2 and 3: Gemma
     Team 2024, 2025; Mistral: Jiang et al. 2023.
     """
-    frequencies = rope_frequencies(spec.rope_base, spec.rope_dims, spec.rope_factor, spec.rope_divisors)
+    frequencies = _frequencies(spec)
     local = rope_frequencies(spec.local_rope_base, spec.rope_dims, 1.0) if spec.local_rope_base else frequencies
     groups, places = _cache_groups(spec)
     ops: list[Op] = [Embed("embedding", "token_embd.weight", spec.embedding_scale)]
@@ -59,6 +59,31 @@ def build(spec: Spec) -> Program:
         vocabulary=spec.vocabulary,
         context=spec.context,
     )
+
+
+def _frequencies(spec: Spec) -> tuple[float, ...]:
+    if spec.rope_scaling != "yarn":
+        return rope_frequencies(spec.rope_base, spec.rope_dims, spec.rope_factor, spec.rope_divisors)
+    return yarn_frequencies(
+        spec.rope_base,
+        spec.rope_dims,
+        spec.rope_factor,
+        spec.rope_original_context,
+        spec.rope_beta_fast,
+        spec.rope_beta_slow,
+    )
+
+
+def _magnitude(spec: Spec) -> float:
+    """What queries and keys are multiplied by as they are rotated, all of their elements: scores get its square.
+
+    YaRN's is 1 + 0.1 ln(factor), which sharpens attention over a longer context.
+    """
+    if spec.rope_scaling != "yarn":
+        return spec.rope_magnitude
+    with decimal.localcontext(decimal.Context(prec=50)):
+        stretched = 1 + decimal.Decimal(max(1.0, spec.rope_factor)).ln() / 10
+        return float(decimal.Decimal(spec.rope_magnitude) * stretched)
 
 
 def _cache_groups(spec: Spec) -> tuple[tuple[CacheGroup, ...], list[tuple[int, int]]]:
@@ -99,7 +124,7 @@ def _block(spec: Spec, layer: int, x: str, frequencies: tuple[float, ...], place
             heads=spec.heads,
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
-            scale=spec.attention_scale or 1.0 / math.sqrt(spec.head_dim),
+            scale=(spec.attention_scale or 1.0 / math.sqrt(spec.head_dim)) * _magnitude(spec) ** 2,
             window=spec.window if spec.has_window(layer) else 0,
             softcap=spec.attention_softcap,
         ),
@@ -155,3 +180,31 @@ def rope_frequencies(base: float, dims: int, factor: float, divisors: Sequence[f
         if divisors:
             scaled = [frequency / decimal.Decimal(each) for frequency, each in zip(scaled, divisors, strict=True)]
         return tuple(float(frequency) for frequency in scaled)
+
+
+_TWO_PI = decimal.Decimal("6.2831853071795864769252867665590057683943387987502")
+
+
+def yarn_frequencies(
+    base: float, dims: int, factor: float, context: int, fast: float, slow: float
+) -> tuple[float, ...]:
+    """Radians per token of each rotated pair by YaRN (Peng et al. 2023), in decimal for the same reason.
+
+    A pair that turns `fast` times or more within `context` tokens keeps the frequency it has by rope_frequencies, one
+    that turns `slow` times or less has it divided by `factor`; between the indices of these two, the one rounded down
+    and the other up, the share of each is linear.
+    """
+    with decimal.localcontext(decimal.Context(prec=50)):
+        # base^(-2i / dims) context / 2 pi turns is `turns` at this i, as in the paper's equation 17
+        ends = [
+            dims * (context / (decimal.Decimal(turns) * _TWO_PI)).ln() / (2 * decimal.Decimal(base).ln())
+            for turns in (fast, slow)
+        ]
+        low, high = max(0, math.floor(ends[0])), min(dims - 1, math.ceil(ends[1]))
+        span = max(decimal.Decimal(high - low), decimal.Decimal("0.001"))  # at one index: a step
+        frequencies = []
+        for i in range(dims // 2):
+            plain = decimal.Decimal(base) ** (decimal.Decimal(-2 * i) / dims)
+            share = min(max((i - low) / span, decimal.Decimal(0)), decimal.Decimal(1))
+            frequencies.append(float(plain / decimal.Decimal(factor) * share + plain * (1 - share)))
+        return tuple(frequencies)

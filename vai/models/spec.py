@@ -27,10 +27,15 @@ MAX_LAYERS, MAX_WIDTH, MAX_FFN, MAX_HEADS, MAX_HEAD_DIM = 1024, 1 << 16, 1 << 20
 MAX_EXPERTS = 1024
 MAX_VOCABULARY, MAX_CONTEXT = 1 << 24, 1 << 24
 MAX_ROPE_BASE, MAX_ROPE_FACTOR, MAX_SOFTCAP = 1e15, 1e6, 1e6
+BETA_FAST, BETA_SLOW = 32.0, 1.0  # YaRN's, for Llama
 
 
 # Fields that came after the first images: left out where they have their default, so that no digest changes.
 _LATER = frozenset({
+    "rope_original_context",
+    "rope_beta_fast",
+    "rope_beta_slow",
+    "rope_magnitude",
     "qk_norm",
     "window",
     "full_every",
@@ -53,7 +58,10 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """A decoder. Sizes in elements; `ffn` is the inner width of the gated feed-forward layer, or of each expert.
 
     context: longest sequence in tokens. rope_dims: leading elements of a head that RoPE rotates. rope_factor: positions
-    are divided by it ("linear"); 1 for "none". rope_divisors: one for each rotated pair, or empty.
+    are divided by it ("linear"; "yarn": for pairs that turn slowly); 1 for "none". rope_original_context,
+    rope_beta_fast, rope_beta_slow: YaRN's context before it was extended, and how often a pair turns within it that
+    keeps its frequency, or has it divided (see decoder.yarn_frequencies). rope_magnitude: what queries
+    and keys are multiplied by, besides what YaRN says. rope_divisors: one for each rotated pair, or empty.
     tied: the output projection is the token embedding. qk_norm: each query and key head is normalized before RoPE.
     window: tokens that a row sees, its own the last, in all layers but each `full_every`-th; 0: no layer has a window;
     full_every 0: all have. local_rope_base: RoPE's base in layers with a window, unscaled; 0: as in the others.
@@ -77,8 +85,12 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     norm_epsilon: Annotated[float, Meta(gt=0, le=1)]
     rope_base: Annotated[float, Meta(gt=1, le=MAX_ROPE_BASE)]
     rope_dims: Annotated[int, Meta(ge=2, le=MAX_HEAD_DIM)]
-    rope_scaling: Literal["none", "linear"] = "none"
+    rope_scaling: Literal["none", "linear", "yarn"] = "none"
     rope_factor: Annotated[float, Meta(gt=0, le=MAX_ROPE_FACTOR)] = 1.0
+    rope_original_context: Annotated[int, Meta(ge=0, le=MAX_CONTEXT)] = 0
+    rope_beta_fast: Annotated[float, Meta(gt=0, le=MAX_ROPE_FACTOR)] = BETA_FAST
+    rope_beta_slow: Annotated[float, Meta(gt=0, le=MAX_ROPE_FACTOR)] = BETA_SLOW
+    rope_magnitude: Annotated[float, Meta(gt=0, le=MAX_ROPE_FACTOR)] = 1.0
     rope_divisors: tuple[Positive, ...] = ()
     tied: bool = False
     qkv_bias: bool = False
@@ -105,6 +117,12 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             raise ValueError(f"RoPE over {self.rope_dims} elements does not fit heads of {self.head_dim}")
         if self.rope_scaling == "none" and self.rope_factor != 1.0:
             raise ValueError("a RoPE factor needs a scaling type")
+        if (self.rope_scaling == "yarn") != (self.rope_original_context > 0):
+            raise ValueError("YaRN, and it alone, needs the context that it extends")
+        if (self.rope_scaling == "yarn" or self.rope_magnitude != 1.0) and self.rope_dims != self.head_dim:
+            raise ValueError("heads that are rotated in part cannot be multiplied as a whole")
+        if self.rope_beta_slow >= self.rope_beta_fast:
+            raise ValueError(f"turning {self.rope_beta_fast:g} times is not faster than {self.rope_beta_slow:g} times")
         if self.rope_divisors and len(self.rope_divisors) != self.rope_dims // 2:
             raise ValueError(f"{len(self.rope_divisors)} RoPE divisors for {self.rope_dims // 2} pairs")
         if (self.full_every or self.local_rope_base) and not self.window:
@@ -162,7 +180,14 @@ def spec_from_gguf(
     head_dim = keys.integer("attention.key_length", 2, MAX_HEAD_DIM, default=width // heads)
     if keys.integer("attention.value_length", 2, MAX_HEAD_DIM, default=head_dim) != head_dim:
         raise UnsupportedModel("Keys and values of different lengths (attention.value_length) are not supported.")
-    scaling, factor = _rope_scaling(keys)
+    context = keys.integer("context_length", 1, MAX_CONTEXT)
+    rope_dims = keys.integer("rope.dimension_count", 2, MAX_HEAD_DIM, default=head_dim)
+    rope = _rope_scaling(keys, family, context, ROPE_DIVISORS in tensors)
+    if rope_dims < head_dim and (rope.get("rope_scaling") == "yarn" or rope.get("rope_magnitude", 1.0) != 1.0):
+        raise UnsupportedModel(
+            f"RoPE over {rope_dims} of {head_dim} elements (rope.dimension_count) that also multiplies them "
+            "(rope.scaling: YaRN, attn_factor) is not supported."
+        )
     spec_fields = {
         "architecture": architecture,
         "pairing": family.pairing,
@@ -173,12 +198,11 @@ def spec_from_gguf(
         "kv_heads": keys.integer("attention.head_count_kv", 1, MAX_HEADS, default=heads, per_layer=layers),
         "head_dim": head_dim,
         "vocabulary": _vocabulary(keys, tensors),
-        "context": keys.integer("context_length", 1, MAX_CONTEXT),
+        "context": context,
         "norm_epsilon": keys.number("attention.layer_norm_rms_epsilon", 1.0),
         "rope_base": keys.number("rope.freq_base", MAX_ROPE_BASE, default=10_000.0),
-        "rope_dims": keys.integer("rope.dimension_count", 2, MAX_HEAD_DIM, default=head_dim),
-        "rope_scaling": scaling,
-        "rope_factor": factor,
+        "rope_dims": rope_dims,
+        **rope,
         "rope_divisors": _rope_divisors(family, tensors, rope_divisors),
         "tied": "output.weight" not in tensors,
         "qkv_bias": _qkv_bias(family, tensors),
@@ -312,6 +336,7 @@ _NEUTRAL: Mapping[str, object] = {
     "use_parallel_residual": False,
     "rope.scaling.attn_factor": 1.0,
     "rope.scaling.yarn_ext_factor": 0.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
     "rope.scaling.yarn_log_multiplier": 0.0,
 }
 
@@ -322,7 +347,11 @@ def _refuse_what_is_not_computed(keys: _Keys, family: Family) -> None:
         computed |= {"attn_logit_softcapping", "final_logit_softcapping"}
     if family.experts:
         computed |= {"expert_count", "expert_used_count"}
-    for key, neutral in _NEUTRAL.items():
+    neutrals = dict(_NEUTRAL)
+    if keys.get("rope.scaling.type") == "yarn":
+        computed |= {"rope.scaling.attn_factor"}
+        neutrals["rope.scaling.yarn_ext_factor"] = 1.0  # pairs that turn often enough keep all of their frequency
+    for key, neutral in neutrals.items():
         if key in computed:
             continue
         value = keys.get(key)
@@ -330,16 +359,30 @@ def _refuse_what_is_not_computed(keys: _Keys, family: Family) -> None:
             raise UnsupportedModel(f"{keys.prefix}.{key} is set, and VAI does not compute that yet.")
 
 
-def _rope_scaling(keys: _Keys) -> tuple[str, float]:
+def _rope_scaling(keys: _Keys, family: Family, context: int, divided: bool) -> dict[str, object]:
+    """divided: whether the file brings divisors."""
     # Files of 2023 call the linear factor `rope.scale_linear`.
     key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"
     factor = keys.number(key, MAX_ROPE_FACTOR, default=1.0)
     scaling = keys.text("rope.scaling.type", "linear")
-    if scaling not in ("none", "linear"):
-        raise UnsupportedModel(f"RoPE scaling of type '{scaling}' is not supported; VAI computes 'linear'.")
+    if scaling not in ("none", "linear", "yarn"):
+        raise UnsupportedModel(f"RoPE scaling of type '{scaling}' is not supported; VAI computes 'linear' and 'yarn'.")
+    if scaling == "yarn" and (divided or family.local_rope_base):
+        raise UnsupportedModel("YaRN beside frequencies of another kind is not supported.")
+    fields: dict[str, object] = {}
+    if scaling == "yarn":
+        fields["rope_magnitude"] = keys.number("rope.scaling.attn_factor", MAX_ROPE_FACTOR, default=1.0)
     if scaling == "none" or factor == 1.0:
-        return "none", 1.0
-    return "linear", factor
+        return fields
+    fields |= {"rope_scaling": scaling, "rope_factor": factor}
+    if scaling == "linear":
+        return fields
+    original = keys.integer("rope.scaling.original_context_length", 1, MAX_CONTEXT, default=context)
+    return fields | {
+        "rope_original_context": original,
+        "rope_beta_fast": keys.number("rope.scaling.yarn_beta_fast", MAX_ROPE_FACTOR, default=BETA_FAST),
+        "rope_beta_slow": keys.number("rope.scaling.yarn_beta_slow", MAX_ROPE_FACTOR, default=BETA_SLOW),
+    }
 
 
 def _windows(keys: _Keys, family: Family, layers: int) -> dict[str, object]:
