@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf as oracle
+import msgspec
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from vai.burn.gguf import GgufFile, GgufWriter, ValueType
 from vai.burn.pack import unpack
 from vai.burn.synth import SHAPES, synthesize
 from vai.errors import Interrupted, MalformedFile, ModelNotFound, NotSupported, UnsupportedModel
+from vai.models.spec import file_tensors
 from vai.rom import segment
 from vai.rom.image import VECTOR
 from vai.rom.view import Image
@@ -83,9 +85,9 @@ def images(root: Path) -> list[Path]:
     return sorted((root / "images").iterdir()) if root.exists() else []
 
 
-def rows_of(image: Image, gguf: GgufFile, name: str) -> bytes:
+def rows_of(image: Image, gguf: GgufFile, name: str, source: str | None = None) -> bytes:
     stored, part, data = image.tensor(name)
-    return unpack(stored, part, gguf.tensors[name].type, data)
+    return unpack(stored, part, gguf.tensors[source or name].type, data)
 
 
 @pytest.fixture
@@ -122,6 +124,19 @@ def test_files_mixed_as_people_s_are_come_back_bit_for_bit(mix: str, shape: str,
         for layer in range(SHAPES[shape].layers):
             kinds = {gguf.tensors[f"blk.{layer}.attn_{part}.weight"].type for part in "qkv"}
             assert (f"blk.{layer}.attn_qkv.weight" in stored) == (len(kinds) == 1)
+
+
+@pytest.mark.parametrize(("type", "ffn"), [("Q4_0", 352), ("Q4_K_M", 512), ("F32", 360)])  # the last: no whole blocks
+def test_matrices_that_the_file_fused_come_back_bit_for_bit(type: str, ffn: int, tmp_path: Path, root: Path) -> None:
+    shape = msgspec.structs.replace(SHAPES["tiny-phi3"], width=256, ffn=ffn)
+    synthesize(tmp_path / "m.gguf", shape=shape, type=type)
+    with segment.attach(root, burn(tmp_path / "m.gguf", root).digest) as image, GgufFile(tmp_path / "m.gguf") as gguf:
+        segment.verify(image)
+        stored = {tensor.name for tensor in image.table.tensors}
+        assert {"blk.1.attn_qkv.weight", "blk.1.ffn_gate_up.weight"} < stored
+        for name, parts in file_tensors(shape).items():
+            rows = [rows_of(image, gguf, part, name) for part in parts]
+            assert b"".join(rows) == bytes(gguf.data(name)), name
 
 
 def test_neighbours_of_one_type_are_stored_as_one(tiny: Mapping[str, Path], root: Path) -> None:

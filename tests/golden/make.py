@@ -30,6 +30,7 @@ MODELS = (
     "tiny-gemma2",
     "tiny-gemma3",
     "tiny-mistral",
+    "tiny-phi3",
     "tiny-yarn",
     "tiny-qwen3moe",
 )
@@ -58,10 +59,12 @@ CLASSES = {
     "gemma2": "Gemma2",
     "gemma3": "Gemma3",
     "llama": "Llama",
+    "phi3": "Phi3",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
     "qwen3moe": "Qwen3Moe",
 }
+FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}  # Phi's
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -74,7 +77,7 @@ def transformers_name(name: str, spec: Spec) -> str:
     if stem in OUTSIDE:
         return f"{OUTSIDE[stem]}.{kind}"
     _, layer, part = stem.split(".")
-    names = NAMES | SANDWICH if spec.post_norms else NAMES
+    names = NAMES | (SANDWICH if spec.post_norms else FUSED if spec.architecture == "phi3" else {})
     return f"model.layers.{layer}.{names[part]}.{kind}"
 
 
@@ -123,12 +126,14 @@ def model(path: Path, spec: Spec) -> torch.nn.Module:
         rope |= {"rope_type": "yarn", "factor": spec.rope_factor}
         rope |= {"original_max_position_embeddings": spec.rope_original_context}
         rope |= {"beta_fast": spec.rope_beta_fast, "beta_slow": spec.rope_beta_slow}
+    if spec.rope_dims < spec.head_dim:
+        rope |= {"partial_rotary_factor": spec.rope_dims / spec.head_dim}
     name = "Mistral" if spec.architecture == "llama" and spec.window else CLASSES[spec.architecture]
     more: dict[str, object] = {"attn_implementation": "eager"}  # the one that caps scores
     if spec.window:
         kinds = ("full_attention", "sliding_attention")
         more |= {"sliding_window": spec.window}
-        if name != "Mistral":
+        if name not in ("Mistral", "Phi3"):
             more |= {"layer_types": [kinds[spec.has_window(layer)] for layer in range(spec.layers)]}
     if spec.architecture.startswith("gemma"):
         more |= {

@@ -9,7 +9,7 @@ import pytest
 
 from vai.burn.synth import SHAPES
 from vai.errors import CorruptImage, MalformedFile, UnsupportedModel
-from vai.models.spec import Spec, expected_tensors, spec_from_gguf
+from vai.models.spec import Spec, expected_tensors, file_tensors, spec_from_gguf
 
 TINY = SHAPES["tiny"]
 
@@ -51,7 +51,10 @@ def metadata(spec: Spec = TINY, **changes: Any) -> dict[str, object]:
 
 def shapes(spec: Spec = TINY) -> dict[str, tuple[int, int]]:
     """Tensor shapes as the file gives them."""
-    return {name: (r, c) if c > 1 else (1, r) for name, (r, c) in expected_tensors(spec).items()}
+    expected = expected_tensors(spec)
+    rows = {name: sum(expected[part][0] for part in parts) for name, parts in file_tensors(spec).items()}
+    columns = {name: expected[parts[0]][1] for name, parts in file_tensors(spec).items()}
+    return {name: (rows[name], columns[name]) if columns[name] > 1 else (1, rows[name]) for name in rows}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -200,7 +203,7 @@ def test_gemma_s_silent_files_have_the_values_of_its_first_models() -> None:
 
 
 def test_an_unknown_architecture_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModel, match=r"'mamba'.*gemma2.*llama, qwen2"):
+    with pytest.raises(UnsupportedModel, match=r"'mamba'.*gemma2.*llama, phi3, qwen2"):
         spec_from_gguf({"general.architecture": "mamba"}, {})
 
 
@@ -293,6 +296,23 @@ def test_experts_that_cannot_be_are_refused(keys: dict[str, object], error: type
     spec = SHAPES["tiny-qwen3moe"]
     with pytest.raises(error, match=words):
         spec_from_gguf(metadata(spec, keys=keys), shapes(spec))
+
+
+def test_the_fused_matrices_of_phi_are_what_its_file_has() -> None:
+    spec = SHAPES["tiny-phi3"]
+    tensors = shapes(spec)
+    assert tensors["blk.0.attn_qkv.weight"] == (192 + 64 + 64, 192) and tensors["blk.0.ffn_up.weight"] == (704, 192)
+    for changes, name in (
+        ({"blk.1.ffn_up.weight": (352, 192)}, r"blk\.1\.ffn_up"),
+        ({"blk.1.attn_qkv.weight": (192, 192)}, r"blk\.1\.attn_qkv"),
+    ):
+        with pytest.raises(MalformedFile, match=name):
+            spec_from_gguf(metadata(spec), tensors | changes)
+    with pytest.raises(UnsupportedModel, match="ffn_gate"):
+        spec_from_gguf(metadata(spec), tensors | {"blk.0.ffn_gate.weight": (352, 192)})
+    del tensors["blk.0.attn_qkv.weight"]
+    with pytest.raises(MalformedFile, match=r"blk\.0\.attn_qkv"):
+        spec_from_gguf(metadata(spec), tensors)
 
 
 def test_a_llama_with_biases_has_them() -> None:

@@ -37,6 +37,8 @@ MIXED = [
     ("tiny-gemma3", "Q4_0"),
     ("tiny-mistral", "F32"),
     ("tiny-yarn", "Q4_0"),
+    ("tiny-phi3", "Q4_0"),
+    ("tiny-phi3", "F32"),
     ("tiny-qwen3moe", "Q4_0"),
     ("tiny-qwen3moe", "Q4_K_M"),
     ("tiny-qwen3moe", "F32"),

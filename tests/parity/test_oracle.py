@@ -44,6 +44,7 @@ MODELS = (
     "tiny-gemma2",
     "tiny-gemma3",
     "tiny-mistral",
+    "tiny-phi3",
     "tiny-yarn",
     "tiny-qwen3moe",
 )
@@ -134,6 +135,15 @@ class Ideal:
             tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
             for tensor in gguf.GGUFReader(path).tensors
         }
+        for layer in range(spec.layers if spec.architecture == "phi3" else 0):
+            q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+            for fused, names, places in (
+                ("attn_qkv", ("attn_q", "attn_k", "attn_v"), [q, q + kv]),
+                ("ffn_up", ("ffn_gate", "ffn_up"), [spec.ffn]),
+            ):
+                pieces = np.split(self.tensors.pop(f"blk.{layer}.{fused}.weight"), places)
+                for name, piece in zip(names, pieces, strict=True):
+                    self.tensors[f"blk.{layer}.{name}.weight"] = piece
 
     def __call__(self, tokens: NDArray[np.int32], noise: Noise) -> Doubles:
         s, t = self.spec, self.tensors
@@ -325,6 +335,9 @@ MUTATIONS = [
     ("tiny-gemma3", {"act": "silu"}),
     ("tiny-mistral", {"window": 18}),
     ("tiny-mistral", {"full_every": 3}),
+    ("tiny-phi3", {"window": 19}),
+    ("tiny-phi3", {"pairing": "norm"}),
+    ("tiny-phi3", {"rope_dims": 32}),
     ("tiny-yarn", {"rope_scaling": "linear", "rope_original_context": 0}),
     ("tiny-yarn", {"rope_scaling": "none", "rope_factor": 1.0, "rope_original_context": 0}),
     ("tiny-yarn", {"rope_original_context": 64}),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from vai.burn import _pack
 from vai.burn.gguf import GgufFile, GgufTensor
 from vai.errors import CorruptImage, MalformedFile, UnsupportedModel
-from vai.models.spec import Spec, expected_tensors
+from vai.models.spec import Spec, expected_tensors, file_tensors
 from vai.rom.image import BLOCK_ROWS, VECTOR, Part, StoredTensor, place, tensor_bytes
 
 VECTOR_TYPES = ("F32", "F16", "BF16")
@@ -32,11 +32,24 @@ _MEMBER = re.compile(r"(blk\.\d+\.)(attn_q|attn_k|attn_v|ffn_gate|ffn_up|ffn_gat
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 
 
+class Source(NamedTuple):
+    """`rows` rows of a checkpoint's tensor from `first` on (elements, of a vector)."""
+
+    tensor: GgufTensor
+    first: int
+    rows: int
+
+    def bytes(self) -> slice:
+        """Where they are in the tensor's bytes."""
+        row = self.tensor.bytes // self.tensor.shape[_is_vector(self.tensor)]
+        return slice(self.first * row, (self.first + self.rows) * row)
+
+
 class StoredPart(NamedTuple):
-    """A part of a stored tensor, and the checkpoint's tensor whose rows it holds."""
+    """A part of a stored tensor, and the checkpoint's rows that it holds."""
 
     part: Part
-    source: GgufTensor
+    source: Source
 
 
 class Planned(NamedTuple):
@@ -72,8 +85,9 @@ def plan_image(gguf: GgufFile, spec: Spec) -> ImagePlan:
     The matrices of a layer's experts become one, each below the one before. Raises UnsupportedModel for a vector of a
     quantized type, MalformedFile for a tensor with another number of dimensions or of experts than it should have.
     """
-    groups = _fused(gguf, expected_tensors(spec))
-    shapes = [_shape(gguf, names, interleaved, spec.experts) for _, names, interleaved in groups]
+    sources = _sources(gguf, spec)
+    groups = _fused(sources)
+    shapes = [_shape(sources, names, interleaved, spec.experts) for _, names, interleaved in groups]
     sizes = [tensor_bytes(type_, rows, columns) for type_, rows, columns, _ in shapes]
     offsets, data_bytes = place(sizes)
     tensors = tuple(
@@ -85,11 +99,23 @@ def plan_image(gguf: GgufFile, spec: Spec) -> ImagePlan:
     return ImagePlan(tensors, data_bytes)
 
 
-def _fused(gguf: GgufFile, expected: Mapping[str, tuple[int, int]]) -> list[tuple[str, tuple[str, ...], bool]]:
+def _sources(gguf: GgufFile, spec: Spec) -> dict[str, Source]:
+    """Where the checkpoint has each tensor of the model, in canonical order."""
+    expected, sources = expected_tensors(spec), {}
+    for name, parts in file_tensors(spec).items():
+        tensor, first = gguf.tensors[name], 0
+        for part in parts:
+            rows = expected[part][0] if len(parts) > 1 else tensor.shape[_is_vector(tensor)]
+            sources[part] = Source(tensor, first, rows)
+            first += rows
+    return sources
+
+
+def _fused(sources: Mapping[str, Source]) -> list[tuple[str, tuple[str, ...], bool]]:
     """(stored name, logical names, interleaved) in canonical order; a fusion stands where its first member would."""
     groups: dict[str, tuple[str, tuple[str, ...], bool]] = {}
-    for name in expected:
-        fusion = _fusion(gguf, name)
+    for name in sources:
+        fusion = _fusion(sources, name)
         if fusion is None:
             groups[name] = (name, (name,), False)
         else:
@@ -97,27 +123,27 @@ def _fused(gguf: GgufFile, expected: Mapping[str, tuple[int, int]]) -> list[tupl
     return list(groups.values())
 
 
-def _fusion(gguf: GgufFile, name: str) -> tuple[str, tuple[str, ...], bool] | None:
+def _fusion(sources: Mapping[str, Source], name: str) -> tuple[str, tuple[str, ...], bool] | None:
     """The fusion `name` is part of. Biases follow their matrices."""
     match = _MEMBER.fullmatch(name)
     if match is None:
         return None
     block, member, kind = match.groups()
     for fused, (members, interleaved) in _FUSIONS.items():
-        if member in members and len({gguf.tensors[f"{block}{m}.weight"].type for m in members}) == 1:
+        if member in members and len({sources[f"{block}{m}.weight"].tensor.type for m in members}) == 1:
             return f"{block}{fused}.{kind}", tuple(f"{block}{m}.{kind}" for m in members), interleaved
     return None
 
 
 def _shape(
-    gguf: GgufFile, names: Sequence[str], interleaved: bool, experts: int
+    sources: Mapping[str, Source], names: Sequence[str], interleaved: bool, experts: int
 ) -> tuple[str, int, int, tuple[StoredPart, ...]]:
     """(stored type, stored rows, columns, parts) of the logical tensors stored together."""
-    sources = [gguf.tensors[name] for name in names]
-    vector = _is_vector(sources[0])
+    tensors = [sources[name].tensor for name in names]
+    vector = _is_vector(tensors[0])
     parts: list[StoredPart] = []
     block = 0
-    for index, source in enumerate(sources):
+    for index, (name, source) in enumerate(zip(names, tensors, strict=True)):
         if _EXPERTS.fullmatch(source.name):
             if len(source.dimensions) != 3 or source.dimensions[2] != experts:
                 raise MalformedFile(f"The tensor {source.name} is not {experts} matrices, one for each expert.")
@@ -127,13 +153,12 @@ def _shape(
             raise UnsupportedModel(
                 f"The vector {source.name} has the type {source.type}; VAI takes {', '.join(VECTOR_TYPES)} for vectors."
             )
-        rows = source.shape[1] if vector else source.shape[0]
-        first, step = (index, len(sources)) if interleaved else (block, 1)
-        part = Part(source.name, rows, first, step)
-        parts.append(StoredPart(part, source))
+        first, step = (index, len(names)) if interleaved else (block, 1)
+        part = Part(name, sources[name].rows, first, step)
+        parts.append(StoredPart(part, sources[name]))
         block += part.blocks
-    columns = 1 if vector else sources[0].shape[1]
-    return VECTOR if vector else sources[0].type, block * BLOCK_ROWS, columns, tuple(parts)
+    columns = 1 if vector else tensors[0].shape[1]
+    return VECTOR if vector else tensors[0].type, block * BLOCK_ROWS, columns, tuple(parts)
 
 
 def _is_vector(source: GgufTensor) -> bool:
@@ -151,19 +176,18 @@ def pack_range(plan: ImagePlan, gguf: GgufFile, start: int, window: memoryview) 
         low, high = max(stored.offset, start), min(stored.offset + stored.bytes, stop)
         window[end - start : low - start] = bytes(low - end)
         for part, source in parts:
-            data = gguf.data(source.name)
-            proved = _pack.fill(
-                source.type,
-                stored.type == VECTOR,
-                data,
-                part.rows,
-                stored.columns,
-                part.first_block,
-                part.block_step,
-                low - stored.offset,
-                window[low - start : high - start],
-            )
-            data.release()
+            with gguf.data(source.tensor.name) as whole, whole[source.bytes()] as data:
+                proved = _pack.fill(
+                    source.tensor.type,
+                    stored.type == VECTOR,
+                    data,
+                    part.rows,
+                    stored.columns,
+                    part.first_block,
+                    part.block_step,
+                    low - stored.offset,
+                    window[low - start : high - start],
+                )
             if not proved:
                 raise CorruptImage(
                     f"Packing {part.name} did not give back what the file says. Either the file changed while it was "

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from vai.burn.gguf import FILE_TYPES, TENSOR_TYPES, GgufWriter, ValueType, tensor_bytes
 from vai.errors import BadRequest
-from vai.models.spec import Spec, expected_tensors
+from vai.models.spec import Spec, expected_tensors, file_tensors
 from vai.text.vocabulary import byte_level_bpe
 
 SHAPES: Mapping[str, Spec] = {
@@ -140,6 +140,23 @@ SHAPES: Mapping[str, Spec] = {
         rope_base=10_000.0,
         rope_dims=32,
         window=17,
+    ),
+    # Phi 3 with a window, and rotating a part of each head, as Phi 4 mini does.
+    "tiny-phi3": Spec(
+        architecture="phi3",
+        pairing="neox",
+        layers=2,
+        width=192,
+        ffn=352,
+        heads=6,
+        kv_heads=2,
+        head_dim=32,
+        vocabulary=523,
+        context=4096,
+        norm_epsilon=0.0625,
+        rope_base=10_000.0,
+        rope_dims=24,
+        window=18,
     ),
     # Experts whose number is no power of two, and columns for every block type.
     "tiny-qwen3moe": Spec(
@@ -349,6 +366,12 @@ _GEMMA_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
+_PHI3_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
 _DEEPSEEK_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
@@ -370,7 +393,9 @@ def synthesize(path: Path, *, shape: str | Spec, type: str, seed: int = 0) -> in
         raise BadRequest(f"'{type}' is not a type that can be synthesized; choose one of {', '.join(TYPES)}.")
     if not 0 <= seed < 1 << 63:
         raise BadRequest("The seed must be a whole number from 0 to 2^63 - 1.")
-    tensors = expected_tensors(spec)
+    parts = expected_tensors(spec)
+    held = file_tensors(spec)
+    tensors = {tensor: (sum(parts[part][0] for part in held[tensor]), parts[held[tensor][0]][1]) for tensor in held}
     types = {tensor: _matrix_type(type, tensor, columns, spec) for tensor, (_, columns) in tensors.items()}
     _check_size(name, types, tensors)
     with GgufWriter(path) as writer:
@@ -380,14 +405,16 @@ def synthesize(path: Path, *, shape: str | Spec, type: str, seed: int = 0) -> in
                 writer.declare(tensor, "F32", (rows,))
             else:
                 writer.declare(tensor, types[tensor], _file_shape(tensor, rows, columns, spec))
-        for tensor, (rows, columns) in tensors.items():
-            stream = _Stream(seed, tensor)
-            if columns == 1:
-                writer.write(_vector(tensor, rows, stream).data)
-                continue
-            make = _MAKERS[types[tensor]](_gain(tensor, spec) / math.sqrt(columns))
-            for start in range(0, rows * columns, PIECE):
-                writer.write(make(min(PIECE, rows * columns - start), stream).data)
+        for tensor in tensors:
+            for part in held[tensor]:
+                rows, columns = parts[part]
+                stream = _Stream(seed, part)
+                if columns == 1:
+                    writer.write(_vector(part, rows, stream).data)
+                    continue
+                make = _MAKERS[types[tensor]](_gain(part, spec) / math.sqrt(columns))
+                for start in range(0, rows * columns, PIECE):
+                    writer.write(make(min(PIECE, rows * columns - start), stream).data)
     return path.stat().st_size
 
 
@@ -414,6 +441,8 @@ def _matrix_type(type: str, tensor: str, columns: int, spec: Spec) -> str:
     chosen = MIXES[type]
     if tensor == ("token_embd.weight" if spec.tied else "output.weight"):
         chosen = "Q6_K"
+    elif chosen != "Q4_0" and tensor.endswith("attn_qkv.weight"):
+        chosen = {"Q4_K": "Q5_K", "Q5_K": "Q6_K"}[chosen]
     elif chosen != "Q4_0" and tensor.endswith(("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight")):
         layer, eighth = int(tensor.split(".")[1]), spec.layers // 8
         if layer < eighth or layer >= 7 * spec.layers // 8 or (layer - eighth) % 3 == 2:
@@ -783,6 +812,9 @@ def _write_tokenizer(writer: GgufWriter, spec: Spec) -> None:
     elif spec.architecture.startswith("gemma"):  # whose own vocabularies are SentencePiece's
         pre, template, add_bos = "llama-bpe", _GEMMA_TEMPLATE, True
         bos, eos, pad, *others = "<bos>", "<end_of_turn>", "<pad>", "<start_of_turn>"
+    elif spec.architecture == "phi3":  # Phi 3's own is SentencePiece's, that of Phi 4 mini is this one
+        pre, template, add_bos = "gpt-4o", _PHI3_TEMPLATE, False
+        bos, eos, pad, *others = "<|endoftext|>", "<|end|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"
     else:
         pre, template, add_bos = "deepseek-coder", _DEEPSEEK_TEMPLATE, True
         bos, eos, pad, *others = "<｜begin▁of▁sentence｜>", "<|EOT|>", "<｜end▁of▁sentence｜>"

@@ -27,6 +27,7 @@ class Family:
     wide_scale_layers: with so many layers, scores are divided by sqrt(width / heads), not sqrt(head_dim).
     experts: whether the feed-forward layers are experts, of which a softmax router chooses some for each token;
         renormalize: whether the shares of the chosen ones are made to sum to 1.
+    fused_tensors: whether the file has one matrix of queries, keys and values, and one of gate and up.
     """
 
     architecture: str
@@ -45,3 +46,4 @@ class Family:
     wide_scale_layers: int = 0
     experts: bool = False
     renormalize: bool = False
+    fused_tensors: bool = False

@@ -7,6 +7,7 @@ a feature ignored answers plausible nonsense.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
@@ -14,12 +15,12 @@ import msgspec
 from msgspec import Meta
 
 from vai.errors import CorruptImage, MalformedFile, UnsupportedModel
-from vai.models.families import gemma2, gemma3, llama, qwen2, qwen3, qwen3moe
+from vai.models.families import gemma2, gemma3, llama, phi3, qwen2, qwen3, qwen3moe
 from vai.models.family import Act, Family, Pairing
 from vai.rom.image import BLOCK_ROWS, canonical_json
 
 FAMILIES: Mapping[str, Family] = {
-    module.FAMILY.architecture: module.FAMILY for module in (gemma2, gemma3, llama, qwen2, qwen3, qwen3moe)
+    module.FAMILY.architecture: module.FAMILY for module in (gemma2, gemma3, llama, phi3, qwen2, qwen3, qwen3moe)
 }
 ROPE_DIVISORS = "rope_freqs.weight"  # a tensor that becomes part of the spec, not of the image
 
@@ -252,6 +253,27 @@ def expected_tensors(spec: Spec) -> dict[str, tuple[int, int]]:
     return tensors
 
 
+# The model's tensors that families with fused ones store in one, each below the one before.
+_FUSED: Mapping[str, tuple[str, ...]] = {
+    "attn_qkv.weight": ("attn_q.weight", "attn_k.weight", "attn_v.weight"),
+    "ffn_up.weight": ("ffn_gate.weight", "ffn_up.weight"),
+}
+
+
+def file_tensors(spec: Spec) -> dict[str, tuple[str, ...]]:
+    """Every tensor of the model's GGUF file in canonical order, and those of expected_tensors whose rows it holds."""
+    if not FAMILIES[spec.architecture].fused_tensors:
+        return {name: (name,) for name in expected_tensors(spec)}
+    fused = {part: (name, parts) for name, parts in _FUSED.items() for part in parts}
+    tensors: dict[str, tuple[str, ...]] = {}
+    for name in expected_tensors(spec):
+        block = next(iter(re.findall(r"^blk\.\d+\.", name)), "")
+        member = name.removeprefix(block)
+        file_name, parts = fused.get(member, (member, (member,)))
+        tensors[block + file_name] = tuple(block + part for part in parts)
+    return tensors
+
+
 def _feed_forward(spec: Spec) -> dict[str, tuple[int, int]]:
     """The matrices of one layer's feed-forward part; those of experts stand one below the other."""
     inner, outer = (spec.ffn, spec.width), (spec.width, spec.ffn)
@@ -456,15 +478,16 @@ def _qkv_bias(family: Family, tensors: Mapping[str, tuple[int, int]]) -> bool:
 
 
 def _check_tensors(spec: Spec, tensors: Mapping[str, tuple[int, int]]) -> None:
-    expected = expected_tensors(spec)
-    for name, (rows, columns) in expected.items():
+    expected, file = expected_tensors(spec), file_tensors(spec)
+    for name, parts in file.items():
+        rows, columns = sum(expected[part][0] for part in parts), expected[parts[0]][1]
         if name not in tensors:
             raise MalformedFile(f"The checkpoint lacks the tensor {name}.")
         shape = (rows, columns) if columns > 1 else (1, rows)
         if tensors[name] != shape:
             raise MalformedFile(f"The tensor {name} has shape {tensors[name]}; the metadata asks for {shape}.")
     for name in tensors:
-        if name not in expected and name != ROPE_DIVISORS:
+        if name not in file and name != ROPE_DIVISORS:
             raise UnsupportedModel(
                 f"The tensor {name[:80]!r} has no place in a '{spec.architecture}' model as VAI computes it."
             )
