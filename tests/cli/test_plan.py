@@ -48,6 +48,14 @@ def test_layers_with_a_window_are_told_apart(vai: Vai, tmp_path: Path) -> None:
     ]
     assert model["kv_bytes_per_token"] == 384 + 768
     assert "of the last 20 tokens in 2 layers" in vai("plan", tmp_path / "m.gguf", "--kv", "32M").stdout
+    assert model["tokens_that_fit"] == (16 << 20) // (384 * 32) * 32  # one slab for all that sees everything
+
+
+def test_a_model_that_keeps_no_more_than_its_window_fits_at_any_length(vai: Vai, tmp_path: Path) -> None:
+    synthesize(tmp_path / "m.gguf", shape="tiny-mistral", type="Q8_0")
+    (model,) = planned(vai, tmp_path / "m.gguf", "--kv", "16M")["models"]
+    assert model["tokens_that_fit"] is None
+    assert vai("plan", tmp_path / "m.gguf", "--kv", "16M").stdout.splitlines()[1].split()[-1] == "any"
 
 
 def test_what_is_planned_is_what_status_and_proc_say_after_loading(

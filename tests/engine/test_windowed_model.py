@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from vai.burn.burn import burn
 from vai.burn.synth import SHAPES, synthesize
@@ -14,7 +15,7 @@ from vai.engine.engine import Engine
 from vai.kernels import table
 from vai.kernels.program import PAGE_TOKENS, StepArgs
 from vai.models.decoder import build
-from vai.request import Request, SamplingParams
+from vai.request import Request, SamplingParams, TokenLogprob
 from vai.rom.segment import attach
 
 Make = Callable[..., Engine]
@@ -103,3 +104,37 @@ def test_the_group_with_a_window_holds_two_pages_of_a_long_sequence(model: tuple
         if made:
             most = max(most, engine.status().models[0].pages)
     assert most == 7 + 2  # of 200 tokens, those of all layers that see everything, and those of the others
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Pages of half a MiB for the layer that sees everything, of 1 MiB for the two with a window."""
+    base = tmp_path_factory.mktemp("wide")
+    shape = replace(SHAPES[SHAPE], heads=16, kv_heads=16, head_dim=256, rope_dims=256)
+    synthesize(base / "model.gguf", shape=shape, type="Q8_0")
+    return base / "root", burn(base / "model.gguf", base / "root").digest
+
+
+def told(engine: Engine, digest: str, prompts: list[list[int]], **how: bool) -> list[list[TokenLogprob]]:
+    """Answers with the logprobs of each token and its rivals; all at once."""
+    sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=3)
+    for i, prompt in enumerate(prompts):
+        engine.submit(Request(id=str(i), image=digest, tokens=prompt, sampling=sampling, **how))
+    answers: dict[str, list[TokenLogprob]] = {str(i): [] for i in range(len(prompts))}
+    while engine.has_work():
+        for output in engine.step():
+            assert output.error is None
+            answers[output.id] += output.logprobs
+    return list(answers.values())
+
+
+def test_prompts_run_to_the_same_bits_where_only_their_windows_fit(wide: tuple[Path, str], make_engine: Make) -> None:
+    root, digest = wide
+    prompts = [[(61 * i * i + 17 * i + seed) % SHAPES[SHAPE].vocabulary for i in range(530)] for seed in (1, 2)]
+    expected = told(make_engine(root, slabs=8), digest, prompts)
+    assert all(len(answer) == 12 for answer in expected)
+    one = make_engine(root, slabs=2, max_rows=32)  # room for 16 pages of the windowed group, of which a prompt has 17
+    assert told(one, digest, prompts) == expected  # one after the other
+    both = make_engine(root, slabs=3, max_rows=32)
+    assert told(both, digest, prompts, cache=False) == expected  # beside each other
+    assert one.status().models[0].preemptions == both.status().models[0].preemptions == 0

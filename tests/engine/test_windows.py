@@ -18,6 +18,7 @@ from vai.engine.sequence import Sequence
 from vai.engine.windows import first_read
 from vai.kernels.program import PAGE_TOKENS, CacheGroup, Program, StepArgs
 from vai.request import Request, SamplingParams
+from vai.scratchpad.budget import pages_at_once
 from vai.scratchpad.pages import Owner, PagePool
 
 from .test_scheduler import VOCABULARY, answer, next_token
@@ -153,5 +154,86 @@ def test_answers_do_not_depend_on_what_is_cached_taken_up_freed_or_evicted(seed:
     assert bench.answers == {identity: answer(prompt, count) for identity, (prompt, count) in asked.items()}
     assert bench.pool.used_bytes == 0
     assert sum(bench.cached.values()) > 0
+    bench.scheduler.cache.forget("a" * 64)
+    assert (bench.pool.cached_bytes, bench.pool.free_slabs) == (0, bench.slabs)
+
+
+def test_a_prompt_is_admitted_with_what_its_windows_need_at_once() -> None:
+    prompt = [7 * number % 241 for number in range(600)]
+    at_once = [pages_at_once(window, 64) for window in WINDOWS]
+    assert at_once[1:] == [7, 6]
+    bench = Bench(slabs=5)  # 8 pages each: 19 pages of the group that sees everything take three
+    request = bench.submit(prompt, 20)
+    while bench.scheduler.has_work():
+        bench.step()
+        assert all(held <= most for held, most in zip(bench.held[request], at_once, strict=True))
+    assert bench.answers[request] == answer(prompt, 20)
+    assert bench.scheduler.counts("a" * 64)[3] == 0
+    assert bench.pool.used_bytes == 0
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_prompts_that_were_admitted_together_never_lack_a_page(cache: bool) -> None:
+    prompts = [[(seed + 7) * number % 241 for number in range(320)] for seed in range(3)]
+    bench = Bench(slabs=11)  # 3 * (11 + 7 + 6) pages and what slabs leave over, where all would be 3 * 3 * 11
+    requests = [bench.submit(prompt, 10, cache=cache) for prompt in prompts]
+    bench.step()
+    assert bench.scheduler.counts("a" * 64)[:2] == (3, 0)
+    bench.run()
+    assert [bench.answers[each] for each in requests] == [answer(prompt, 10) for prompt in prompts]
+    assert bench.scheduler.counts("a" * 64)[3] == 0
+
+
+def test_prompts_that_begin_the_same_share_what_is_in_the_window_and_come_through() -> None:
+    stem = [5 * number % 241 for number in range(500)]
+    prompts = [[*stem, number] for number in range(4)]
+    bench = Bench(slabs=6)
+    requests = [bench.submit(prompt, 40) for prompt in prompts]
+    bench.run()
+    assert [bench.answers[each] for each in requests] == [answer(prompt, 40) for prompt in prompts]
+    assert sum(bench.cached.values()) > 0
+    assert bench.pool.used_bytes == 0
+
+
+@pytest.mark.parametrize("priority", [-1, 1])
+def test_who_passes_pages_that_another_still_reads_takes_others_or_waits(
+    priority: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vai.engine.windows.pages_at_once", lambda window, rows: pages_at_once(window, 0))  # no slack
+    stem = [5 * number % 241 for number in range(160)]
+    bench = Bench(slabs=33, max_rows=32, page_bytes=SLAB)  # one page each
+    slow = bench.submit(stem, 60)
+    while not bench.answers[slow]:
+        bench.step()
+    prompt = [*stem, *(3 * number % 241 for number in range(400))]
+    fast = bench.submit(prompt, 5, priority=priority)
+    other = bench.submit([1], 30)
+    bench.step()
+    assert (bench.scheduler.counts("a" * 64)[:2], bench.pool.free_slabs) == ((3, 0), 0)
+    bench.run()
+    assert bench.answers == {slow: answer(stem, 60), fast: answer(prompt, 5), other: answer([1], 30)}
+    assert bench.scheduler.counts("a" * 64)[3] > 0
+    assert bench.pool.used_bytes == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_long_prompts_in_a_pool_that_is_too_small_for_all_of_them(seed: int) -> None:
+    draw = random.Random(seed)
+    bench = Bench(slabs=5, max_rows=draw.choice([20, 64]))
+    stems = [[draw.randrange(VOCABULARY) for _ in range(450)] for _ in range(2)]
+    asked: dict[str, tuple[list[int], int]] = {}
+    for _ in range(7):
+        prompt = [*draw.choice(stems)[: draw.randrange(100, 450)], draw.randrange(VOCABULARY)]
+        count = draw.randrange(1, 60)
+        asked[bench.submit(prompt, count, cache=draw.random() < 0.8, priority=draw.choice([0, 0, -1, 1]))] = (
+            prompt,
+            count,
+        )
+        for _ in range(draw.randrange(8)):
+            bench.step()
+            assert bench.pool.used_bytes + bench.pool.cached_bytes + bench.pool.free_bytes == bench.pool.size
+    bench.run()
+    assert bench.answers == {identity: answer(prompt, count) for identity, (prompt, count) in asked.items()}
+    assert bench.pool.used_bytes == 0
     bench.scheduler.cache.forget("a" * 64)
     assert (bench.pool.cached_bytes, bench.pool.free_slabs) == (0, bench.slabs)

@@ -7,7 +7,7 @@ import pytest
 
 from vai.daemon.pool import SLAB, whole_bytes
 from vai.kernels.program import PAGE_TOKENS
-from vai.scratchpad.budget import pages_for, tokens_that_fit
+from vai.scratchpad.budget import pages_at_once, pages_for, tokens_that_fit
 from vai.scratchpad.pages import Owner, PagePool
 
 
@@ -24,6 +24,17 @@ def test_the_longest_sequence_is_what_an_empty_pool_can_allocate(page_bytes: lis
 
     assert fits(tokens // PAGE_TOKENS)
     assert not fits(tokens // PAGE_TOKENS + 1)
+
+
+def test_a_group_with_a_window_takes_no_more_than_a_sequence_needs_of_it_at_once() -> None:
+    full, windowed = Owner("a" * 64, 0, SLAB // 8), Owner("a" * 64, 1, SLAB // 4)
+    at_once = [pages_at_once(None, 64), pages_at_once(100, 64)]
+    assert at_once[1] == 4 + 2 + 2
+    assert tokens_that_fit(4 * SLAB, [full, windowed]) == 8 * PAGE_TOKENS
+    assert tokens_that_fit(4 * SLAB, [full, windowed], at_once) == 16 * PAGE_TOKENS
+    assert tokens_that_fit(2 * SLAB, [full, windowed], at_once) == 4 * PAGE_TOKENS  # less than the window
+    assert tokens_that_fit(2 * SLAB, [windowed], at_once[1:]) is None
+    assert tokens_that_fit(1 * SLAB, [windowed], at_once[1:]) == 4 * PAGE_TOKENS
 
 
 def test_a_model_that_keeps_nothing_fits_at_any_length() -> None:

@@ -28,8 +28,9 @@ class Planned:
     """What one model takes, in bytes.
 
     digest: of its image in memory; None where `file` would have to be burned · kv_bytes_per_token: in pages of 32
-    tokens · tokens_that_fit: what the whole scratchpad holds of it; None where it keeps nothing · groups: its layers by
-    how far back they look, with `window` None for those that see everything, and the bytes of a token in them.
+    tokens · tokens_that_fit: what the whole scratchpad holds of it; None for any number, where it keeps nothing, or no
+    more than its windows · groups: its layers by how far back they look, with `window` None for those that see
+    everything, and the bytes of a token in them.
     """
 
     name: str
@@ -70,7 +71,7 @@ def plan(models: tuple[str, ...], kv: str | None, kv_type: str | None, as_json: 
     """Say what MODELS (names, or GGUF files not loaded yet) will take of the memory, and whether they fit together.
 
     Images and workspaces are exact and known before anything is loaded. The scratchpad is shared by all models; TOKENS
-    FIT is what it holds of one model alone. A file counts as a new image. Exit code 8 if the plan does not fit.
+    FIT is what it holds of one model alone, where layers with a window keep no more than that. A file counts as a new image. Exit code 8 if the plan does not fit.
 
     \b
     Examples:
@@ -120,7 +121,7 @@ def _model(settings: Config, text: str, engine: Engine) -> Planned:
     from vai.kernels.program import MAX_ROWS, MAX_SEQUENCES, PAGE_TOKENS
     from vai.models.decoder import build
     from vai.models.spec import Spec
-    from vai.scratchpad.budget import tokens_that_fit
+    from vai.scratchpad.budget import pages_at_once, tokens_that_fit
     from vai.scratchpad.pages import Owner
 
     found = _find(settings, text)
@@ -145,7 +146,9 @@ def _model(settings: Config, text: str, engine: Engine) -> Planned:
         context=program.context,
         kv_bytes_per_token=sum(pages) // PAGE_TOKENS,
         tokens_that_fit=tokens_that_fit(
-            engine.scratchpad, [Owner(text, group, count) for group, count in enumerate(pages)]
+            engine.scratchpad,
+            [Owner(text, group, count) for group, count in enumerate(pages)],
+            [pages_at_once(group.window, MAX_ROWS) for group in program.groups],
         ),
         groups=[
             {"layers": group.layers, "window": group.window, "bytes_per_token": bytes_ // PAGE_TOKENS}
@@ -271,5 +274,5 @@ def _row(model: Planned) -> list[str]:
         size(model.workspace_bytes),
         size(model.kv_bytes_per_token),
         f"{model.context:,}",
-        "-" if model.tokens_that_fit is None else f"{model.tokens_that_fit:,}",
+        "any" if model.tokens_that_fit is None else f"{model.tokens_that_fit:,}",
     ]

@@ -23,7 +23,7 @@ from vai.errors import BadRequest, ContextTooLong, Interrupted, ModelNotFound, N
 from vai.kernels import table
 from vai.kernels.program import MAX_ROWS, MAX_SEQUENCES
 from vai.request import MAX_GUESSES, MAX_PRIORITY, MAX_RETAIN, MAX_SALT, MAX_SESSION, Output, Request, SamplingParams
-from vai.scratchpad.budget import tokens_that_fit
+from vai.scratchpad.budget import pages_at_once, tokens_that_fit
 from vai.scratchpad.pages import PagePool
 from vai.scratchpad.retention import Name
 
@@ -60,6 +60,7 @@ class Engine:
         self._threads = threads
         self._isa = isa
         self._kv_type = kv_type
+        self._max_rows = max_rows
         self._arrivals = 0
         self._steps = 0
         self._pages = PagePool(pool)
@@ -243,7 +244,8 @@ class Engine:
                 "Send a shorter prompt.",
                 param="tokens",
             )
-        room = tokens_that_fit(self._pages.size, entry.owners)
+        at_once = [pages_at_once(group.window, self._max_rows) for group in program.groups]
+        room = tokens_that_fit(self._pages.size, entry.owners, at_once)
         if room is not None and prompt >= room:
             raise NotEnoughRoom(
                 f"The prompt has {prompt} tokens, but the scratchpad of {self._pages.size} bytes holds {room} of this "

@@ -9,8 +9,8 @@ next token): fewer behind a long context than at a beginning (worth.py).
 
 Pages come from one pool for all models. A full page goes into the prefix cache, where every request that begins the
 same finds it; when nobody reads it any more it stays until its room is needed. Requests are admitted in order of rank
-across all models, each with room for its whole prompt; the first that does not fit takes the place of those with lower
-priority, or makes the others wait. A running sequence that needs a page where none is free takes the pages of the last,
+across all models, each with room for its whole prompt, or what it needs of that at once (windows.py); the first that
+does not fit takes the place of those with lower priority, or makes the others wait. A running sequence that needs a page where none is free takes the pages of the last,
 which is computed again later: the first always gets on, so everybody does.
 """
 
@@ -36,7 +36,7 @@ from vai.engine.worth import SMALLEST_CHUNK, Worth
 from vai.errors import BadRequest, NotEnoughRoom, Overloaded, VaiError
 from vai.kernels.program import PAGE_TOKENS
 from vai.request import Output
-from vai.scratchpad.budget import pages_for, slabs_for
+from vai.scratchpad.budget import pages_at_once, pages_for, slabs_for
 from vai.scratchpad.pages import PagePool
 from vai.scratchpad.prefix import GONE, PrefixCache
 from vai.scratchpad.retention import Name, Retention
@@ -182,6 +182,7 @@ class Scheduler:
             batch = self._fill(queue, picked_at)
             if batch.rows:
                 return batch
+            self._admit(self._clock())  # who found no page for the next row has given up all it had
         return None
 
     def find(self, identity: str) -> Sequence | None:
@@ -305,7 +306,10 @@ class Scheduler:
         batch = Batch(queue.entry, picked_at)
         ready = [each for each in queue.running if len(each.tokens) - each.computed == 1]
         prompting = len(ready) < len(queue.running)
-        if full := [each for each in ready if each.page_is_full()]:
+        full = [each for each in ready if each.page_is_full()]
+        if prompting:
+            full += [each for each in queue.running if each.windows and each.uncomputed > 1 and each.page_is_full()]
+        if full:
             for each in full:
                 if each.running:
                     self._grow(each)
@@ -332,6 +336,8 @@ class Scheduler:
         needs = [Prompt(sequence.uncomputed, sequence.priority, sequence.computed) for sequence in prompts]
         room = self._prompt_work(queue, batch.rows, batch.reads())
         for sequence, count in zip(prompts, portions(needs, room, most, queue.worth.slope), strict=True):
+            if sequence.windows:
+                count = min(count, sequence.rows_with_pages())
             if count:
                 batch.add(sequence, count)
 
@@ -341,6 +347,8 @@ class Scheduler:
         coming: set[bytes] = set()  # keys of the pages that they go on with
         for sequence in [sequence for sequence in queue.running if sequence.uncomputed > 1]:
             self._take_up(sequence)  # what somebody computed since it was admitted
+            if sequence.windows and sequence.page_is_full():
+                continue  # it comes to its next pages at the beginning of a step
             key = sequence.next_key
             if key in coming and self._may_take_up(sequence):
                 continue  # prompts that begin the same, as the choices of one request do, are computed once
@@ -397,8 +405,8 @@ class Scheduler:
         if self._find_room(sequence):
             return True
         worse = displaced(sequence, self._running())
-        taken = sum(each.bytes_of_pages(len(each.block_table[0])) for each in worse if each.block_table)
-        needed = sequence.bytes_of_pages(pages_for(len(sequence.tokens) + 1))
+        taken = sum(each.bytes_of_pages(map(len, each.block_table)) for each in worse)
+        needed = sequence.bytes_of_pages(windows.lengths(sequence, len(sequence.tokens) + 1, self._max_rows))
         if needed > self._pool.available_bytes + taken:
             return False
         for each in worse:
@@ -435,7 +443,16 @@ class Scheduler:
             for owner, table in zip(sequence.entry.owners, sequence.block_table, strict=True):
                 self._pool.free(owner, table[index : index + 1].tolist())
             sequence.share(page)
-        windows.leave_behind(sequence, self.cache, self._pool)
+        self._leave_behind(sequence)
+
+    def _leave_behind(self, sequence: Sequence) -> None:
+        """Let go of what is behind the windows, and have a prompt that goes on take as much further on at once, before
+        anybody else does.
+        """
+        if sequence.windows:
+            windows.leave_behind(sequence, self.cache, self._pool)
+            if sequence.running and sequence.uncomputed > 1:
+                self._reserve(sequence, len(sequence.tokens) + 1)
 
     @staticmethod
     def _may_take_up(sequence: Sequence) -> bool:
@@ -452,21 +469,22 @@ class Scheduler:
             own = tuple(table[len(sequence.shared)] for table in sequence.block_table)
             before, number = sequence.last_key, len(sequence.shared)
             sequence.share(self.cache.put(key, before, number, sequence.entry.owners, own))
-        windows.leave_behind(sequence, self.cache, self._pool)
+        self._leave_behind(sequence)
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Pages for the first `tokens` tokens of a sequence in every cache group; all or nothing.
+        """Pages for the first `tokens` tokens of a sequence in every cache group, of one with a window as many of them
+        as it needs at once; all or nothing.
 
         Cached pages that nobody uses make room, as many as it takes, where they can be enough.
         """
-        pages = pages_for(tokens)
-        groups = zip(sequence.entry.owners, sequence.block_table, strict=True)
-        needed = sum(owner.page_bytes * (pages - len(table)) for owner, table in groups)
+        lengths = windows.lengths(sequence, tokens, self._max_rows)
+        groups = zip(sequence.entry.owners, sequence.block_table, lengths, strict=True)
+        needed = sum(owner.page_bytes * max(0, length - len(table)) for owner, table, length in groups)
         if needed <= 0:
             return True
         if needed > self._pool.available_bytes:
             return False
-        while not self._allocate(sequence, pages):
+        while not self._allocate(sequence, lengths):
             if not self.cache.evict():
                 return False
         return True
@@ -480,10 +498,10 @@ class Scheduler:
         while self.cache.evict(pinned=True):
             pass
 
-    def _allocate(self, sequence: Sequence, count: int) -> bool:
-        """Pages that are free until a sequence has `count` in every cache group; all or nothing."""
+    def _allocate(self, sequence: Sequence, lengths: List[int]) -> bool:
+        """Pages that are free until a sequence's block tables have these lengths; all or nothing."""
         taken: list[list[int]] = []
-        for owner, table in zip(sequence.entry.owners, sequence.block_table, strict=True):
+        for owner, table, count in zip(sequence.entry.owners, sequence.block_table, lengths, strict=True):
             pages = self._pool.allocate(owner, count - len(table)) if len(table) < count else []
             if pages is None:
                 for earlier, group in zip(taken, sequence.entry.owners, strict=False):
@@ -521,9 +539,11 @@ class Scheduler:
         return True
 
     def _fits_alone(self, sequence: Sequence) -> bool:
-        """Whether an empty pool holds a sequence with its next token."""
-        pages = pages_for(sequence.computed + 1)
-        return sum(slabs_for(owner, pages) for owner in sequence.entry.owners) <= self._pool.slabs
+        """Whether an empty pool holds a sequence, from its beginning, with its next token."""
+        pages = pages_for(len(sequence.tokens))
+        groups = zip(sequence.entry.owners, sequence.entry.program.groups, strict=True)
+        at_once = [(owner, min(pages, pages_at_once(group.window, self._max_rows))) for owner, group in groups]
+        return sum(slabs_for(owner, count) for owner, count in at_once) <= self._pool.slabs
 
     def _running(self) -> List[Sequence]:
         return [each for queue in self._queues.values() for each in queue.running]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Iterable
 from collections.abc import Sequence as List
 
 import numpy as np
@@ -138,9 +139,14 @@ class Sequence:
             self.cached_tokens += PAGE_TOKENS if self.computed < end else 0
         self.computed = max(self.computed, end)
 
-    def bytes_of_pages(self, count: int) -> int:
-        """What `count` pages of every cache group take."""
-        return sum(owner.page_bytes for owner in self.entry.owners) * count
+    def bytes_of_pages(self, lengths: Iterable[int]) -> int:
+        """What the pages take that are not behind a window, of block tables of these lengths."""
+        groups = zip(self.entry.owners, lengths, self.behind, strict=True)
+        return sum(owner.page_bytes * (length - behind) for owner, length, behind in groups)
+
+    def rows_with_pages(self) -> int:
+        """How many of the next rows have their pages in every cache group."""
+        return min(map(len, self.block_table)) * PAGE_TOKENS - self.computed
 
     def admit(self, now: float) -> None:
         """It has its pages and will be computed."""

@@ -4,6 +4,11 @@ A query reads at most `window` tokens of such a group, its own included. So page
 further on: their entries in the block table are GONE, and a page of the prefix cache loses the part that all of its
 holders have behind them. A sequence can go on behind a cached page only where every page within the windows there
 still has its part.
+
+So a sequence holds no more of such a group at once than budget.pages_at_once says, and is admitted with that much at
+most: it takes a page further on for each that it leaves behind (Scheduler). Its own page behind the window is free at
+once, so that one is there. One that is shared is free when the last who holds it has passed it: until then there may be
+none, and the sequence is like one that decodes and needs a page.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import sys
 
 from vai.engine.sequence import Sequence
 from vai.kernels.program import PAGE_TOKENS
+from vai.scratchpad.budget import pages_at_once, pages_for
 from vai.scratchpad.pages import PagePool
 from vai.scratchpad.prefix import GONE, CachedPage, PrefixCache
 
@@ -19,6 +25,18 @@ from vai.scratchpad.prefix import GONE, CachedPage, PrefixCache
 def first_read(tokens: int, window: int) -> int:
     """The first page that a row behind `tokens` tokens reads."""
     return max(0, tokens + 1 - window) // PAGE_TOKENS
+
+
+def lengths(sequence: Sequence, tokens: int, rows: int) -> list[int]:
+    """How long a sequence's block tables have to be before it computes up to `tokens` tokens, in steps of `rows` rows.
+
+    As far as that is now: with each page that it leaves behind in a group with a window it needs one more.
+    """
+    pages = pages_for(tokens)
+    needed = [pages] * len(sequence.block_table)
+    for group, window in sequence.windows.items():
+        needed[group] = min(pages, sequence.behind[group] + pages_at_once(window, rows))
+    return needed
 
 
 def reach(sequence: Sequence, cache: PrefixCache) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from vai.daemon.pool import SLAB
@@ -19,18 +20,34 @@ def slabs_for(owner: Owner, pages: int) -> int:
     return -(-pages // owner.pages_per_cut) * owner.slabs_per_page
 
 
-def tokens_that_fit(pool_bytes: int, owners: Sequence[Owner]) -> int | None:
-    """The longest sequence that an otherwise empty pool holds, in tokens; None where nothing is kept.
+def pages_at_once(window: int | None, rows: int) -> int:
+    """The most pages of a cache group with this window that a sequence needs at once, in steps of at most `rows` rows.
 
-    `owners` are the cache groups of one model; an encoder has none, so any length fits.
+    The pages that a next turn reads behind the last full page, those that a step writes, and one at each end that is
+    not read or written whole.
     """
-    if not owners:
-        return None
+    return sys.maxsize if window is None else pages_for(window) + pages_for(rows) + 2
+
+
+def tokens_that_fit(pool_bytes: int, owners: Sequence[Owner], at_once: Sequence[int] | None = None) -> int | None:
+    """The longest sequence that an otherwise empty pool holds, in tokens; None where any length fits.
+
+    `owners` are the cache groups of one model, of which a sequence needs no more pages than `at_once`; an encoder has
+    none.
+    """
+    most = [sys.maxsize] * len(owners) if at_once is None else at_once
     slabs = pool_bytes // SLAB
+
+    def fit(pages: int) -> bool:
+        needed = (slabs_for(owner, min(pages, limit)) for owner, limit in zip(owners, most, strict=True))
+        return sum(needed) <= slabs
+
+    if fit(sys.maxsize):
+        return None
     fits, too_many = 0, slabs * max(owner.pages_per_cut for owner in owners) + 1
     while too_many - fits > 1:
         pages = (fits + too_many) // 2
-        if sum(slabs_for(owner, pages) for owner in owners) <= slabs:
+        if fit(pages):
             fits = pages
         else:
             too_many = pages
