@@ -538,3 +538,25 @@ def test_no_client_fills_the_queue_for_the_others() -> None:
     bench.submit(model("b"), [1], 5)
     bench.step()  # some are admitted
     bench.submit(model("a"), [1], 5)
+
+
+def test_who_gives_up_scattered_pages_is_let_in_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, entry, prompt = Bench(slabs=4), model("a"), [5, 6, 7]
+    request = bench.submit(entry, prompt, 60)
+    bench.step()
+    scattered = [True]
+    allocate, empty = bench.scheduler._allocate, bench.scheduler._empty_cache
+
+    def in_the_way(*about: Any) -> bool:
+        return not scattered[0] and allocate(*about)
+
+    def clear() -> None:
+        scattered[0] = False
+        empty()
+
+    monkeypatch.setattr(bench.scheduler, "_allocate", in_the_way)
+    monkeypatch.setattr(bench.scheduler, "_empty_cache", clear)
+    while bench.scheduler.has_work():
+        assert bench.step() is not None  # an engine that finds nothing to compute rests until it is told something
+    assert bench.answers[request] == answer(prompt, 60)
+    assert (scattered, bench.scheduler.counts("a" * 64)[3]) == ([False], 1)

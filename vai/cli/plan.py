@@ -71,7 +71,8 @@ def plan(models: tuple[str, ...], kv: str | None, kv_type: str | None, as_json: 
     """Say what MODELS (names, or GGUF files not loaded yet) will take of the memory, and whether they fit together.
 
     Images and workspaces are exact and known before anything is loaded. The scratchpad is shared by all models; TOKENS
-    FIT is what it holds of one model alone, where layers with a window keep no more than that. A file counts as a new image. Exit code 8 if the plan does not fit.
+    FIT is what it holds of one model alone, whose layers with a window keep no more than that. A file counts as a new
+    image. Exit code 8 if the plan does not fit.
 
     \b
     Examples:

@@ -10,8 +10,9 @@ next token): fewer behind a long context than at a beginning (worth.py).
 Pages come from one pool for all models. A full page goes into the prefix cache, where every request that begins the
 same finds it; when nobody reads it any more it stays until its room is needed. Requests are admitted in order of rank
 across all models, each with room for its whole prompt, or what it needs of that at once (windows.py); the first that
-does not fit takes the place of those with lower priority, or makes the others wait. A running sequence that needs a page where none is free takes the pages of the last,
-which is computed again later: the first always gets on, so everybody does.
+does not fit takes the place of those with lower priority, or makes the others wait. A running sequence that needs a
+page where none is free takes the pages of the last, which is computed again later: the first always gets on, so
+everybody does.
 """
 
 from __future__ import annotations
