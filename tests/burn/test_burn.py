@@ -12,12 +12,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from vai.burn.burn import Progress, burn
+from vai.burn.burn import Progress, burn, preview
 from vai.burn.gguf import GgufFile, GgufWriter, ValueType
 from vai.burn.pack import unpack
 from vai.burn.synth import SHAPES, synthesize
 from vai.errors import Interrupted, MalformedFile, ModelNotFound, NotSupported, UnsupportedModel
-from vai.models.spec import file_tensors
+from vai.models.spec import Spec, file_tensors
 from vai.rom import segment
 from vai.rom.image import VECTOR
 from vai.rom.view import Image
@@ -137,6 +137,24 @@ def test_matrices_that_the_file_fused_come_back_bit_for_bit(type: str, ffn: int,
         for name, parts in file_tensors(shape).items():
             rows = [rows_of(image, gguf, part, name) for part in parts]
             assert b"".join(rows) == bytes(gguf.data(name)), name
+
+
+def test_divisors_of_frequencies_become_those_of_the_spec(tmp_path: Path, root: Path) -> None:
+    path, key = tmp_path / "m.gguf", "phi3.rope.scaling.original_context_length"
+    spec = SHAPES["tiny-longrope"]
+    synthesize(path, shape=spec, type="F32")
+    changed = Checkpoint.read(path)
+    for original, divisors in ((spec.context // 2, spec.rope_divisors), (spec.context, (1.0,) * 16)):
+        changed.metadata[key] = (original, ValueType.UINT32)
+        with segment.attach(root, burn(changed.write(path), root).digest) as image:
+            assert Spec.from_bytes(image.spec) == msgspec.structs.replace(spec, rope_divisors=divisors)
+            assert not any("rope" in tensor.name for tensor in image.table.tensors)
+    llama = msgspec.structs.replace(SHAPES["tiny"], rope_divisors=spec.rope_divisors)
+    synthesize(path, shape=llama, type="F32")
+    assert preview(path).spec == llama
+    changed.convert("rope_factors_short.weight", "F16")
+    with pytest.raises(MalformedFile, match=r"rope_factors_short\.weight must be F32"):
+        burn(changed.write(path), root)
 
 
 def test_neighbours_of_one_type_are_stored_as_one(tiny: Mapping[str, Path], root: Path) -> None:

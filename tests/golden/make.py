@@ -31,6 +31,7 @@ MODELS = (
     "tiny-gemma3",
     "tiny-mistral",
     "tiny-phi3",
+    "tiny-longrope",
     "tiny-yarn",
     "tiny-qwen3moe",
 )
@@ -90,6 +91,8 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 def state(path: Path, spec: Spec) -> dict[str, torch.Tensor]:
     tensors, experts = {}, {}
     for tensor in gguf.GGUFReader(path).tensors:
+        if tensor.name.startswith("rope_factors"):
+            continue  # part of the configuration
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
         if spec.architecture == "llama" and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             values = unpermute(values, spec.heads if "attn_q" in tensor.name else spec.kv_heads)
@@ -120,16 +123,21 @@ def experts_of(spec: Spec) -> dict[str, object]:
 
 def model(path: Path, spec: Spec) -> torch.nn.Module:
     rope = {"rope_theta": spec.rope_base, "rope_type": "default"}
+    more: dict[str, object] = {"attn_implementation": "eager"}  # the one that caps scores
     if spec.rope_scaling == "linear":
         rope |= {"rope_type": "linear", "factor": spec.rope_factor}
     if spec.rope_scaling == "yarn":
         rope |= {"rope_type": "yarn", "factor": spec.rope_factor}
         rope |= {"original_max_position_embeddings": spec.rope_original_context}
         rope |= {"beta_fast": spec.rope_beta_fast, "beta_slow": spec.rope_beta_slow}
+    if spec.rope_divisors:  # those of a context above 1
+        rope |= {"rope_type": "longrope", "original_max_position_embeddings": 1, "factor": 1.0}
+        rope |= {"attention_factor": spec.rope_magnitude, "long_factor": list(spec.rope_divisors)}
+        rope |= {"short_factor": [1.0] * len(spec.rope_divisors)}
+        more |= {"original_max_position_embeddings": 1}
     if spec.rope_dims < spec.head_dim:
         rope |= {"partial_rotary_factor": spec.rope_dims / spec.head_dim}
     name = "Mistral" if spec.architecture == "llama" and spec.window else CLASSES[spec.architecture]
-    more: dict[str, object] = {"attn_implementation": "eager"}  # the one that caps scores
     if spec.window:
         kinds = ("full_attention", "sliding_attention")
         more |= {"sliding_window": spec.window}

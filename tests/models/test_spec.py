@@ -9,7 +9,7 @@ import pytest
 
 from vai.burn.synth import SHAPES
 from vai.errors import CorruptImage, MalformedFile, UnsupportedModel
-from vai.models.spec import Spec, expected_tensors, file_tensors, spec_from_gguf
+from vai.models.spec import Spec, expected_tensors, file_tensors, rope_divisors_tensor, spec_from_gguf
 
 TINY = SHAPES["tiny"]
 
@@ -38,6 +38,9 @@ def metadata(spec: Spec = TINY, **changes: Any) -> dict[str, object]:
     if spec.rope_scaling == "yarn":
         keys |= {"rope.scaling.type": "yarn", "rope.scaling.factor": spec.rope_factor}
         keys |= {"rope.scaling.original_context_length": spec.rope_original_context}
+    if spec.rope_divisors:
+        keys |= {"rope.scaling.original_context_length": spec.context // 2}
+        keys |= {"rope.scaling.attn_factor": spec.rope_magnitude}
     if spec.window:
         keys |= {"attention.sliding_window": spec.window, "attention.sliding_window_pattern": spec.full_every}
     if spec.local_rope_base:
@@ -54,12 +57,16 @@ def shapes(spec: Spec = TINY) -> dict[str, tuple[int, int]]:
     expected = expected_tensors(spec)
     rows = {name: sum(expected[part][0] for part in parts) for name, parts in file_tensors(spec).items()}
     columns = {name: expected[parts[0]][1] for name, parts in file_tensors(spec).items()}
-    return {name: (rows[name], columns[name]) if columns[name] > 1 else (1, rows[name]) for name in rows}
+    found = {name: (rows[name], columns[name]) if columns[name] > 1 else (1, rows[name]) for name in rows}
+    if spec.rope_divisors:
+        found |= dict.fromkeys(("rope_factors_long.weight", "rope_factors_short.weight"), (1, spec.rope_dims // 2))
+    return found
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_metadata_of_a_file_gives_back_its_spec(name: str) -> None:
-    assert spec_from_gguf(metadata(SHAPES[name]), shapes(SHAPES[name])) == SHAPES[name]
+    spec = SHAPES[name]
+    assert spec_from_gguf(metadata(spec), shapes(spec), rope_divisors=spec.rope_divisors) == spec
 
 
 def test_a_field_that_came_later_changes_no_section_that_does_without_it() -> None:
@@ -313,6 +320,46 @@ def test_the_fused_matrices_of_phi_are_what_its_file_has() -> None:
     del tensors["blk.0.attn_qkv.weight"]
     with pytest.raises(MalformedFile, match=r"blk\.0\.attn_qkv"):
         spec_from_gguf(metadata(spec), tensors)
+
+
+def test_longrope_s_long_set_is_for_files_whose_context_was_extended() -> None:
+    spec = SHAPES["tiny-longrope"]
+    for original, name in ((2048, "long"), (4095, "long"), (4096, "short"), (None, "short")):
+        keys = metadata(spec, keys={"rope.scaling.original_context_length": original})
+        assert rope_divisors_tensor(keys, shapes(spec)) == f"rope_factors_{name}.weight"
+    assert rope_divisors_tensor(metadata(), shapes()) is None
+    assert rope_divisors_tensor(metadata(), {"rope_freqs.weight"}) == "rope_freqs.weight"
+    named = {"rope.scaling.type": "longrope"}
+    assert spec_from_gguf(metadata(spec, keys=named), shapes(spec), rope_divisors=spec.rope_divisors) == spec
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "words"),
+    [
+        ({"rope.scaling.type": "yarn"}, UnsupportedModel, "LongRoPE beside RoPE scaling by 1 of type 'yarn'"),
+        ({"rope.scaling.factor": 32.0}, UnsupportedModel, "LongRoPE beside RoPE scaling by 32"),
+        ({"rope.dimension_count": 24}, UnsupportedModel, "24 of 32"),
+        ({"rope.scaling.attn_factor": None}, MalformedFile, "attn_factor"),
+        ({"rope.dimension_count": 24, "rope.scaling.attn_factor": 1.0}, MalformedFile, "divisors"),
+    ],
+)
+def test_longrope_that_cannot_be_is_refused(keys: dict[str, object], error: type[Exception], words: str) -> None:
+    spec = SHAPES["tiny-longrope"]
+    with pytest.raises(error, match=words):
+        spec_from_gguf(metadata(spec, keys=keys), shapes(spec), rope_divisors=spec.rope_divisors)
+
+
+def test_longrope_lacks_no_set_and_is_of_no_other_family() -> None:
+    spec = SHAPES["tiny-longrope"]
+    tensors = shapes(spec)
+    del tensors["rope_factors_long.weight"]
+    with pytest.raises(MalformedFile, match="rope_factors_long"):
+        spec_from_gguf(metadata(spec), tensors)
+    sets = dict.fromkeys(("rope_factors_long.weight", "rope_factors_short.weight"), (1, 16))
+    with pytest.raises(UnsupportedModel, match="rope_factors_short"):
+        spec_from_gguf(metadata(), shapes() | sets, rope_divisors=[1.0] * 16)
+    with pytest.raises(MalformedFile, match="rope_factors_long"):
+        spec_from_gguf(metadata(spec), shapes(spec), rope_divisors=[0.0] * 16)
 
 
 def test_a_llama_with_biases_has_them() -> None:

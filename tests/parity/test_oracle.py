@@ -45,6 +45,7 @@ MODELS = (
     "tiny-gemma3",
     "tiny-mistral",
     "tiny-phi3",
+    "tiny-longrope",
     "tiny-yarn",
     "tiny-qwen3moe",
 )
@@ -216,7 +217,7 @@ class Ideal:
     def _rotate(self, x: Doubles, heads: int, base: float, factor: float) -> Doubles:
         """Rotation of pairs as multiplication of complex numbers."""
         s, n = self.spec, self.spec.rope_dims
-        divisors, magnitude = np.full(n // 2, factor), s.rope_magnitude
+        divisors, magnitude = factor * np.array(s.rope_divisors or [1.0] * (n // 2)), s.rope_magnitude
         if s.rope_scaling == "yarn":
             turns = s.rope_original_context / 2 / math.pi * base ** (-np.arange(n) / n * 2)
             # The last pair of all that turns often enough keeps its frequency, the first that does not is divided.
@@ -338,6 +339,8 @@ MUTATIONS = [
     ("tiny-phi3", {"window": 19}),
     ("tiny-phi3", {"pairing": "norm"}),
     ("tiny-phi3", {"rope_dims": 32}),
+    ("tiny-longrope", {"rope_divisors": ()}),
+    ("tiny-longrope", {"rope_magnitude": 1.0}),
     ("tiny-yarn", {"rope_scaling": "linear", "rope_original_context": 0}),
     ("tiny-yarn", {"rope_scaling": "none", "rope_factor": 1.0, "rope_original_context": 0}),
     ("tiny-yarn", {"rope_original_context": 64}),

@@ -23,7 +23,7 @@ from vai.burn import _pack
 from vai.burn.gguf import GgufFile
 from vai.burn.pack import ImagePlan, pack_range, plan_image
 from vai.errors import MalformedFile, NotSupported
-from vai.models.spec import ROPE_DIVISORS, Spec, spec_from_gguf
+from vai.models.spec import Spec, rope_divisors_tensor, spec_from_gguf
 from vai.rom.image import CHUNK, Layout, TensorTable, canonical_json, layout, weights_id
 from vai.rom.segment import Partial
 from vai.text.fields import read as read_fields
@@ -141,10 +141,11 @@ def _hurried() -> Iterator[None]:
 def _spec(gguf: GgufFile) -> Spec:
     shapes = {name: tensor.shape for name, tensor in gguf.tensors.items()}
     divisors: list[int] | list[float] = []
-    if ROPE_DIVISORS in gguf.tensors:
-        if gguf.tensors[ROPE_DIVISORS].type != "F32":
-            raise MalformedFile(f"The tensor {ROPE_DIVISORS} must be F32.")
-        with gguf.data(ROPE_DIVISORS) as data, data.cast("f") as values:
+    name = rope_divisors_tensor(gguf.metadata, gguf.tensors)
+    if name in gguf.tensors:
+        if gguf.tensors[name].type != "F32":
+            raise MalformedFile(f"The tensor {name} must be F32.")
+        with gguf.data(name) as data, data.cast("f") as values:
             divisors = values.tolist()
     return spec_from_gguf(gguf.metadata, shapes, rope_divisors=divisors)
 

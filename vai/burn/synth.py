@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 
 from vai.burn.gguf import FILE_TYPES, TENSOR_TYPES, GgufWriter, ValueType, tensor_bytes
 from vai.errors import BadRequest
-from vai.models.spec import Spec, expected_tensors, file_tensors
+from vai.models.spec import (
+    FAMILIES,
+    LONG_DIVISORS,
+    ROPE_DIVISORS,
+    SHORT_DIVISORS,
+    Spec,
+    expected_tensors,
+    file_tensors,
+)
 from vai.text.vocabulary import byte_level_bpe
 
 SHAPES: Mapping[str, Spec] = {
@@ -157,6 +165,24 @@ SHAPES: Mapping[str, Spec] = {
         rope_base=10_000.0,
         rope_dims=24,
         window=18,
+    ),
+    # And with LongRoPE.
+    "tiny-longrope": Spec(
+        architecture="phi3",
+        pairing="neox",
+        layers=2,
+        width=192,
+        ffn=352,
+        heads=6,
+        kv_heads=2,
+        head_dim=32,
+        vocabulary=523,
+        context=4096,
+        norm_epsilon=0.25,
+        rope_base=10_000.0,
+        rope_dims=32,
+        rope_magnitude=1.125,
+        rope_divisors=tuple(1 + i / 4 for i in range(16)),
     ),
     # Experts whose number is no power of two, and columns for every block type.
     "tiny-qwen3moe": Spec(
@@ -398,6 +424,7 @@ def synthesize(path: Path, *, shape: str | Spec, type: str, seed: int = 0) -> in
     tensors = {tensor: (sum(parts[part][0] for part in held[tensor]), parts[held[tensor][0]][1]) for tensor in held}
     types = {tensor: _matrix_type(type, tensor, columns, spec) for tensor, (_, columns) in tensors.items()}
     _check_size(name, types, tensors)
+    divisors = _divisors(spec)
     with GgufWriter(path) as writer:
         _write_metadata(writer, name, spec, type)
         for tensor, (rows, columns) in tensors.items():
@@ -405,6 +432,8 @@ def synthesize(path: Path, *, shape: str | Spec, type: str, seed: int = 0) -> in
                 writer.declare(tensor, "F32", (rows,))
             else:
                 writer.declare(tensor, types[tensor], _file_shape(tensor, rows, columns, spec))
+        for tensor, values in divisors.items():
+            writer.declare(tensor, "F32", values.shape)
         for tensor in tensors:
             for part in held[tensor]:
                 rows, columns = parts[part]
@@ -415,7 +444,18 @@ def synthesize(path: Path, *, shape: str | Spec, type: str, seed: int = 0) -> in
                 make = _MAKERS[types[tensor]](_gain(part, spec) / math.sqrt(columns))
                 for start in range(0, rows * columns, PIECE):
                     writer.write(make(min(PIECE, rows * columns - start), stream).data)
+        for values in divisors.values():
+            writer.write(values.data)
     return path.stat().st_size
+
+
+def _divisors(spec: Spec) -> dict[str, NDArray[np.float32]]:
+    values = np.array(spec.rope_divisors, "<f4")
+    if not len(values):
+        return {}
+    if not FAMILIES[spec.architecture].longrope:
+        return {ROPE_DIVISORS: values}
+    return {LONG_DIVISORS: values, SHORT_DIVISORS: np.ones_like(values)}
 
 
 def shape_named(name: str) -> Spec:
@@ -769,6 +809,9 @@ def _write_metadata(writer: GgufWriter, name: str, spec: Spec, type: str) -> Non
     if spec.rope_scaling != "none":
         writer.add(f"{prefix}.rope.scaling.type", spec.rope_scaling, ValueType.STRING)
         writer.add(f"{prefix}.rope.scaling.factor", spec.rope_factor, ValueType.FLOAT32)
+    if spec.rope_divisors and FAMILIES[prefix].longrope:  # for a short context the file has others
+        writer.add(f"{prefix}.rope.scaling.original_context_length", spec.context // 2, ValueType.UINT32)
+        writer.add(f"{prefix}.rope.scaling.attn_factor", spec.rope_magnitude, ValueType.FLOAT32)
     if spec.rope_scaling == "yarn":
         key = f"{prefix}.rope.scaling."
         writer.add(key + "original_context_length", spec.rope_original_context, ValueType.UINT32)

@@ -27,6 +27,7 @@ class Family:
     wide_scale_layers: with so many layers, scores are divided by sqrt(width / heads), not sqrt(head_dim).
     experts: whether the feed-forward layers are experts, of which a softmax router chooses some for each token;
         renormalize: whether the shares of the chosen ones are made to sum to 1.
+    longrope: whether the file may bring two sets of such divisors, for a short and for a long context (LongRoPE).
     fused_tensors: whether the file has one matrix of queries, keys and values, and one of gate and up.
     """
 
@@ -46,4 +47,5 @@ class Family:
     wide_scale_layers: int = 0
     experts: bool = False
     renormalize: bool = False
+    longrope: bool = False
     fused_tensors: bool = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -22,7 +22,9 @@ from vai.rom.image import BLOCK_ROWS, canonical_json
 FAMILIES: Mapping[str, Family] = {
     module.FAMILY.architecture: module.FAMILY for module in (gemma2, gemma3, llama, phi3, qwen2, qwen3, qwen3moe)
 }
-ROPE_DIVISORS = "rope_freqs.weight"  # a tensor that becomes part of the spec, not of the image
+# Tensors that become part of the spec, not of the image: divisors of RoPE's frequencies.
+ROPE_DIVISORS = "rope_freqs.weight"
+LONG_DIVISORS, SHORT_DIVISORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
 MAX_LAYERS, MAX_WIDTH, MAX_FFN, MAX_HEADS, MAX_HEAD_DIM = 1024, 1 << 16, 1 << 20, 1 << 10, 1 << 10
 MAX_EXPERTS = 1024
@@ -118,6 +120,8 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             raise ValueError(f"RoPE over {self.rope_dims} elements does not fit heads of {self.head_dim}")
         if self.rope_scaling == "none" and self.rope_factor != 1.0:
             raise ValueError("a RoPE factor needs a scaling type")
+        if self.rope_scaling == "yarn" and self.rope_divisors:
+            raise ValueError("YaRN has no divisors beside its own")
         if (self.rope_scaling == "yarn") != (self.rope_original_context > 0):
             raise ValueError("YaRN, and it alone, needs the context that it extends")
         if (self.rope_scaling == "yarn" or self.rope_magnitude != 1.0) and self.rope_dims != self.head_dim:
@@ -164,7 +168,7 @@ def spec_from_gguf(
     """The spec of a GGUF checkpoint, and proof that its tensors are the ones that spec needs.
 
     tensors: name -> (rows, columns) as burn.gguf gives them, a vector of n as (1, n). rope_divisors: the values of
-    `rope_freqs.weight` where there is such a tensor. Raises UnsupportedModel for what VAI does not compute,
+    the tensor that `rope_divisors_tensor` names. Raises UnsupportedModel for what VAI does not compute,
     MalformedFile for what contradicts itself.
     """
     architecture = _Keys(metadata, "general").text("architecture")
@@ -174,7 +178,8 @@ def spec_from_gguf(
             f"The architecture '{architecture}' is not supported; VAI runs {', '.join(sorted(FAMILIES))}."
         )
     keys = _Keys(metadata, architecture)
-    _refuse_what_is_not_computed(keys, family)
+    divisors = rope_divisors_tensor(metadata, tensors)
+    _refuse_what_is_not_computed(keys, family, divisors)
     layers = keys.integer("block_count", 1, MAX_LAYERS)
     heads = keys.integer("attention.head_count", 1, MAX_HEADS, per_layer=layers)
     width = keys.integer("embedding_length", 1, MAX_WIDTH)
@@ -183,7 +188,7 @@ def spec_from_gguf(
         raise UnsupportedModel("Keys and values of different lengths (attention.value_length) are not supported.")
     context = keys.integer("context_length", 1, MAX_CONTEXT)
     rope_dims = keys.integer("rope.dimension_count", 2, MAX_HEAD_DIM, default=head_dim)
-    rope = _rope_scaling(keys, family, context, ROPE_DIVISORS in tensors)
+    rope = _rope_scaling(keys, family, context, divisors)
     if rope_dims < head_dim and (rope.get("rope_scaling") == "yarn" or rope.get("rope_magnitude", 1.0) != 1.0):
         raise UnsupportedModel(
             f"RoPE over {rope_dims} of {head_dim} elements (rope.dimension_count) that also multiplies them "
@@ -204,7 +209,7 @@ def spec_from_gguf(
         "rope_base": keys.number("rope.freq_base", MAX_ROPE_BASE, default=10_000.0),
         "rope_dims": rope_dims,
         **rope,
-        "rope_divisors": _rope_divisors(family, tensors, rope_divisors),
+        "rope_divisors": _rope_divisors(family, divisors, tensors, rope_divisors),
         "tied": "output.weight" not in tensors,
         "qkv_bias": _qkv_bias(family, tensors),
         "qk_norm": family.qk_norm,
@@ -224,6 +229,20 @@ def spec_from_gguf(
         raise MalformedFile(f"The checkpoint contradicts itself: {error}.") from None
     _check_tensors(spec, tensors)
     return spec
+
+
+def rope_divisors_tensor(metadata: Mapping[str, object], tensors: Container[str]) -> str | None:
+    """Which of a checkpoint's tensors divides RoPE's frequencies: Llama 3's, or one of LongRoPE's two.
+
+    Of the two it is the long context's where the file's context is longer than the original one. Not the length that a
+    sequence has come to: that would change what is in its cache already. Raises MalformedFile.
+    """
+    if LONG_DIVISORS not in tensors and SHORT_DIVISORS not in tensors:
+        return ROPE_DIVISORS if ROPE_DIVISORS in tensors else None
+    keys = _Keys(metadata, _Keys(metadata, "general").text("architecture"))
+    context = keys.integer("context_length", 1, MAX_CONTEXT)
+    original = keys.integer("rope.scaling.original_context_length", 1, MAX_CONTEXT, default=context)
+    return LONG_DIVISORS if context > original else SHORT_DIVISORS
 
 
 def expected_tensors(spec: Spec) -> dict[str, tuple[int, int]]:
@@ -363,12 +382,14 @@ _NEUTRAL: Mapping[str, object] = {
 }
 
 
-def _refuse_what_is_not_computed(keys: _Keys, family: Family) -> None:
+def _refuse_what_is_not_computed(keys: _Keys, family: Family, divisors: str | None) -> None:
     computed = {"attention.sliding_window"} if family.windows else set[str]()
     if family.softcaps is not None:
         computed |= {"attn_logit_softcapping", "final_logit_softcapping"}
     if family.experts:
         computed |= {"expert_count", "expert_used_count"}
+    if family.longrope and divisors in (LONG_DIVISORS, SHORT_DIVISORS):
+        computed |= {"rope.scaling.attn_factor"}
     neutrals = dict(_NEUTRAL)
     if keys.get("rope.scaling.type") == "yarn":
         computed |= {"rope.scaling.attn_factor"}
@@ -381,15 +402,19 @@ def _refuse_what_is_not_computed(keys: _Keys, family: Family) -> None:
             raise UnsupportedModel(f"{keys.prefix}.{key} is set, and VAI does not compute that yet.")
 
 
-def _rope_scaling(keys: _Keys, family: Family, context: int, divided: bool) -> dict[str, object]:
-    """divided: whether the file brings divisors."""
+def _rope_scaling(keys: _Keys, family: Family, context: int, divisors: str | None) -> dict[str, object]:
+    """divisors: the tensor of them that counts."""
     # Files of 2023 call the linear factor `rope.scale_linear`.
     key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"
     factor = keys.number(key, MAX_ROPE_FACTOR, default=1.0)
     scaling = keys.text("rope.scaling.type", "linear")
+    if family.longrope and divisors in (LONG_DIVISORS, SHORT_DIVISORS):  # whose files need not name it
+        if factor != 1.0 or scaling not in ("none", "linear", "longrope"):
+            raise UnsupportedModel(f"LongRoPE beside RoPE scaling by {factor:g} of type '{scaling}' is not supported.")
+        return {"rope_magnitude": keys.number("rope.scaling.attn_factor", MAX_ROPE_FACTOR)}
     if scaling not in ("none", "linear", "yarn"):
         raise UnsupportedModel(f"RoPE scaling of type '{scaling}' is not supported; VAI computes 'linear' and 'yarn'.")
-    if scaling == "yarn" and (divided or family.local_rope_base):
+    if scaling == "yarn" and (divisors or family.local_rope_base):
         raise UnsupportedModel("YaRN beside frequencies of another kind is not supported.")
     fields: dict[str, object] = {}
     if scaling == "yarn":
@@ -459,14 +484,17 @@ def _vocabulary(keys: _Keys, tensors: Mapping[str, tuple[int, int]]) -> int:
 
 
 def _rope_divisors(
-    family: Family, tensors: Mapping[str, tuple[int, int]], values: Sequence[float]
+    family: Family, name: str | None, tensors: Mapping[str, tuple[int, int]], values: Sequence[float]
 ) -> tuple[float, ...]:
-    if ROPE_DIVISORS not in tensors:
+    if name is None:
         return ()
-    if not family.rope_divisors or len(values) != math.prod(tensors[ROPE_DIVISORS]):
-        raise UnsupportedModel(f"The tensor {ROPE_DIVISORS} is not supported in this checkpoint.")
+    if name not in tensors:
+        raise MalformedFile(f"The checkpoint lacks the tensor {name}.")
+    computed = family.rope_divisors if name == ROPE_DIVISORS else family.longrope
+    if not computed or len(values) != math.prod(tensors[name]):
+        raise UnsupportedModel(f"The tensor {name} is not supported in this checkpoint.")
     if not all(math.isfinite(value) and value > 0 for value in values):
-        raise MalformedFile(f"{ROPE_DIVISORS} must hold finite numbers above 0.")
+        raise MalformedFile(f"{name} must hold finite numbers above 0.")
     return tuple(float(value) for value in values)
 
 
@@ -479,6 +507,7 @@ def _qkv_bias(family: Family, tensors: Mapping[str, tuple[int, int]]) -> bool:
 
 def _check_tensors(spec: Spec, tensors: Mapping[str, tuple[int, int]]) -> None:
     expected, file = expected_tensors(spec), file_tensors(spec)
+    divisors = {LONG_DIVISORS, SHORT_DIVISORS} if FAMILIES[spec.architecture].longrope else {ROPE_DIVISORS}
     for name, parts in file.items():
         rows, columns = sum(expected[part][0] for part in parts), expected[parts[0]][1]
         if name not in tensors:
@@ -487,7 +516,7 @@ def _check_tensors(spec: Spec, tensors: Mapping[str, tuple[int, int]]) -> None:
         if tensors[name] != shape:
             raise MalformedFile(f"The tensor {name} has shape {tensors[name]}; the metadata asks for {shape}.")
     for name in tensors:
-        if name not in file and name != ROPE_DIVISORS:
+        if name not in file and name not in divisors:
             raise UnsupportedModel(
                 f"The tensor {name[:80]!r} has no place in a '{spec.architecture}' model as VAI computes it."
             )

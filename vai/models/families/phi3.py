@@ -3,5 +3,11 @@
 from vai.models.family import Family
 
 FAMILY = Family(
-    architecture="phi3", pairing="neox", qkv_bias="absent", rope_divisors=False, windows=True, fused_tensors=True
+    architecture="phi3",
+    pairing="neox",
+    qkv_bias="absent",
+    rope_divisors=False,
+    windows=True,
+    longrope=True,
+    fused_tensors=True,
 )
