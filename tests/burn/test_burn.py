@@ -341,3 +341,44 @@ def test_interrupted_at_any_step_nothing_is_left(step: int, tiny: Mapping[str, P
     with pytest.raises(Interrupted):
         burn(tiny["F32"], root, progress=interrupt)
     assert images(root) == []
+
+
+@pytest.mark.parametrize(
+    ("advice", "defaults"),
+    [
+        ({}, {}),
+        ({"temp": 0.6, "top_p": 0.95, "min_p": 0.05}, {"temperature": 0.6, "top_p": 0.95, "min_p": 0.05}),
+        ({"top_k": 20, "penalty_repeat": 1.1}, {"top_k": 20, "repetition_penalty": 1.1}),
+        ({"top_k": -1, "temp": 1e-7, "mirostat": 2}, {"temperature": 1e-7}),
+    ],
+)
+def test_the_sampling_that_a_file_recommends_goes_into_the_image(
+    advice: dict[str, float], defaults: dict[str, float], changed: Checkpoint, tmp_path: Path, root: Path
+) -> None:
+    for key, value in advice.items():
+        kind = ValueType.INT32 if isinstance(value, int) else ValueType.FLOAT32
+        changed.metadata[f"general.sampling.{key}"] = (value, kind)
+    burned = burn(changed.write(tmp_path / "advised.gguf"), root)
+    with segment.attach(root, burned.digest) as image:
+        assert json.loads(image.section("defaults")) == defaults
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("temp", float("nan"), ValueType.FLOAT32),
+        ("temp", float("inf"), ValueType.FLOAT32),
+        ("temp", -1.0, ValueType.FLOAT32),
+        ("temp", 3e38, ValueType.FLOAT32),
+        ("top_p", 0.0, ValueType.FLOAT32),
+        ("top_k", 1 << 40, ValueType.UINT64),
+        ("min_p", "a lot", ValueType.STRING),
+        ("penalty_repeat", True, ValueType.BOOL),
+    ],
+)
+def test_a_recommendation_that_no_request_could_have_is_refused(
+    key: str, value: object, kind: ValueType, changed: Checkpoint, tmp_path: Path, root: Path
+) -> None:
+    changed.metadata[f"general.sampling.{key}"] = (value, kind)
+    with pytest.raises(MalformedFile, match=r"sampling|temperature|top_p"):
+        burn(changed.write(tmp_path / "advised.gguf"), root)

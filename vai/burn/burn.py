@@ -22,6 +22,7 @@ from typing import NamedTuple
 from vai.burn import _pack
 from vai.burn.gguf import GgufFile
 from vai.burn.pack import ImagePlan, pack_range, plan_image
+from vai.burn.recommended import recommended
 from vai.errors import MalformedFile, NotSupported
 from vai.models.spec import Spec, rope_divisors_tensor, spec_from_gguf
 from vai.rom.image import CHUNK, Layout, TensorTable, canonical_json, layout, weights_id
@@ -167,7 +168,7 @@ def _sections(gguf: GgufFile, spec: Spec, plan: ImagePlan) -> dict[str, bytes]:
         "spec": spec.to_bytes(),
         "tokenizer": tokenizer_section(words),
         "template": template_section(words),
-        "defaults": canonical_json({}),
+        "defaults": canonical_json(recommended(gguf.metadata)),
         "provenance": _provenance(gguf),
     }
 
