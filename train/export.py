@@ -15,11 +15,14 @@ from torch import Tensor
 from train.model import Decoder
 from train.tokenizer import END, PRE, SPECIALS
 from train.train import load
+from vai.burn import recommended
 from vai.burn.gguf import FILE_TYPES, GgufWriter, ValueType
 from vai.models.spec import Spec, expected_tensors
 from vai.text.vocabulary import CONTROL, NORMAL
 
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Where a request says nothing: small models wander soon if every token is possible.
+SAMPLING = {"temp": 0.6, "top_p": 0.9}
 # The model only goes on with a text: a conversation is its messages, line after line, and roles are not said.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\n' }}{% endif %}"
@@ -49,6 +52,8 @@ def _write_metadata(writer: GgufWriter, spec: Spec, name: str, type: str) -> Non
     writer.add("general.architecture", prefix, ValueType.STRING)
     writer.add("general.name", name, ValueType.STRING)
     writer.add("general.file_type", FILE_TYPES[type], ValueType.UINT32)
+    for key, value in SAMPLING.items():
+        writer.add(recommended.PREFIX + key, value, ValueType.FLOAT32)
     integers = {
         "vocab_size": spec.vocabulary,
         "context_length": spec.context,

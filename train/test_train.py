@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from tokenizers import Tokenizer
 from train import corpus, evaluate, quantize, tokenizer
 from train.export import export
 from train.model import SHAPES, greedy
+from train.muon import orthogonal
 from train.score import score
 from train.ship import ship
 from train.train import Recipe, load, train
@@ -60,7 +63,7 @@ def recipe() -> Recipe:
 @pytest.fixture(scope="module")
 def trained(text: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained")
-    train(text, out, recipe, save_every=100)
+    train(text, out, recipe, save_every=100, compiled=False)
     return out
 
 
@@ -86,34 +89,75 @@ def test_training_lowers_the_loss(trained: Path) -> None:
     assert lines[-1]["loss"] < np.log(512) - 0.3
 
 
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(
-    text: Path, recipe: Recipe, trained: Path, tmp_path: Path
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(text: Path, recipe: Recipe, tmp_path: Path) -> None:
+    student = replace(recipe, teacher_weight=0.5)
+    ends = []
+    for name, stops in (("through", ()), ("stopped", (7, 16))):
+        for until in (*stops, None):
+            train(text, tmp_path / name, recipe, student=student, until=until, save_every=5, compiled=False)
+        ends.append([load(tmp_path / name / f"{which}.npz")[0] for which in ("checkpoint", "student")])
+    for through, stopped in zip(*ends, strict=True):
+        for name, parameter in through.named_parameters():
+            assert torch.equal(parameter, dict(stopped.named_parameters())[name]), name
+
+
+@pytest.mark.filterwarnings("default")  # torch's compiler warns itself
+def test_a_compiled_step_loses_what_a_plain_one_does(text: Path, recipe: Recipe, tmp_path: Path) -> None:
+    student, told = replace(recipe, teacher_weight=0.5), []
+    for compiled in (False, True):
+        out = tmp_path / str(compiled)
+        train(text, out, recipe, student=student, until=3, save_every=100, compiled=compiled)
+        line = json.loads((out / "log.jsonl").read_text())
+        told.append((line["loss"], line["student"]))
+    assert told[0] == pytest.approx(told[1], rel=1e-4)
+
+
+def test_a_student_that_was_saved_when_its_teacher_was_not_waits_for_it(
+    text: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
-    train(text, tmp_path, recipe, until=7, save_every=5)
-    train(text, tmp_path, recipe, save_every=100)
-    resumed, _ = load(tmp_path / "checkpoint.npz")
-    for name, parameter in load(trained / "checkpoint.npz")[0].named_parameters():
-        assert torch.equal(parameter, dict(resumed.named_parameters())[name]), name
+    student = replace(recipe, teacher_weight=0.5)
+    for until in (5, 8):
+        train(text, tmp_path, recipe, student=student, until=until, save_every=100, compiled=False)
+        (tmp_path / "checkpoint.npz").rename(tmp_path / f"{until}.npz")
+        if until == 5:
+            shutil.copy(tmp_path / "5.npz", tmp_path / "checkpoint.npz")
+    (tmp_path / "5.npz").rename(tmp_path / "checkpoint.npz")
+    ahead = load(tmp_path / "student.npz")[0]
+    train(text, tmp_path, recipe, student=student, until=8, save_every=100, compiled=False)
+    for name, parameter in ahead.named_parameters():
+        assert torch.equal(parameter, dict(load(tmp_path / "student.npz")[0].named_parameters())[name]), name
+    with np.load(tmp_path / "checkpoint.npz") as found, np.load(tmp_path / "8.npz") as goal:
+        assert all(np.array_equal(found[name], goal[name]) for name in goal)
 
 
 def test_another_recipe_does_not_go_on_from_a_checkpoint(text: Path, recipe: Recipe, trained: Path) -> None:
     with pytest.raises(SystemExit, match="another recipe"):
-        train(text, trained, Recipe(**{**vars(recipe), "seed": 2}), save_every=100)
+        train(text, trained, replace(recipe, seed=2), save_every=100, compiled=False)
 
 
-def test_a_student_is_pulled_towards_its_teacher(text: Path, recipe: Recipe, trained: Path, tmp_path: Path) -> None:
-    teacher, _ = load(trained / "checkpoint.npz")
+def test_a_student_is_pulled_towards_its_teacher(text: Path, recipe: Recipe, tmp_path: Path) -> None:
     ids = torch.from_numpy(np.load(text / "train.tokens.npy")[:128].astype(np.int64))[None]
-    with torch.no_grad():
-        goal = teacher(ids).log_softmax(-1)
-        distances = []
-        for weight in (0.0, 1.0):
-            taught = Recipe(**{**vars(recipe), "seed": 3, "teacher_weight": weight})
-            with torch.enable_grad():
-                student = train(text, tmp_path / str(weight), taught, teacher=teacher, save_every=100)
-            scores = student(ids).log_softmax(-1)
-            distances.append(float((goal.exp() * (goal - scores)).sum(-1).mean()))
+    distances = []
+    for weight in (0.0, 1.0):
+        student = replace(recipe, seed=3, teacher_weight=weight)
+        train(text, tmp_path / str(weight), recipe, student=student, save_every=100, compiled=False)
+        with torch.no_grad():
+            goal, scores = (
+                load(tmp_path / str(weight) / f"{which}.npz")[0](ids).log_softmax(-1)
+                for which in ("checkpoint", "student")
+            )
+        distances.append(float((goal.exp() * (goal - scores)).sum(-1).mean()))
     assert distances[1] < distances[0]
+
+
+@pytest.mark.parametrize("shape", [(48, 160), (160, 48), (64, 64)])
+def test_a_step_counts_every_direction_alike(shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    # Singular values a thousand apart, as gradients have them.
+    left, right = (torch.linalg.qr(torch.randn(n, min(shape)))[0] for n in shape)
+    matrix = left * torch.logspace(0, -2, min(shape)) @ right.T
+    values = torch.linalg.svdvals(orthogonal(matrix))
+    assert 0.5 < values.min() <= values.max() < 1.3
 
 
 def test_bits_are_those_of_the_models_own_probabilities(text: Path, trained: Path) -> None:

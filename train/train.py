@@ -1,8 +1,8 @@
-"""Training, alone or by distillation from a larger model.
+"""Training: a model alone, or with a student beside it that learns from the logits the model has anyway.
 
-Run: python -m train.train CORPUS OUT --shape mini [--steps N] [--teacher CHECKPOINT]. The same command goes on where it
-was stopped: OUT/checkpoint.npz holds weights, optimizer and step, and the batch of a step depends on seed and step
-alone. OUT/log.jsonl has one line every LOG_EVERY steps.
+Run: python -m train.train CORPUS OUT --shape mini [--student nano] [--steps N]. The same command goes on where it was
+stopped: OUT/checkpoint.npz (and OUT/student.npz) hold weights, optimizers and step, and the batch of a step depends on
+seed and step alone. OUT/log.jsonl has one line every LOG_EVERY steps.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +22,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from train.model import SHAPES, Decoder
+from train.muon import optimizers
 
 LOG_EVERY = 10
 PROBE = 1024  # side of the matrices whose product decides between bfloat16 and float32
-MOMENTS = ("exp_avg", "exp_avg_sq")
+LONG_FROM = 0.75  # share of the steps after which sequences have their whole length; before, a quarter of it
+FALL_FROM = 0.5  # share of the steps after which the rate falls to nothing
+MOMENTS = ("momentum", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the weights, besides the corpus. `batch` sequences of `context` tokens a step; rates peak after
-    `warmup` steps and fall by a cosine to a tenth. `teacher_weight`: share of the loss that is the teacher's."""
+    """What decides the weights, besides the corpus. `batch` sequences of `context` tokens a step, or four times as many
+    a quarter as long (LONG_FROM). `teacher_weight`: share of a student's loss that is the teacher's."""
 
     shape: str
     vocabulary: int
@@ -53,54 +54,113 @@ def decoder(recipe: Recipe) -> Decoder:
     return Decoder(SHAPES[recipe.shape].spec(recipe.vocabulary, recipe.context))
 
 
-def optimizer(model: Decoder, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); norm weights do not decay."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": recipe.decay}]
-    groups.append({"params": vectors, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95))
-
-
 def rate_at(step: int, recipe: Recipe) -> float:
-    if step < recipe.warmup:
-        return recipe.rate * (step + 1) / recipe.warmup
-    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    """Rises, stays, and falls to nothing in a straight line (Hägele et al. 2024)."""
+    left = (recipe.steps - step) / (recipe.steps * (1 - FALL_FROM))
+    return recipe.rate * min(1.0, (step + 1) / recipe.warmup, left)
 
 
 def batch_at(step: int, tokens: np.ndarray, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (batch, context) of a step, from random places of the corpus."""
-    places = np.random.default_rng([recipe.seed, step]).integers(0, len(tokens) - recipe.context, recipe.batch)
-    rows = torch.from_numpy(np.stack([tokens[at : at + recipe.context + 1] for at in places]).astype(np.int64))
+    """Inputs and targets (sequences, their length) of a step, from random places of the corpus."""
+    parts = 1 if step >= LONG_FROM * recipe.steps else 4
+    length, count = recipe.context // parts, recipe.batch * parts
+    places = np.random.default_rng([recipe.seed, step]).integers(0, len(tokens) - length, count)
+    rows = torch.from_numpy(np.stack([tokens[at : at + length + 1] for at in places]).astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
 
 def loss_of(logits: Tensor, targets: Tensor, taught: Tensor | None, teacher_weight: float) -> tuple[Tensor, Tensor]:
-    """(what is minimized, cross-entropy), nats a token. taught: the teacher's logits; its share of the loss is the
-    Kullback-Leibler divergence from its distribution (Hinton et al. 2015, at temperature 1)."""
-    scores = functional.log_softmax(logits.float().flatten(0, 1), dim=-1)
-    entropy = functional.nll_loss(scores, targets.flatten())
+    """(what is minimized, cross-entropy), nats a token, of logits (tokens, vocabulary) and targets (tokens).
+
+    taught: the teacher's logits; its share of the loss is the Kullback-Leibler divergence from its distribution
+    (Hinton et al. 2015, at temperature 1).
+    """
+    scores = functional.log_softmax(logits.float(), dim=-1)
+    entropy = functional.nll_loss(scores, targets)
     if taught is None:
         return entropy, entropy.detach()
-    goal = functional.log_softmax(taught.float().flatten(0, 1), dim=-1)
+    goal = functional.log_softmax(taught.float(), dim=-1)
     divergence = functional.kl_div(scores, goal, reduction="batchmean", log_target=True)
     return (1 - teacher_weight) * entropy + teacher_weight * divergence, entropy.detach()
 
 
-def save(path: Path, model: Decoder, adam: torch.optim.AdamW, step: int, recipe: Recipe) -> None:
-    """Write a checkpoint after `step` steps; it has its name only when it is whole."""
-    arrays = {"step": np.int64(step), "recipe": np.frombuffer(json.dumps(vars(recipe)).encode(), np.uint8)}
-    for name, parameter in model.named_parameters():
-        arrays[f"weight/{name}"] = parameter.detach().cpu().numpy()
-        for moment in MOMENTS if step else ():
-            arrays[f"{moment}/{name}"] = adam.state[parameter][moment].cpu().numpy()
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def recipe_of(checkpoint: Path) -> Recipe:
+    """What a checkpoint was made by."""
+    with np.load(checkpoint, allow_pickle=False) as arrays:
+        return _recipe(arrays)
+
+
+class Learner:
+    """A model with its optimizers and the file it is kept in; it goes on where that file was left.
+
+    Raises SystemExit where the file was made by another recipe.
+    """
+
+    def __init__(self, recipe: Recipe, checkpoint: Path, device: torch.device, *, compiled: bool) -> None:
+        self.recipe = recipe
+        self.model = decoder(recipe).to(device)
+        self.step = 0
+        self._checkpoint = checkpoint
+        self._optimizers = optimizers(self.model, recipe.rate, recipe.decay)
+        self._loss_of = loss_of
+        if compiled:  # as it is written, the divergence reads and writes the logits of a whole batch a dozen times
+            self.model.compile()
+            self._loss_of = torch.compile(loss_of)
+        if checkpoint.exists():
+            self._resume()
+
+    def learn(self, inputs: Tensor, targets: Tensor, taught: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Take one step; returns (logits, cross-entropy in nats a token), both before it."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(self.step, self.recipe)
+        logits = self.model(inputs).flatten(0, 1)
+        loss, entropy = self._loss_of(logits, targets.flatten(), taught, self.recipe.teacher_weight)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self._optimizers:
+            optimizer.step()
+        self.step += 1
+        return logits.detach(), entropy
+
+    def save(self) -> None:
+        """Write the checkpoint; it has its name only when it is whole."""
+        recipe = np.frombuffer(json.dumps(vars(self.recipe)).encode(), np.uint8)
+        arrays = {"step": np.int64(self.step), "recipe": recipe}
+        for name, parameter in self.model.named_parameters():
+            arrays[f"weight/{name}"] = parameter.detach().cpu().numpy()
+            for moment, values in self._state(parameter).items():
+                if moment in MOMENTS:
+                    arrays[f"{moment}/{name}"] = values.cpu().numpy()
+        partial = self._checkpoint.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._checkpoint)
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        return next((o.state[parameter] for o in self._optimizers if parameter in o.state), {})
+
+    def _resume(self) -> None:
+        with np.load(self._checkpoint, allow_pickle=False) as arrays:
+            if (made := _recipe(arrays)) != self.recipe:
+                raise SystemExit(
+                    f"{self._checkpoint} was made by another recipe: {made}. Give another OUT, or that recipe."
+                )
+            _fill(self.model, arrays)
+            self.step = int(arrays["step"])
+            for optimizer in self._optimizers:
+                of = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+                for name, parameter in self.model.named_parameters():
+                    if id(parameter) in of:
+                        kept = {moment: arrays.get(f"{moment}/{name}") for moment in MOMENTS}
+                        optimizer.state[parameter] = {"step": torch.tensor(float(self.step))} | {
+                            moment: torch.from_numpy(values).to(parameter)
+                            for moment, values in kept.items()
+                            if values is not None
+                        }
 
 
 def load(path: Path) -> tuple[Decoder, Recipe]:
@@ -110,19 +170,6 @@ def load(path: Path) -> tuple[Decoder, Recipe]:
         model = decoder(recipe)
         _fill(model, arrays)
     return model, recipe
-
-
-def resume(path: Path, model: Decoder, adam: torch.optim.AdamW, recipe: Recipe) -> int:
-    """Go on from a checkpoint; returns its step. Raises SystemExit where it was made by another recipe."""
-    with np.load(path, allow_pickle=False) as arrays:
-        if _recipe(arrays) != recipe:
-            raise SystemExit(f"{path} was made by another recipe: {_recipe(arrays)}. Give another OUT, or that recipe.")
-        _fill(model, arrays)
-        step = int(arrays["step"])
-        for name, parameter in model.named_parameters():
-            moments = {moment: torch.from_numpy(arrays[f"{moment}/{name}"]).to(parameter) for moment in MOMENTS}
-            adam.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-    return step
 
 
 def _recipe(arrays: Mapping[str, np.ndarray]) -> Recipe:
@@ -154,51 +201,55 @@ def train(
     out: Path,
     recipe: Recipe,
     *,
-    teacher: Decoder | None = None,
+    student: Recipe | None = None,
     until: int | None = None,
     save_every: int,
+    compiled: bool,
 ) -> Decoder:
-    """Train to the recipe's last step, or stop after step `until`; a checkpoint is left behind. Returns the model."""
+    """Train to the recipe's last step, or stop after step `until`; checkpoints are left behind. Returns the model.
+
+    student: of a model that learns from the same batches and from what the first model makes of them. compiled: by
+    torch.compile, which takes a minute or two and makes steps a fifth shorter.
+    """
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = bf16_is_fast(device)
     tokens = np.load(corpus / "train.tokens.npy", mmap_mode="r", allow_pickle=False)
-    model = decoder(recipe).to(device)
-    adam = optimizer(model, recipe)
-    checkpoint, log = out / "checkpoint.npz", out / "log.jsonl"
-    first = resume(checkpoint, model, adam, recipe) if checkpoint.exists() else 0
-    if teacher is not None:
-        teacher.to(device).requires_grad_(False)
+    learners = [Learner(recipe, out / "checkpoint.npz", device, compiled=compiled)]
+    if student is not None:
+        learners.append(Learner(student, out / "student.npz", device, compiled=compiled))
+    first = learners[0].step
+    log = out / "log.jsonl"
     _forget_after(log, first)
     last = min(recipe.steps, until or recipe.steps)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = " and ".join(f"{sum(p.numel() for p in each.model.parameters()):,}" for each in learners)
     where = f"{device} in {'bf16' if bf16 else 'f32'}"
-    print(f"{parameters:,} parameters, {len(tokens):,} tokens, {where}, steps {first}..{last}")
+    print(f"{parameters} parameters, {len(tokens):,} tokens, {where}, steps {first}..{last}")
     precision = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
     began, counted = time.perf_counter(), first
     for step in range(first, last):
         inputs, targets = (each.to(device) for each in batch_at(step, tokens, recipe))
-        for group in adam.param_groups:
-            group["lr"] = rate_at(step, recipe)
         with precision:
-            taught = teacher(inputs) if teacher is not None else None
-            loss, entropy = loss_of(model(inputs), targets, taught, recipe.teacher_weight)
-        adam.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
+            logits, entropies = None, []
+            for learner in learners:
+                if learner.step == step:
+                    logits, entropy = learner.learn(inputs, targets, logits)
+                    entropies.append(entropy)
         done = step + 1
         if done % LOG_EVERY == 0 or done == last:
-            nats, now = entropy.item(), time.perf_counter()
+            nats, now = [entropy.item() for entropy in entropies], time.perf_counter()
             speed = (done - counted) * recipe.batch * recipe.context / (now - began)
             left = (last - done) * recipe.batch * recipe.context / speed
             began, counted = now, done
+            line = dict(zip(("loss", "student"), nats, strict=False))
             with log.open("a") as lines:
-                lines.write(json.dumps({"step": done, "loss": nats, "tokens_per_second": round(speed)}) + "\n")
-            print(f"step {done}/{last}  loss {nats:.4f}  {speed:,.0f} tokens/s  {left / 60:.1f} min left", flush=True)
+                lines.write(json.dumps({"step": done, **line, "tokens_per_second": round(speed)}) + "\n")
+            losses = "  ".join(f"{name} {value:.4f}" for name, value in line.items())
+            print(f"step {done}/{last}  {losses}  {speed:,.0f} tokens/s  {left / 60:.1f} min left", flush=True)
         if done % save_every == 0 or done == last:
-            save(checkpoint, model, adam, done, recipe)
-    return model
+            for learner in reversed(learners):  # stopped in between, a student is ahead, and waits
+                learner.save()
+    return learners[0].model
 
 
 def _forget_after(log: Path, step: int) -> None:
@@ -213,25 +264,22 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="mini")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=8, help="sequences a step")
+    parser.add_argument("--student", choices=sorted(SHAPES), help="a smaller model to distil into")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=4, help="sequences a step")
     parser.add_argument("--context", type=int, default=1024, help="tokens a sequence")
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--teacher", type=Path, help="a checkpoint to distil from")
-    parser.add_argument("--teacher-weight", type=float, default=0.5, help="its share of the loss")
+    parser.add_argument("--teacher-weight", type=float, default=0.5, help="share of the student's loss")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save-every", type=int, default=100, help="steps")
     parser.add_argument("--until", type=int, help="stop after this step; the schedule stays that of --steps")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    teacher = load(args.teacher)[0] if args.teacher else None
     with (args.corpus / "tokenizer.json").open() as file:
         vocabulary = len(json.load(file)["model"]["vocab"])
-    if teacher is not None and teacher.spec.vocabulary != vocabulary:
-        raise SystemExit("The teacher has another vocabulary.")
     recipe = Recipe(
         shape=args.shape,
         vocabulary=vocabulary,
@@ -242,9 +290,10 @@ def main() -> None:
         warmup=args.warmup,
         decay=args.decay,
         seed=args.seed,
-        teacher_weight=args.teacher_weight if teacher else 0.0,
+        teacher_weight=0.0,
     )
-    train(args.corpus, args.out, recipe, teacher=teacher, until=args.until, save_every=args.save_every)
+    student = replace(recipe, shape=args.student, teacher_weight=args.teacher_weight) if args.student else None
+    train(args.corpus, args.out, recipe, student=student, until=args.until, save_every=args.save_every, compiled=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from xml.sax.saxutils import escape
 COLOURS = ("#0b6e4f", "#c8553d", "#8d99ae", "#3d5a80", "#e0a458", "#6d597a")
 WIDTH, HEIGHT = 360, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 34, 44
+LABELS = 10  # of the x axis at most; where there are more points, they are not marked either
 
 
 class Panel(NamedTuple):
@@ -71,7 +72,8 @@ def _panel(panel: Panel, colours: Mapping[str, str]) -> str:
         y = up(tick)
         parts.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="#ddd"/>')
         parts.append(_text(LEFT - 5, y + 4, f"{tick:g}", anchor="end"))
-    parts += [_text(across(x), HEIGHT - BOTTOM + 16, str(x), anchor="middle") for x in xs]
+    labelled = xs[:: -(-len(xs) // LABELS)]
+    parts += [_text(across(x), HEIGHT - BOTTOM + 16, str(x), anchor="middle") for x in labelled]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, panel.x_label, anchor="middle"))
     parts.append(
         f'<g transform="translate(14,{HEIGHT / 2}) rotate(-90)">{_text(0, 0, panel.y_label, anchor="middle")}</g>'
@@ -80,7 +82,8 @@ def _panel(panel: Panel, colours: Mapping[str, str]) -> str:
         places = [(across(x), up(y)) for x, y in sorted(points)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colours[name]}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colours[name]}"/>' for x, y in places]
+        if len(xs) <= LABELS:
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colours[name]}"/>' for x, y in places]
     return "\n".join(parts)
 
 
