@@ -1,9 +1,10 @@
 """What speculation costs and brings: rows of a step, then whole answers with and without guesses, in turns.
 
-Run: python bench/speculate.py [TARGET.gguf DRAFT.gguf] [ROUNDS]. DRAFT, of the same vocabulary, guesses for TARGET.
-Without files a pair is made that always agrees, the upper bound of what a draft model can bring: a qwen2-1.5b in which
-the layers behind the first six add nothing, though they are computed, and a model of those six. How many guesses stand
-is what a model makes of a text: on random weights that says nothing about trained ones, the seconds do.
+Run: python bench/speculate.py [TARGET.gguf DRAFT.gguf] [ROUNDS]. DRAFT, of the same vocabulary, guesses for TARGET, and
+both go on with pieces of VAI's own sources. Without files a pair is made that always agrees, the upper bound of what a
+draft model can bring: a qwen2-1.5b in which the layers behind the first six add nothing, though they are computed, and
+a model of those six. How many guesses stand is what a model makes of a text: on random weights that says nothing about
+trained ones, the seconds do.
 
 A table for people, then one line of JSON.
 """
@@ -17,12 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
 
+import vai
 from vai.burn.burn import burn
 from vai.burn.gguf import GgufFile
 from vai.burn.synth import SHAPES, synthesize
@@ -39,6 +42,7 @@ KV_BYTES = 512 << 20
 ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17)  # a token and its guesses
 CONTEXT = 256
 TOKENS = 128  # of an answer
+PROMPT = 1000  # characters of code
 TIMES = 7
 RESIDUAL = ("attn_output", "ffn_down")  # what a layer adds comes out of these
 
@@ -127,7 +131,15 @@ def unlike(draw: np.random.Generator) -> list[int]:
     return ids
 
 
-def main(target: Path, draft: Path, rounds: int) -> None:
+def code(llm: LLM, draw: np.random.Generator) -> list[int]:
+    """The tokens of some lines of a source file of VAI."""
+    files = [file for file in sorted(Path(vai.__file__).parent.rglob("*.py")) if file.stat().st_size > 3 * PROMPT]
+    text = files[draw.integers(len(files))].read_text()
+    begin = text.find("\n\n", draw.integers(len(text) - 2 * PROMPT)) + 2
+    return llm.encode(text[begin : begin + PROMPT])
+
+
+def main(target: Path, draft: Path, rounds: int, *, trained: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="vai-bench-speculate-", dir="/dev/shm") as place:
         root, names = Path(place) / "root", Path(place) / "names"
         digests = {}
@@ -138,14 +150,15 @@ def main(target: Path, draft: Path, rounds: int) -> None:
         rows = row_seconds(root, digests["target"])
         draft_step = row_seconds(root, digests["draft"])[1]
         lookup, guided = Speculate(kind="ngram"), Speculate(kind="draft", draft=digests["draft"])
-        cases: dict[str, tuple[Callable[[np.random.Generator], list[int]], Speculate, dict[str, float]]] = {
-            "lookup, repeating prompt, greedy": (repeating, lookup, {"temperature": 0}),
-            "lookup, nothing repeats, sampled": (unlike, lookup, {"temperature": 1.0}),
-            "draft model, greedy": (unlike, guided, {"temperature": 0}),
-            "draft model, sampled": (unlike, guided, {"temperature": 0.7}),
-        }
         results = {}
         with LLM("target", root=root, names=names, threads=THREADS, kv_bytes=KV_BYTES) as llm:
+            one, other = (partial(code, llm),) * 2 if trained else (repeating, unlike)
+            cases: dict[str, tuple[Callable[[np.random.Generator], list[int]], Speculate, dict[str, float]]] = {
+                f"lookup, {'code' if trained else 'repeating prompt'}, greedy": (one, lookup, {"temperature": 0}),
+                f"lookup, {'code' if trained else 'nothing repeats'}, sampled": (other, lookup, {"temperature": 1.0}),
+                "draft model, greedy": (other, guided, {"temperature": 0}),
+                "draft model, sampled": (other, guided, {"temperature": 0.7}),
+            }
             for case, (prompt, speculate, sampling) in cases.items():
                 draw = np.random.default_rng(len(results))
                 results[case] = compare(llm, [prompt(draw) for _ in range(rounds)], speculate, **sampling)
@@ -181,4 +194,4 @@ if __name__ == "__main__":
     numbers = [int(argument) for argument in sys.argv[1:] if argument.isdecimal()]
     with tempfile.TemporaryDirectory(prefix="vai-bench-speculate-") as made:
         pair = files or agreeing_pair(Path(made))
-        main(pair[0], pair[-1], numbers[0] if numbers else 3)
+        main(pair[0], pair[-1], numbers[0] if numbers else 3, trained=bool(files))
