@@ -321,7 +321,7 @@ class Scheduler:
             if drafting is not None:
                 return drafting
             for sequence, draft in zip(ready, self._speculation.drafts(queue.entry, ready), strict=True):
-                fits = self._reserve(sequence, sequence.computed + 1 + len(draft))
+                fits = draft and self._reserve(sequence, sequence.computed + 1 + len(draft))
                 batch.add(sequence, 1, draft if fits else [])
         else:
             for sequence in ready:
