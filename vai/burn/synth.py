@@ -858,6 +858,7 @@ def _write_tokenizer(writer: GgufWriter, spec: Spec) -> None:
     elif spec.architecture == "phi3":  # Phi 3's own is SentencePiece's, that of Phi 4 mini is this one
         pre, template, add_bos = "gpt-4o", _PHI3_TEMPLATE, False
         bos, eos, pad, *others = "<|endoftext|>", "<|end|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"
+        others += ["<unk>", "<s>", "</s>"]  # llama.cpp looks for them where it reads this name
     else:
         pre, template, add_bos = "deepseek-coder", _DEEPSEEK_TEMPLATE, True
         bos, eos, pad, *others = "<｜begin▁of▁sentence｜>", "<|EOT|>", "<｜end▁of▁sentence｜>"
