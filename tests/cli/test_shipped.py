@@ -10,10 +10,10 @@ import pytest
 from vai import config
 from vai.burn.synth import synthesize
 from vai.cli import shipped
-from vai.cli.bench.switch import make_files
-from vai.cli.run import meant
+from vai.cli.bench.switch import files_of
+from vai.cli.run import make_resident, meant
 from vai.config import Config
-from vai.errors import ModelNotFound
+from vai.errors import BadRequest, ModelNotFound
 from vai.rom.registry import Name, Registry
 
 
@@ -32,59 +32,68 @@ def folder(tmp_path: Path) -> Path:
     return out
 
 
-def test_the_larger_one_answers_where_no_model_is_named(settings: Config, folder: Path) -> None:
-    assert meant(settings, None, None, folder) == ("vai-mini", None)
-    registry = Registry(settings.root, settings.names)
-    assert registry.is_resident(registry.find("vai-mini"))
-    assert [name.name for name in registry.names()] == ["vai-mini"]
+def test_the_larger_one_answers_where_no_model_is_named(folder: Path) -> None:
+    assert meant(None, None, folder) == ("vai-mini", None)
 
 
-def test_a_lone_argument_that_cannot_be_a_name_is_a_prompt(settings: Config, folder: Path) -> None:
-    assert meant(settings, "def square(n):", None, folder) == ("vai-mini", "def square(n):")
-    assert meant(settings, "qwen", None, folder) == ("qwen", None)
-    assert meant(settings, "def square(n):", "and a prompt", folder) == ("def square(n):", "and a prompt")
+def test_a_lone_argument_that_cannot_be_a_name_is_a_prompt(folder: Path) -> None:
+    assert meant("def square(n):", None, folder) == ("vai-mini", "def square(n):")
+    assert meant("qwen", None, folder) == ("qwen", None)
+    assert meant("def square(n):", "and a prompt", folder) == ("def square(n):", "and a prompt")
 
 
-def test_it_is_loaded_once_and_again_when_nothing_of_it_is_left(
-    settings: Config, folder: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", shipped.NAMES)
+def test_either_is_loaded_by_its_name_alone_once_and_again_when_nothing_of_it_is_left(
+    settings: Config, folder: Path, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
     for _ in range(2):
-        shipped.default(settings, folder)
+        make_resident(settings, name, folder)
     assert capfd.readouterr().err.count("is in memory") == 1
     registry = Registry(settings.root, settings.names)
-    registry.put(Name("vai-mini", str(folder / "gone.gguf"), digest="0" * 64))
-    assert shipped.default(settings, folder) == "vai-mini"
-    assert registry.is_resident(registry.find("vai-mini"))
+    assert [each.name for each in registry.names()] == [name]
+    registry.put(Name(name, str(folder / "gone.gguf"), digest="0" * 64))
+    make_resident(settings, name, folder)
+    assert registry.is_resident(registry.find(name))
 
 
 def test_a_name_of_the_user_s_own_stays(settings: Config, folder: Path) -> None:
-    own = Name("vai-mini", str(folder / "vai-nano.gguf"))
+    own = Name("vai-mini", str(folder / "vai-nano.gguf"), digest=None)
     registry = Registry(settings.root, settings.names)
     registry.put(own)
-    assert shipped.default(settings, folder) == "vai-mini"
-    assert registry.get("vai-mini") == own
+    make_resident(settings, "vai-mini", folder)
+    assert registry.get("vai-mini").source == own.source
+
+
+def test_a_name_that_nobody_knows_is_not_loaded(settings: Config, folder: Path) -> None:
+    with pytest.raises(ModelNotFound, match="qwen"):
+        make_resident(settings, "qwen", folder)
 
 
 @pytest.mark.parametrize("left", [0, 1])
-def test_an_installation_without_the_pair_asks_for_a_name(settings: Config, folder: Path, left: int) -> None:
+def test_an_installation_without_the_pair_asks_for_a_name(folder: Path, left: int) -> None:
     for name in shipped.NAMES[left:]:
         (folder / f"{name}.gguf").unlink()
     assert shipped.pair(folder) == []
     with pytest.raises(click.UsageError, match="NAME"):
-        meant(settings, None, None, folder)
-    assert meant(settings, "not a name", None, folder) == ("not a name", None)
+        meant(None, None, folder)
+    assert meant("not a name", None, folder) == ("not a name", None)
 
 
-def test_the_benchmark_alternates_between_the_pair_unless_files_are_given(folder: Path, tmp_path: Path) -> None:
+def test_the_benchmark_alternates_between_the_pair_unless_others_are_asked_for(folder: Path, tmp_path: Path) -> None:
     pair = [folder / "vai-mini.gguf", folder / "vai-nano.gguf"]
-    assert make_files([], demo=True, cache=tmp_path / "cache", folder=folder) == pair
-    assert make_files([tmp_path], demo=True, cache=tmp_path / "cache", folder=folder) == [tmp_path]
+    assert files_of([], large=False, cache=tmp_path / "cache", folder=folder) == pair
+    assert files_of([tmp_path], large=False, cache=tmp_path / "cache", folder=folder) == [tmp_path]
     assert not (tmp_path / "cache").exists()
+    pair[1].unlink()
+    with pytest.raises(BadRequest, match="--large"):
+        files_of([], large=False, cache=tmp_path / "cache", folder=folder)
 
 
 def test_its_files_have_their_names_unless_the_user_gave_them_away(settings: Config, folder: Path) -> None:
     assert shipped.source(settings, "vai-nano", folder) == folder / "vai-nano.gguf"
-    Registry(settings.root, settings.names).put(Name("vai-nano", "/own.gguf"))
-    assert shipped.source(settings, "vai-nano", folder) == Path("/own.gguf")
+    own = folder.parent / "own.gguf"
+    own.touch()
+    Registry(settings.root, settings.names).put(Name("vai-nano", str(own)))
+    assert shipped.source(settings, "vai-nano", folder) == own
     with pytest.raises(ModelNotFound, match="other"):
         shipped.source(settings, "other", folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from vai import config
+from vai.cli import shipped
 from vai.cli.output import Show, progress, short, size
 from vai.config import Config
 from vai.daemon.loads import burn_argv, parse, renamed, wish
@@ -28,7 +29,8 @@ def load(file: Path | None, name: str | None, draft: str | None) -> None:
     """Burn a GGUF FILE into memory and give it a name. No server has to run.
 
     The file is read once. What is in memory then is shared by every process that uses the model, and stays until
-    `vai rm` or a reboot. Without FILE, a model that is named but not in memory is burned again.
+    `vai rm` or a reboot. Without FILE, a model that is named but not in memory is burned again, and so is one that this
+    installation brings: vai-mini, vai-nano.
 
     \b
     Examples:
@@ -48,9 +50,10 @@ def load(file: Path | None, name: str | None, draft: str | None) -> None:
         _set_draft(settings, name, draft)
 
 
-def load_again(settings: Config, name: str) -> None:
-    """Burn what a name stands for. Raises ModelNotFound, BadRequest where its file is gone."""
-    file = Path(Registry(settings.root, settings.names).get(name).source)
+def load_again(settings: Config, name: str, folder: Path = shipped.FOLDER) -> None:
+    """Burn what a name stands for, or would if this installation brings it. Raises ModelNotFound, BadRequest where its
+    file is gone."""
+    file = shipped.source(settings, name, folder)
     if not file.is_file():
         raise BadRequest(f"The file of '{name}' is gone ({file}); load it from elsewhere: vai load FILE --name {name}")
     load_file(settings, file, name)

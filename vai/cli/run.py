@@ -16,7 +16,7 @@ from vai.cli import shipped
 from vai.cli.load import load_again
 from vai.config import Config
 from vai.daemon import roles
-from vai.errors import VaiError
+from vai.errors import ModelNotFound, VaiError
 from vai.rom.registry import Registry, is_name
 
 if TYPE_CHECKING:
@@ -51,10 +51,8 @@ def run(
       vai run qwen
     """
     settings = config.load()
-    name, prompt = meant(settings, name, prompt)
-    registry = Registry(settings.root, settings.names)
-    if not registry.is_resident(registry.find(name)):
-        load_again(settings, name)
+    name, prompt = meant(name, prompt)
+    make_resident(settings, name)
     opening: Conversation = [] if system is None else [{"role": "system", "content": system}]
     schema = None if json_schema is None else json_schema.read()
     with _answerer(settings, name, sampling, schema) as answer:
@@ -65,17 +63,25 @@ def run(
             _print(answer([*opening, {"role": "user", "content": text}]))
 
 
-def meant(
-    settings: Config, name: str | None, prompt: str | None, folder: Path = shipped.FOLDER
-) -> tuple[str, str | None]:
+def meant(name: str | None, prompt: str | None, folder: Path = shipped.FOLDER) -> tuple[str, str | None]:
     """(model, prompt) that two arguments stand for. Raises click.UsageError where no model is named or shipped."""
     alone = name is not None and prompt is None and not is_name(name)
     if name is not None and not (alone and shipped.pair(folder)):
         return name, prompt
-    model = shipped.default(settings, folder)
-    if model is None:
+    if not shipped.pair(folder):
         raise click.UsageError("Missing argument 'NAME'.")
-    return model, name
+    return shipped.NAMES[0], name
+
+
+def make_resident(settings: Config, name: str, folder: Path = shipped.FOLDER) -> None:
+    """Burn the model unless it is in memory. Raises ModelNotFound, BadRequest where its file is gone."""
+    registry = Registry(settings.root, settings.names)
+    try:
+        resident = registry.is_resident(registry.find(name))
+    except ModelNotFound:
+        resident = False
+    if not resident:
+        load_again(settings, name, folder)
 
 
 def _chat(answer: Answer, conversation: Conversation) -> None:

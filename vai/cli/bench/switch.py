@@ -39,26 +39,27 @@ from vai.cli.bench.client import Raw
 from vai.cli.bench.peer import start as start_peer
 from vai.cli.bench.stand import Stand, warm
 from vai.cli.bench.stats import median_interval, percentile
-from vai.errors import VaiError
+from vai.errors import BadRequest, VaiError
 from vai.llm import connect
 from vai.rom import segment
 from vai.rom.registry import Name
 
-FULL = ("qwen2-1.5b", "deepseek-coder-6.7b")
-DEMO = ("qwen2-0.5b", "deepseek-coder-1.3b")
+LARGE = ("qwen2-1.5b", "deepseek-coder-6.7b")
+# Beginnings that a model of code can go on with. None ends in a blank: what follows one is a token together with it.
 PROMPTS = (
-    "What is a read-only memory?",
-    "Write a function that reverses a list.",
-    "Name three uses of shared memory.",
-    "Write a loop that prints the first ten squares.",
-    "Why do caches forget?",
-    "Write a class for a stack.",
-    "Explain a context switch in one sentence.",
-    "Write a test for an empty string.",
-    "What does a daemon do?",
-    "Write a program that counts words.",
+    "def factorial(n):",
+    "class Stack:\n    def __init__(self, items):",
+    "for index in range(10):\n    print(",
+    "def reverse(items):\n    result = []\n    for item in",
+    "import os\nimport",
+    "def is_prime(n):\n    if n < 2:\n        return",
+    "with open(path) as file:\n    for line in",
+    "try:\n    value = int(text)\nexcept",
+    "def test_empty(self):\n        self.assertEqual(",
+    'if __name__ == "__main__":',
 )
-TOKENS = 16
+TOKENS = 24
+SHOWN = 100  # characters of a prompt and its answer
 PEER_FLAGS: tuple[list[str], ...] = ([], ["--no-repack"], ["--load-mode", "none"])
 
 
@@ -77,13 +78,18 @@ def title(text: str) -> None:
     click.echo(f"\n{text}\n{'-' * len(text)}")
 
 
-def make_files(files: list[Path], *, demo: bool, cache: Path, folder: Path = shipped.FOLDER) -> list[Path]:
-    """`files`, or else the pair in `folder`, or else, in `cache`, shapes with random weights at their true cost."""
-    if files or (files := shipped.pair(folder)):
+def files_of(files: list[Path], *, large: bool, cache: Path, folder: Path = shipped.FOLDER) -> list[Path]:
+    """`files`, or where none are given the pair in `folder`; if `large`, two of LARGE with random weights, in `cache`.
+
+    Raises BadRequest where there is nothing to take.
+    """
+    if not large:
+        if not files and not (files := shipped.pair(folder)):
+            raise BadRequest("This installation brings no models; name two GGUF files, or make two with --large.")
         return files
     cache.mkdir(parents=True, exist_ok=True)
     made = []
-    for shape in DEMO if demo else FULL:
+    for shape in LARGE:
         path = cache / f"{shape}-q4_0.gguf"
         if not path.exists():
             click.echo(f"Making {path.name}: seeded random weights at their true cost ...")
@@ -125,8 +131,9 @@ def table(stand: Stand, models: list[str]) -> list[dict[str, Any]]:
         answer = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=300).stdout)
         rate = (answer["tokens"] - 1) / (answer["total"] - answer["first"])
         row = {"model": model, "first": answer["first"], "total": answer["total"], "tokens_per_second": rate}
-        rows.append(row)
+        rows.append({**row, "prompt": prompt, "text": answer["text"]})
         click.echo(f"{number:>2}  {model:28} {answer['first'] * 1e3:>9.1f} ms {answer['total']:>7.2f} s {rate:>9.1f}")
+        click.echo("    " + json.dumps(prompt + answer["text"], ensure_ascii=False)[1:-1][:SHOWN])
     return rows
 
 
@@ -299,10 +306,10 @@ def own_rate(stand: Stand, models: list[str], tokens: int = 32) -> dict[str, flo
     return rates
 
 
-def run(files: list[Path], *, demo: bool, pairs: int, peer: Path | None, cache: Path | None) -> None:
+def run(files: list[Path], *, large: bool, demo: bool, pairs: int, peer: Path | None, cache: Path | None) -> None:
     """The whole benchmark, printed as it goes. Raises VaiError."""
     threads = len(os.sched_getaffinity(0))
-    own_cache = Path(tempfile.mkdtemp(prefix="vai-bench-models-")) if cache is None and not files else None
+    own_cache = Path(tempfile.mkdtemp(prefix="vai-bench-models-")) if cache is None and large else None
     result: dict[str, Any] = {
         "bench": "switch",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -312,7 +319,7 @@ def run(files: list[Path], *, demo: bool, pairs: int, peer: Path | None, cache: 
     }
     click.echo(f"{result['cpu']}, {threads} threads, {result['date']}")
     try:
-        sources = make_files(files, demo=demo, cache=cache or own_cache or Path())
+        sources = files_of(files, large=large, cache=cache or own_cache or Path())
         with Stand(threads=threads, kv_bytes=1 << 30) as stand:
             result |= measure(
                 stand, sources, pairs=pairs, times=3 if demo else 5, steps=2400 if not demo else 200, peer=peer
