@@ -21,8 +21,8 @@ from vai.models.spec import Spec, expected_tensors
 from vai.text.vocabulary import CONTROL, NORMAL
 
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Where a request says nothing: small models wander soon if every token is possible.
-SAMPLING = {"temp": 0.6, "top_p": 0.9}
+# Where a request says nothing: small models wander where every token is possible, and repeat themselves where one is.
+SAMPLING = {"temp": 0.6, "top_p": 0.9, "penalty_repeat": 1.1}
 # The model only goes on with a text: a conversation is its messages, line after line, and roles are not said.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\n' }}{% endif %}"
