@@ -130,6 +130,17 @@ def test_a_student_that_was_saved_when_its_teacher_was_not_waits_for_it(
         assert all(np.array_equal(found[name], goal[name]) for name in goal)
 
 
+def test_how_many_steps_there_are_may_be_changed_until_the_rate_falls(
+    text: Path, recipe: Recipe, trained: Path, tmp_path: Path
+) -> None:
+    train(text, tmp_path, replace(recipe, steps=30), until=10, save_every=100, compiled=False)
+    train(text, tmp_path, recipe, save_every=100, compiled=False)
+    with np.load(tmp_path / "checkpoint.npz") as found, np.load(trained / "checkpoint.npz") as goal:
+        assert all(np.array_equal(found[name], goal[name]) for name in goal)
+    with pytest.raises(SystemExit, match="another recipe"):
+        train(text, tmp_path, replace(recipe, steps=30), save_every=100, compiled=False)
+
+
 def test_another_recipe_does_not_go_on_from_a_checkpoint(text: Path, recipe: Recipe, trained: Path) -> None:
     with pytest.raises(SystemExit, match="another recipe"):
         train(text, trained, replace(recipe, seed=2), save_every=100, compiled=False)

@@ -8,7 +8,6 @@ seed and step alone. OUT/log.jsonl has one line every LOG_EVERY steps.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import time
@@ -93,11 +92,13 @@ def recipe_of(checkpoint: Path) -> Recipe:
 class Learner:
     """A model with its optimizers and the file it is kept in; it goes on where that file was left.
 
-    Raises SystemExit where the file was made by another recipe.
+    Raises SystemExit where the file was made by another recipe. Another number of steps is no other recipe as long as
+    both come to the same until then.
     """
 
-    def __init__(self, recipe: Recipe, checkpoint: Path, device: torch.device, *, compiled: bool) -> None:
+    def __init__(self, recipe: Recipe, checkpoint: Path, device: torch.device, *, bf16: bool, compiled: bool) -> None:
         self.recipe = recipe
+        self._precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         self.model = decoder(recipe).to(device)
         self.step = 0
         self._checkpoint = checkpoint
@@ -115,8 +116,9 @@ class Learner:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(self.step, self.recipe)
-        logits = self.model(inputs).flatten(0, 1)
-        loss, entropy = self._loss_of(logits, targets.flatten(), taught, self.recipe.teacher_weight)
+        with self._precision:
+            logits = self.model(inputs).flatten(0, 1)
+            loss, entropy = self._loss_of(logits, targets.flatten(), taught, self.recipe.teacher_weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self._optimizers:
@@ -145,12 +147,13 @@ class Learner:
 
     def _resume(self) -> None:
         with np.load(self._checkpoint, allow_pickle=False) as arrays:
-            if (made := _recipe(arrays)) != self.recipe:
+            made, self.step = _recipe(arrays), int(arrays["step"])
+            alike = self.step <= FALL_FROM * min(made.steps, self.recipe.steps)
+            if made != self.recipe and not (alike and replace(made, steps=self.recipe.steps) == self.recipe):
                 raise SystemExit(
                     f"{self._checkpoint} was made by another recipe: {made}. Give another OUT, or that recipe."
                 )
             _fill(self.model, arrays)
-            self.step = int(arrays["step"])
             for optimizer in self._optimizers:
                 of = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
                 for name, parameter in self.model.named_parameters():
@@ -215,9 +218,9 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = bf16_is_fast(device)
     tokens = np.load(corpus / "train.tokens.npy", mmap_mode="r", allow_pickle=False)
-    learners = [Learner(recipe, out / "checkpoint.npz", device, compiled=compiled)]
+    learners = [Learner(recipe, out / "checkpoint.npz", device, bf16=bf16, compiled=compiled)]
     if student is not None:
-        learners.append(Learner(student, out / "student.npz", device, compiled=compiled))
+        learners.append(Learner(student, out / "student.npz", device, bf16=bf16, compiled=compiled))
     first = learners[0].step
     log = out / "log.jsonl"
     _forget_after(log, first)
@@ -225,16 +228,14 @@ def train(
     parameters = " and ".join(f"{sum(p.numel() for p in each.model.parameters()):,}" for each in learners)
     where = f"{device} in {'bf16' if bf16 else 'f32'}"
     print(f"{parameters} parameters, {len(tokens):,} tokens, {where}, steps {first}..{last}")
-    precision = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
     began, counted = time.perf_counter(), first
     for step in range(first, last):
         inputs, targets = (each.to(device) for each in batch_at(step, tokens, recipe))
-        with precision:
-            logits, entropies = None, []
-            for learner in learners:
-                if learner.step == step:
-                    logits, entropy = learner.learn(inputs, targets, logits)
-                    entropies.append(entropy)
+        logits, entropies = None, []
+        for learner in learners:
+            if learner.step == step:
+                logits, entropy = learner.learn(inputs, targets, logits)
+                entropies.append(entropy)
         done = step + 1
         if done % LOG_EVERY == 0 or done == last:
             nats, now = [entropy.item() for entropy in entropies], time.perf_counter()
