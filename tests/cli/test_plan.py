@@ -51,6 +51,21 @@ def test_layers_with_a_window_are_told_apart(vai: Vai, tmp_path: Path) -> None:
     assert model["tokens_that_fit"] == (16 << 20) // (384 * 32) * 32  # one slab for all that sees everything
 
 
+def test_types_that_run_slowly_are_named_before_and_after_loading(vai: Vai, tmp_path: Path) -> None:
+    synthesize(tmp_path / "m.gguf", shape="tiny-256", type="Q2_K")
+    (model,) = planned(vai, tmp_path / "m.gguf", "--kv", "32M")["models"]
+    share = f"{model['slow']['Q2_K'] / model['image_bytes']:.0%} in Q2_K"
+    assert share != "0% in Q2_K" and f"m.gguf: {share}" in vai("plan", tmp_path / "m.gguf", "--kv", "32M").stdout
+    assert vai("load", tmp_path / "m.gguf").returncode == 0
+    assert share in vai("trace", "m").stdout
+
+
+def test_types_that_run_fast_are_not_called_slow(vai: Vai, checkpoint: Path) -> None:
+    (model,) = planned(vai, checkpoint)["models"]
+    assert model["slow"] == {}
+    assert "slow" not in vai("plan", checkpoint).stdout
+
+
 def test_a_model_that_keeps_no_more_than_its_window_fits_at_any_length(vai: Vai, tmp_path: Path) -> None:
     synthesize(tmp_path / "m.gguf", shape="tiny-mistral", type="Q8_0")
     (model,) = planned(vai, tmp_path / "m.gguf", "--kv", "16M")["models"]

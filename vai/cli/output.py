@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -25,6 +25,11 @@ def size(count: float) -> str:
         if value < 1000 or unit == "TiB":
             break
     return f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}"
+
+
+def slowness(slow: Mapping[str, int], whole: int) -> str:
+    """Which part of an image of `whole` bytes is in slow types, given the bytes in each."""
+    return f"{sum(slow.values()) / whole:.0%} in {', '.join(slow)}, which is slow: unpacked weight by weight"
 
 
 def duration(seconds: float) -> str:

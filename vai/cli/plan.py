@@ -13,7 +13,7 @@ import click
 
 from vai import config
 from vai.cli import report
-from vai.cli.output import json_option, print_json, size, table
+from vai.cli.output import json_option, print_json, size, slowness, table
 from vai.config import KV_TYPES, Config
 from vai.daemon import pool
 from vai.errors import BadRequest, ModelNotFound, NotEnoughRoom
@@ -30,7 +30,8 @@ class Planned:
     digest: of its image in memory; None where `file` would have to be burned · kv_bytes_per_token: in pages of 32
     tokens · tokens_that_fit: what the whole scratchpad holds of it; None for any number, where it keeps nothing, or no
     more than its windows · groups: its layers by how far back they look, with `window` None for those that see
-    everything, and the bytes of a token in them.
+    everything, and the bytes of a token in them · slow: bytes of the image in each type that kernels unpack weight by
+    weight.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Planned:
     kv_bytes_per_token: int
     tokens_that_fit: int | None
     groups: list[dict[str, int | None]]
+    slow: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,7 @@ def _model(settings: Config, text: str, engine: Engine) -> Planned:
             {"layers": group.layers, "window": group.window, "bytes_per_token": bytes_ // PAGE_TOKENS}
             for group, bytes_ in zip(program.groups, pages, strict=True)
         ],
+        slow=tensors.slow_bytes(),
     )
 
 
@@ -240,6 +243,8 @@ def _show(planned: Sequence[Planned], found: dict[str, Any]) -> None:
     for model in planned:
         if any(group["window"] for group in model.groups):
             click.echo(f"\n{model.name} keeps {', '.join(map(_group, model.groups))}.")
+        if model.slow:
+            click.echo(f"\n{model.name}: {slowness(model.slow, model.image_bytes)}.")
     click.echo()
     room = found["room"]
     lines = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from vai import config
-from vai.cli.output import json_option, print_json, short, table
+from vai.cli.output import json_option, print_json, short, slowness, table
 from vai.cli.stages import TOKENS, show, stages_of
 from vai.config import Config
 from vai.errors import BadRequest
@@ -61,11 +61,15 @@ def trace(name: str, rows: int, context: int, as_json: bool) -> None:
     digest = Registry(settings.root, settings.names).find(name)
     with segment.attach(settings.root, digest) as image:
         found = examine(settings, image, rows, context)
+        slow, whole = image.table.slow_bytes(), image.header.file_bytes
+    found["slow"] = slow
     found["stages"] = stages_of(settings, digest)
     if as_json:
         print_json({"model": name, "digest": digest, **found})
         return
     click.echo(f"{name}: image {short(digest)}, {found['threads']} threads, {found['isa']}")
+    if slow:
+        click.echo(f"{slowness(slow, whole)}.")
     _show_program(found)
     for step in found["steps"]:
         _show(step)

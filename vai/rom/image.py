@@ -180,6 +180,14 @@ class TensorTable:
         except KeyError:
             raise BadRequest(f"The image has no tensor '{name}'; `vai show` lists those it has.") from None
 
+    def slow_bytes(self) -> dict[str, int]:
+        """Bytes of tensors in each type that kernels unpack weight by weight; such types only."""
+        found: dict[str, int] = {}
+        for tensor in self.tensors:
+            if tensor.type != VECTOR and BLOCK_TYPES[tensor.type].slow:
+                found[tensor.type] = found.get(tensor.type, 0) + tensor.bytes
+        return found
+
     def names(self) -> list[str]:
         """Logical names, in stored order."""
         return list(self._parts)
