@@ -47,6 +47,7 @@ def _rows(root: Path, names: Path) -> list[dict[str, Any]]:
     for name, digest, source in [*named, *nameless]:
         image = resident.get(digest or "")
         header = image.header if image else None
+        spec = _spec(root, digest) if header and digest else {}
         rows.append(
             {
                 "name": name,
@@ -54,7 +55,9 @@ def _rows(root: Path, names: Path) -> list[dict[str, Any]]:
                 "source": source,
                 "resident": image is not None,
                 "bytes": image.bytes if image else None,
-                "architecture": _architecture(root, digest) if header and digest else None,
+                "architecture": spec.get("architecture"),
+                "experts": spec.get("experts"),
+                "experts_used": spec.get("experts_used"),
                 "burned_at": header.burned_at if header else None,
                 "problem": image.problem if image else None,
             }
@@ -62,12 +65,12 @@ def _rows(root: Path, names: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _architecture(root: Path, digest: str) -> str | None:
+def _spec(root: Path, digest: str) -> dict[str, Any]:
     try:
         spec = json.loads(segment.read_sections(root, digest, "spec")["spec"])
     except (VaiError, ValueError):
-        return None
-    return str(spec["architecture"]) if isinstance(spec, dict) and "architecture" in spec else None
+        return {}
+    return spec if isinstance(spec, dict) else {}
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -76,6 +79,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
         short(row["digest"]),
         size(row["bytes"]) if row["bytes"] is not None else "-",
         "damaged" if row["problem"] else "yes" if row["resident"] else "no",
-        row["architecture"] or "-",
+        _shape(row),
         f"{duration(max(0.0, time.time() - row['burned_at']))} ago" if row["burned_at"] else "-",
     ]
+
+
+def _shape(row: dict[str, Any]) -> str:
+    """The architecture; of a model with experts, how many of them a token uses too."""
+    if not row["experts"]:
+        return str(row["architecture"] or "-")
+    return f"{row['architecture']}, {row['experts_used']} of {row['experts']} experts"
