@@ -103,9 +103,9 @@ void bind_plan(nb::module_& m) {
       .def("glu", [](Plan& p, PlaceOf gate, PlaceOf up, int act, int columns, PlaceOf out, WhereOf where) {
              p.glu(made<Place>(gate), made<Place>(up), act, columns, made<Place>(out), made<Where>(where));
            }, nb::kw_only(), nb::arg("gate"), nb::arg("up"), nb::arg("act"), nb::arg("columns"), nb::arg("out"), nb::arg("where"))
-      .def("angles", [](Plan& p, std::vector<double> frequencies, size_t out, WhereOf where) {
-             p.angles(std::move(frequencies), out, made<Where>(where));
-           }, nb::kw_only(), nb::arg("frequencies"), nb::arg("out"), nb::arg("where"))
+      .def("angles", [](Plan& p, std::vector<double> frequencies, float magnitude, size_t out, WhereOf where) {
+             p.angles(std::move(frequencies), magnitude, out, made<Where>(where));
+           }, nb::kw_only(), nb::arg("frequencies"), nb::arg("magnitude"), nb::arg("out"), nb::arg("where"))
       .def("rope", [](Plan& p, PlaceOf x, PlaceOf out, int heads, int head_dim, int pairs, bool neox, size_t angles, WhereOf where) {
              p.rope(made<Place>(x), made<Place>(out), heads, head_dim, pairs, neox, angles, made<Where>(where));
            }, nb::kw_only(), nb::arg("x"), nb::arg("out"), nb::arg("heads"), nb::arg("head_dim"), nb::arg("pairs"), nb::arg("neox"),
@@ -118,9 +118,9 @@ void bind_plan(nb::module_& m) {
              p.attention(made<Place>(q), made<Place>(out), group, layer, heads, scale, window, softcap, scratch, made<Where>(where));
            }, nb::kw_only(), nb::arg("q"), nb::arg("out"), nb::arg("group"), nb::arg("layer"), nb::arg("heads"), nb::arg("scale"),
            nb::arg("window"), nb::arg("softcap"), nb::arg("scratch"), nb::arg("where"))
-      .def("route", [](Plan& p, PlaceOf logits, RoutedOf routed, bool renormalize, WhereOf where) {
-             p.route(made<Place>(logits), made<vai::Routed>(routed), renormalize, made<Where>(where));
-           }, nb::kw_only(), nb::arg("logits"), nb::arg("routed"), nb::arg("renormalize"), nb::arg("where"))
+      .def("route", [](Plan& p, PlaceOf logits, RoutedOf routed, bool renormalize, float scale, WhereOf where) {
+             p.route(made<Place>(logits), made<vai::Routed>(routed), renormalize, scale, made<Where>(where));
+           }, nb::kw_only(), nb::arg("logits"), nb::arg("routed"), nb::arg("renormalize"), nb::arg("scale"), nb::arg("where"))
       .def("sort", [](Plan& p, RoutedOf routed, WhereOf where) { p.sort(made<vai::Routed>(routed), made<Where>(where)); },
            nb::kw_only(), nb::arg("routed"), nb::arg("where"))
       .def("expert_rows", [](Plan& p, PlaceOf x, int columns, RoutedOf routed, bool gathered, std::optional<PlaceOf> out,
@@ -139,6 +139,12 @@ void bind_plan(nb::module_& m) {
              p.expert_sum(made<Place>(x), columns, made<vai::Routed>(routed), made<Place>(residual), made<Place>(out), made<Where>(where));
            }, nb::kw_only(), nb::arg("x"), nb::arg("columns"), nb::arg("routed"), nb::arg("residual").none(), nb::arg("out"),
            nb::arg("where"))
+      .def("gated_add", [](Plan& p, PlaceOf x, int columns, PlaceOf gate, int gate_columns, VectorOf weight, PlaceOf residual, PlaceOf out,
+                           WhereOf where) {
+             p.gated_add(made<Place>(x), columns, made<Place>(gate), gate_columns, made<vai::Vector>(weight), made<Place>(residual),
+                         made<Place>(out), made<Where>(where));
+           }, nb::kw_only(), nb::arg("x"), nb::arg("columns"), nb::arg("gate"), nb::arg("gate_columns"), nb::arg("weight"),
+           nb::arg("residual"), nb::arg("out"), nb::arg("where"))
       .def("rows", [](Plan& p, PlaceOf x, int columns, PlaceOf out, WhereOf where) {
              p.rows(made<Place>(x), columns, made<Place>(out), made<Where>(where));
            }, nb::kw_only(), nb::arg("x"), nb::arg("columns"), nb::arg("out"), nb::arg("where"))

@@ -149,12 +149,12 @@ void Plan::glu(Place gate, Place up, int act, int columns, Place out, Where wher
   add(GluArgs{at(gate), at(up), gate.width, up.width, columns, at(out), out.width, Act(act)}, where);
 }
 
-void Plan::angles(std::vector<double> frequencies, size_t out, Where where) {
+void Plan::angles(std::vector<double> frequencies, float magnitude, size_t out, Where where) {
   require(!where.outputs && !frequencies.empty(), "no frequencies");
   const int pairs = int(frequencies.size());
   const auto& kept = frequencies_.emplace_back(std::move(frequencies));
   float* table = reinterpret_cast<float*>(area(out, size_t(shape_.max_rows) * size_t(pairs) * 2 * sizeof(float)));
-  add(AnglesArgs{nullptr, kept.data(), pairs, table}, where);
+  add(AnglesArgs{nullptr, kept.data(), pairs, table, magnitude}, where);
 }
 
 void Plan::rope(Place x, Place out, int heads, int head_dim, int pairs, bool neox, size_t angles, Where where) {
@@ -199,9 +199,9 @@ Routing Plan::routing(Routed r) const {
           first,     first + r.experts + 1};
 }
 
-void Plan::route(Place logits, Routed routed, bool renormalize, Where where) {
+void Plan::route(Place logits, Routed routed, bool renormalize, float scale, Where where) {
   require(!where.outputs, "experts of output rows");
-  add(RouteArgs{place(logits, routed.experts, false), logits.width, renormalize, routing(routed)}, where);
+  add(RouteArgs{place(logits, routed.experts, false), logits.width, renormalize, scale, routing(routed)}, where);
 }
 
 void Plan::sort(Routed routed, Where where) { add(SortArgs{routing(routed)}, where); }
@@ -245,6 +245,15 @@ void Plan::expert_sum(Place x, int columns, Routed routed, std::optional<Place> 
                   out.width};
   if (residual) a.residual = place(*residual, columns, false), a.ldr = residual->width;
   add(a, where);
+}
+
+void Plan::gated_add(Place x, int columns, Place gate, int gate_columns, const Vector& weight, Place residual, Place out,
+                     Where where) {
+  require(weight.first == 0 && weight.step == 1, "a gate's weight that is a part");
+  auto at = [&](Place p, int n) { return place(p, n, where.outputs); };
+  add(GatedAddArgs{at(x, columns), x.width, columns, at(gate, gate_columns), gate.width, gate_columns,
+                   vector(weight, (gate_columns + 15) / 16), at(residual, columns), residual.width, at(out, columns), out.width},
+      where);
 }
 
 void Plan::rows(Place x, int columns, Place out, Where where) {
@@ -438,6 +447,7 @@ void Plan::work(int worker, const Step& s) {
           if constexpr (std::is_same_v<A, RouteArgs>) vai::route(a, b, e);
           if constexpr (std::is_same_v<A, ExpertRowsArgs>) sorted_rows(a, b, e);
           if constexpr (std::is_same_v<A, ExpertSumArgs>) vai::expert_sum(a, b, e);
+          if constexpr (std::is_same_v<A, GatedAddArgs>) vai::gated_add(a, b, e);
           if constexpr (std::is_same_v<A, CopyArgs>)
             for (int r = b; r < e; ++r)
               std::memcpy(a.out + size_t(r) * a.ldo, a.x + size_t(s.output_rows[r]) * a.ldx, size_t(a.columns) * sizeof(float));

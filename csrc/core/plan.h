@@ -99,13 +99,13 @@ class Plan {
   void linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records, std::optional<Vector> bias,
               std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated, int act, float softcap, Where where);
   void glu(Place gate, Place up, int act, int columns, Place out, Where where);
-  void angles(std::vector<double> frequencies, size_t out, Where where);
+  void angles(std::vector<double> frequencies, float magnitude, size_t out, Where where);
   void rope(Place x, Place out, int heads, int head_dim, int pairs, bool neox, size_t angles, Where where);
   void kv_write(Place k, Place v, int group, int layer, Where where);
   // `scratch`: byte offset of the workers' scratch, one after the other.
   void attention(Place q, Place out, int group, int layer, int heads, float scale, int window, float softcap, size_t scratch,
                  Where where);
-  void route(Place logits, Routed routed, bool renormalize, Where where);
+  void route(Place logits, Routed routed, bool renormalize, float scale, Where where);
   void sort(Routed routed, Where where);
   // As norm without a weight. `gathered`: x has the rows of the step, not the sorted ones.
   void expert_rows(Place x, int columns, Routed routed, bool gathered, std::optional<Place> out, std::optional<size_t> packed32,
@@ -114,6 +114,7 @@ class Plan {
   void expert_linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records, Place out, bool gated,
                      Routed routed, Where where);
   void expert_sum(Place x, int columns, Routed routed, std::optional<Place> residual, Place out, Where where);
+  void gated_add(Place x, int columns, Place gate, int gate_columns, const Vector& weight, Place residual, Place out, Where where);
   void rows(Place x, int columns, Place out, Where where);
   void result(Place out, int columns, bool of_outputs);
 
@@ -129,7 +130,7 @@ class Plan {
 
  private:
   using Args = std::variant<EmbedArgs, NormArgs, LinearArgs, GluArgs, AnglesArgs, RopeArgs, KvWriteArgs, AttentionArgs, CopyArgs,
-                            RouteArgs, SortArgs, ExpertRowsArgs, ExpertLinearArgs, ExpertSumArgs>;
+                            RouteArgs, SortArgs, ExpertRowsArgs, ExpertLinearArgs, ExpertSumArgs, GatedAddArgs>;
   struct alignas(64) Cursor {
     std::atomic<int> next{0};
   };

@@ -30,6 +30,7 @@ LONG = [("tiny", "Q8_0", 1060, 8)]  # over the edge of an attention chunk
 MORE = [("tiny-qwen2", type, 40, 40) for type in ("Q4_1", "Q5_0", "Q5_1", "Q4_K_M")]
 QWEN3 = [("tiny-qwen3", type, 40, 40) for type in ("Q4_0", "Q8_0", "F32")]
 EXPERTS = [("tiny-qwen3moe", type, 40, 40) for type in ("Q4_0", "Q8_0", "Q4_K_M", "BF16", "F32")]
+EXPERTS += [(shape, type, 40, 40) for shape in ("tiny-mixtral", "tiny-qwen2moe") for type in ("Q4_0", "Q8_0", "F32")]
 WIDE = [("tiny-256", type, 40, 40) for type in ("Q4_K", "Q5_K", "Q6_K", "Q4_K_M", "Q5_K_M", "Q4_0+Q6_K")]
 
 

@@ -34,6 +34,8 @@ MODELS = (
     "tiny-longrope",
     "tiny-yarn",
     "tiny-qwen3moe",
+    "tiny-mixtral",
+    "tiny-qwen2moe",
 )
 ROWS = (0, 1, 2, 7, 15, 16, 31, 32, 33, 39)
 GREEDY = 24
@@ -50,6 +52,10 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
     "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 SANDWICH = {  # Gemma's
     "post_attention_norm": "post_attention_layernorm",
@@ -62,6 +68,7 @@ CLASSES = {
     "llama": "Llama",
     "phi3": "Phi3",
     "qwen2": "Qwen2",
+    "qwen2moe": "Qwen2Moe",
     "qwen3": "Qwen3",
     "qwen3moe": "Qwen3Moe",
 }
@@ -98,6 +105,8 @@ def state(path: Path, spec: Spec) -> dict[str, torch.Tensor]:
             values = unpermute(values, spec.heads if "attn_q" in tensor.name else spec.kv_heads)
         if spec.architecture.startswith("gemma") and "norm" in tensor.name:
             values = values - 1  # the converter adds it
+        if tensor.name.endswith("ffn_gate_inp_shexp.weight"):
+            values = values[None]  # a matrix of one row there
         if tensor.name.endswith("_exps.weight"):
             experts[tensor.name] = torch.from_numpy(values)
             continue
@@ -112,8 +121,9 @@ def state(path: Path, spec: Spec) -> dict[str, torch.Tensor]:
 def experts_of(spec: Spec) -> dict[str, object]:
     return {
         "moe_intermediate_size": spec.ffn,
-        "num_experts": spec.experts,
+        "num_local_experts" if spec.architecture == "llama" else "num_experts": spec.experts,
         "num_experts_per_tok": spec.experts_used,
+        "shared_expert_intermediate_size": spec.shared_ffn,
         "norm_topk_prob": spec.renormalize,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
@@ -137,7 +147,9 @@ def model(path: Path, spec: Spec) -> torch.nn.Module:
         more |= {"original_max_position_embeddings": 1}
     if spec.rope_dims < spec.head_dim:
         rope |= {"partial_rotary_factor": spec.rope_dims / spec.head_dim}
-    name = "Mistral" if spec.architecture == "llama" and spec.window else CLASSES[spec.architecture]
+    name = CLASSES[spec.architecture]
+    if name == "Llama":
+        name = "Mixtral" if spec.experts else "Mistral" if spec.window else name
     if spec.window:
         kinds = ("full_attention", "sliding_attention")
         more |= {"sliding_window": spec.window}

@@ -14,6 +14,7 @@ from vai.kernels.ops import (
     Attention,
     ExpertLinear,
     ExpertSum,
+    GatedAdd,
     HeadNorm,
     KvWrite,
     Linear,
@@ -52,6 +53,14 @@ def test_every_tensor_of_the_model_is_read(spec: Spec) -> None:
     program = build(spec)
     read = {getattr(op, field) for op in program.ops for field in WEIGHTS if hasattr(op, field)}
     assert read - {None} == set(program.constants)
+
+
+def test_what_experts_say_is_weighed_as_their_family_does() -> None:
+    for shape, renormalize, shared in (("qwen3moe", True, 0), ("mixtral", True, 0), ("qwen2moe", False, 2)):
+        spec = msgspec.structs.replace(SHAPES[f"tiny-{shape}"], expert_scale=1.5)
+        routes = [op for op in build(spec).ops if isinstance(op, Route)]
+        assert [(op.used, op.renormalize, op.scale) for op in routes] == 2 * [(spec.experts_used, renormalize, 1.5)]
+        assert sum(isinstance(op, GatedAdd) for op in build(spec).ops) == shared
 
 
 def test_keys_are_written_before_attention_reads_them() -> None:

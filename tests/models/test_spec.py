@@ -32,7 +32,10 @@ def metadata(spec: Spec = TINY, **changes: Any) -> dict[str, object]:
     }
     if spec.experts:
         keys |= {"expert_count": spec.experts, "expert_used_count": spec.experts_used}
-        keys |= {"expert_feed_forward_length": spec.ffn, "feed_forward_length": 3 * spec.ffn}
+        if spec.architecture != "llama":
+            keys |= {"expert_feed_forward_length": spec.ffn, "feed_forward_length": 3 * spec.ffn}
+    if spec.shared_ffn:
+        keys |= {"expert_shared_feed_forward_length": spec.shared_ffn}
     if spec.rope_scaling == "linear":
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": spec.rope_factor}
     if spec.rope_scaling == "yarn":
@@ -161,7 +164,7 @@ def test_llama_3_frequencies_come_with_the_spec() -> None:
         ({"rope.scaling.type": "yarn", "rope.dimension_count": 16}, "16 of 32"),
         ({"rope.scaling.attn_factor": 1.2}, "attn_factor"),
         ({"rope.scaling.type": "longrope"}, "longrope"),
-        ({"expert_count": 8}, "expert_count"),
+        ({"expert_weights_scale": 2.0}, "expert_weights_scale"),
         ({"attention.value_length": 64}, "value_length"),
         ({"attention.head_count": [6, 6, 4]}, "head_count"),
         ({"attn_logit_softcapping": 50.0}, "softcapping"),
@@ -303,6 +306,40 @@ def test_experts_that_cannot_be_are_refused(keys: dict[str, object], error: type
     spec = SHAPES["tiny-qwen3moe"]
     with pytest.raises(error, match=words):
         spec_from_gguf(metadata(spec, keys=keys), shapes(spec))
+
+
+def test_a_llama_with_experts_is_mixtral_and_one_with_none_is_plain() -> None:
+    spec = SHAPES["tiny-mixtral"]
+    scaled = spec_from_gguf(metadata(spec, keys={"expert_weights_scale": 2.5}), shapes(spec))
+    assert scaled == msgspec.structs.replace(spec, expert_scale=2.5)
+    plain = spec_from_gguf(metadata(keys={"expert_count": 0, "expert_used_count": 0}), shapes())
+    assert (plain, plain.renormalize) == (TINY, False)
+    for keys, error, words in (
+        ({"expert_used_count": None}, MalformedFile, "expert_used_count"),
+        ({"expert_count": 2000}, MalformedFile, "expert_count"),
+        ({"expert_count": None, "expert_used_count": None}, MalformedFile, "ffn_gate.weight"),
+        ({"expert_gating_func": 2}, UnsupportedModel, "expert_gating_func"),
+    ):
+        with pytest.raises(error, match=words):
+            spec_from_gguf(metadata(spec, keys=keys), shapes(spec))
+
+
+def test_experts_of_a_family_that_has_none_are_refused_by_name() -> None:
+    qwen2 = SHAPES["tiny-qwen2"]
+    with pytest.raises(UnsupportedModel, match="expert_count"):
+        spec_from_gguf(metadata(qwen2, keys={"expert_count": 8}), shapes(qwen2))
+
+
+def test_a_shared_expert_that_cannot_be_is_refused() -> None:
+    spec = SHAPES["tiny-qwen2moe"]
+    with pytest.raises(MalformedFile, match="expert_shared_feed_forward_length"):
+        spec_from_gguf(metadata(spec, keys={"expert_shared_feed_forward_length": None}), shapes(spec))
+    with pytest.raises(MalformedFile, match="ffn_gate_shexp"):
+        spec_from_gguf(metadata(spec, keys={"expert_shared_feed_forward_length": 320}), shapes(spec))
+    with pytest.raises(UnsupportedModel, match="expert_weights_scale"):
+        spec_from_gguf(metadata(spec, keys={"expert_weights_scale": 2.0}), shapes(spec))
+    with pytest.raises(ValueError, match="models with experts"):
+        msgspec.structs.replace(TINY, shared_ffn=64)
 
 
 def test_the_fused_matrices_of_phi_are_what_its_file_has() -> None:

@@ -175,7 +175,8 @@ def test_a_program_that_the_image_does_not_fit_is_refused_by_name(burned: Burned
     [(shape, type) for shape in ("tiny", "tiny-qwen2") for type in (*TYPES, "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4")]
     + [("tiny-256", type) for type in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q4_K_M", "Q4_0+Q6_K")]
     + [("tiny-256", kind.name) for kind in BLOCK_TYPES.values() if kind.slow]
-    + [("tiny-qwen3moe", type) for type in ("Q4_0", "Q4_K_M", "BF16")],
+    + [("tiny-qwen3moe", type) for type in ("Q4_0", "Q4_K_M", "BF16")]
+    + [("tiny-mixtral", "Q8_0"), ("tiny-qwen2moe", "Q4_0")],
 )
 def test_what_is_unpacked_from_the_image_is_what_the_checkpoint_holds(
     shape: str, type: str, burned: Burned, checkpoint: Checkpoint

@@ -27,6 +27,7 @@ from vai.kernels.ops import (
     Embed,
     ExpertLinear,
     ExpertSum,
+    GatedAdd,
     Glu,
     HeadNorm,
     KvWrite,
@@ -375,16 +376,20 @@ def test_an_interleaved_part_that_others_read_is_computed_alone(isa: str, pools:
         same(native(rom, prog, isa, pools[1]).forward(step(range(20)), EMPTY), reference_of(rom, prog, step(range(20))))
 
 
+@pytest.mark.parametrize("magnitude", [1.0, 1.19])
 @pytest.mark.parametrize("pairing", ["norm", "neox"])
 @pytest.mark.parametrize(("head_dim", "pairs"), [(8, 4), (20, 10), (64, 16), (128, 64)])
 def test_rope_turns_by_the_same_angles(
-    isa: str, pools: list[table.Workers], pairing: str, head_dim: int, pairs: int
+    isa: str, pools: list[table.Workers], pairing: str, head_dim: int, pairs: int, magnitude: float
 ) -> None:
     rng = np.random.default_rng(8)
     frequencies = tuple(float(f) for f in 10000.0 ** -(np.arange(pairs) / pairs))
     rom = Rom(activations("x.weight", rng.standard_normal((ROWS, 3 * head_dim)).astype(np.float32)))
     prog = program(
-        rom, [Embed("x", "x.weight"), Rope("y", "x", 3, head_dim, pairing, frequencies)], "y", context=1 << 20
+        rom,
+        [Embed("x", "x.weight"), Rope("y", "x", 3, head_dim, pairing, frequencies, magnitude)],
+        "y",
+        context=1 << 20,
     )
     plan = native(rom, prog, isa, pools[1])
     for start in (0, 5000, (1 << 20) - ROWS):
@@ -873,10 +878,10 @@ def logits_of(rng: np.random.Generator, rows: int, experts: int) -> Floats:
     return logits
 
 
-@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("renormalize", "scale"), [(False, 1.0), (True, 1.0), (True, 2.5), (False, 0.7)])
 @pytest.mark.parametrize(("experts", "used"), [(2, 1), (10, 3), (40, 40), (128, 8)])
 def test_rows_go_to_their_experts_and_what_those_say_is_added_in_ascending_order(
-    isa: str, pools: list[table.Workers], experts: int, used: int, renormalize: bool
+    isa: str, pools: list[table.Workers], experts: int, used: int, renormalize: bool, scale: float
 ) -> None:
     rng = np.random.default_rng(experts)
     rom = Rom(
@@ -889,13 +894,43 @@ def test_rows_go_to_their_experts_and_what_those_say_is_added_in_ascending_order
         Embed("l", "l.weight"),
         Embed("x", "x.weight"),
         Embed("r", "r.weight"),
-        Route("chosen", "shares", "l", used, renormalize),
+        Route("chosen", "shares", "l", used, renormalize, scale),
         ExpertLinear("pieces", "x", "chosen", "e.weight", experts),
         ExpertSum("y", "pieces", "shares", residual="r"),
     ]
     prog = program(rom, ops, "y")
     expected = reference_of(rom, prog, step(range(ROWS)))
     assert np.isfinite(np.delete(expected, [4, 5, 6, 7], axis=0)).all()
+    for workers in pools:
+        plan = native(rom, prog, isa, workers)
+        for rows in (ROWS, 1, 7):
+            tokens = (np.arange(rows) * 5 + 2 * rows) % ROWS
+            same(plan.forward(step(tokens), EMPTY), expected[tokens])
+
+
+@pytest.mark.parametrize(("width", "gate"), [(16, 16), (100, 37), (192, 2048)])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_added_is_as_much_as_the_gate_is_open(
+    isa: str, pools: list[table.Workers], width: int, gate: int, in_place: bool
+) -> None:
+    rng = np.random.default_rng(gate)
+    said = awkward(rng, ROWS, gate) / np.float32(4)
+    said[10] *= 50  # a gate that is wide open, or shut
+    rom = Rom(
+        activations("x.weight", rng.standard_normal((ROWS, width)).astype(np.float32))
+        | activations("g.weight", said)
+        | activations("r.weight", awkward(rng, ROWS, width))
+        | vector("w.weight", rng.standard_normal(gate).astype(np.float32))
+    )
+    ops = [
+        Embed("x", "x.weight"),
+        Embed("g", "g.weight"),
+        Embed("r", "r.weight"),
+        GatedAdd("z", "x", "g", "w.weight", residual="r"),
+        *([] if in_place else [GatedAdd("y", "r", "g", "w.weight", residual="z")]),
+    ]
+    prog = program(rom, ops, "z" if in_place else "y")
+    expected = reference_of(rom, prog, step(range(ROWS)))
     for workers in pools:
         plan = native(rom, prog, isa, workers)
         for rows in (ROWS, 1, 7):

@@ -27,8 +27,9 @@ _FUSIONS: Mapping[str, tuple[tuple[str, ...], bool]] = {
     "attn_qkv": (("attn_q", "attn_k", "attn_v"), False),
     "ffn_gate_up": (("ffn_gate", "ffn_up"), True),
     "ffn_gate_up_exps": (("ffn_gate_exps", "ffn_up_exps"), True),
+    "ffn_gate_up_shexp": (("ffn_gate_shexp", "ffn_up_shexp"), True),
 }
-_MEMBER = re.compile(r"(blk\.\d+\.)(attn_q|attn_k|attn_v|ffn_gate|ffn_up|ffn_gate_exps|ffn_up_exps)\.(weight|bias)")
+_MEMBER = re.compile(r"(blk\.\d+\.)(attn_[qkv]|ffn_(?:gate|up)(?:|_exps|_shexp))\.(weight|bias)")
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 
 

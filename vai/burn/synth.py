@@ -204,6 +204,45 @@ SHAPES: Mapping[str, Spec] = {
         experts_used=3,
         renormalize=True,
     ),
+    # As Mixtral 8x7B: experts of another width, no norm of heads.
+    "tiny-mixtral": Spec(
+        architecture="llama",
+        pairing="norm",
+        layers=2,
+        width=192,
+        ffn=224,
+        heads=6,
+        kv_heads=2,
+        head_dim=32,
+        vocabulary=523,
+        context=4096,
+        norm_epsilon=0.25,
+        rope_base=1_000_000.0,
+        rope_dims=32,
+        experts=6,
+        experts_used=2,
+        renormalize=True,
+    ),
+    # A shared expert wider than the others, and shares as they are.
+    "tiny-qwen2moe": Spec(
+        architecture="qwen2moe",
+        pairing="neox",
+        layers=2,
+        width=192,
+        ffn=160,
+        heads=6,
+        kv_heads=2,
+        head_dim=32,
+        vocabulary=523,
+        context=4096,
+        norm_epsilon=0.0625,
+        rope_base=1_000_000.0,
+        rope_dims=32,
+        qkv_bias=True,
+        experts=10,
+        experts_used=4,
+        shared_ffn=288,
+    ),
     # Qwen 2 with its context extended by YaRN.
     "tiny-yarn": Spec(
         architecture="qwen2",
@@ -354,6 +393,8 @@ PIECE = 1 << 21  # weights made at a time
 # What people's files hold: the type of most matrices. The output is Q6_K, and in the last two some layers are as well.
 MIXES = {"Q4_0+Q6_K": "Q4_0", "Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
 TYPES = {**FILE_TYPES, "Q4_0+Q6_K": FILE_TYPES["Q4_0"]}  # with general.file_type
+# In a mix some layers have larger ones of these.
+_LARGER = ("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight", "ffn_down_shexp.weight")
 _NARROW = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # in a mix, where columns are not whole blocks of 256
 
 # ChatML with tools in Hermes' form, as Qwen2.5 has it: tools in the system turn, results in a turn of the user's.
@@ -483,7 +524,7 @@ def _matrix_type(type: str, tensor: str, columns: int, spec: Spec) -> str:
         chosen = "Q6_K"
     elif chosen != "Q4_0" and tensor.endswith("attn_qkv.weight"):
         chosen = {"Q4_K": "Q5_K", "Q5_K": "Q6_K"}[chosen]
-    elif chosen != "Q4_0" and tensor.endswith(("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight")):
+    elif chosen != "Q4_0" and tensor.endswith(_LARGER):
         layer, eighth = int(tensor.split(".")[1]), spec.layers // 8
         if layer < eighth or layer >= 7 * spec.layers // 8 or (layer - eighth) % 3 == 2:
             chosen = "Q6_K"
@@ -541,6 +582,8 @@ Make = Callable[[int, _Stream], NDArray[Any]]
 
 
 def _vector(tensor: str, n: int, stream: _Stream) -> NDArray[np.float32]:
+    if tensor.endswith("ffn_gate_inp_shexp.weight"):  # a gate that is seldom wide open or shut
+        return (1.5 / math.sqrt(n) * _NORMAL[stream.words(n)]).astype("<f4")
     noise = 0.3 * _NORMAL[stream.words(n)]
     return (noise if tensor.endswith(".bias") else 1.0 + noise).astype("<f4")
 
@@ -824,6 +867,8 @@ def _write_metadata(writer: GgufWriter, name: str, spec: Spec, type: str) -> Non
             writer.add(f"{prefix}.attention.sliding_window_pattern", spec.full_every, ValueType.UINT32)
         if spec.local_rope_base:
             writer.add(f"{prefix}.rope.freq_base_swa", spec.local_rope_base, ValueType.FLOAT32)
+    if spec.expert_scale != 1:
+        writer.add(f"{prefix}.expert_weights_scale", spec.expert_scale, ValueType.FLOAT32)
     for key, cap in (("attn", spec.attention_softcap), ("final", spec.logit_softcap)):
         if cap:
             writer.add(f"{prefix}.{key}_logit_softcapping", cap, ValueType.FLOAT32)
@@ -837,7 +882,10 @@ def _integers(spec: Spec) -> Iterator[tuple[str, int]]:
     yield "block_count", spec.layers
     yield "feed_forward_length", spec.ffn
     if spec.experts:
-        yield "expert_feed_forward_length", spec.ffn
+        if FAMILIES[spec.architecture].experts == "required":
+            yield "expert_feed_forward_length", spec.ffn
+        if spec.shared_ffn:
+            yield "expert_shared_feed_forward_length", spec.shared_ffn
         yield "expert_count", spec.experts
         yield "expert_used_count", spec.experts_used
     yield "attention.head_count", spec.heads

@@ -20,6 +20,7 @@ from vai.kernels.ops import (
     Embed,
     ExpertLinear,
     ExpertSum,
+    GatedAdd,
     Glu,
     HeadNorm,
     KvWrite,
@@ -245,7 +246,7 @@ class _Fuser:
         self._shape = shape
         self._views: dict[str, _View] = {}
         self._packed: dict[tuple[str, int], _Slot] = {}  # of a value, in groups of so many columns
-        self._angles: dict[tuple[float, ...], _Slot] = {}
+        self._angles: dict[tuple[tuple[float, ...], float], _Slot] = {}  # by frequencies and magnitude
         self._scratch: _Slot | None = None
         self._routings: dict[str, _Routing] = {}  # by the value of the chosen experts, and by that of their shares
         self._expert_inputs: dict[tuple[str, int, str], _Slot] = {}  # of a value, in groups of so many columns, sorted
@@ -285,6 +286,8 @@ class _Fuser:
                     self._expert_linear(index, op)
                 case ExpertSum():
                     self._expert_sum(index, op)
+                case GatedAdd():
+                    self._gated_add(index, op)
                 case Rows():
                     self._rows(index, op)
         for before, after in zip(self._made, self._made[1:], strict=False):
@@ -473,10 +476,12 @@ class _Fuser:
         if self._readers[op.x] != [index]:
             out = self._new(op.output, x.columns, outputs=False)
         self._views[op.output] = out
-        angles = self._angles.get(op.frequencies)
+        key = op.frequencies, op.magnitude
+        angles = self._angles.get(key)
         if angles is None:
-            angles = self._angles[op.frequencies] = _Slot(self._shape.rows * len(op.frequencies) * 8)
-            self._add("angles", [index], x, areas={"out": angles}, op=op, text=f"{len(op.frequencies)} frequencies")
+            angles = self._angles[key] = _Slot(self._shape.rows * len(op.frequencies) * 8)
+            text = f"{len(op.frequencies)} frequencies" + (f" times {op.magnitude:g}" if op.magnitude != 1 else "")
+            self._add("angles", [index], x, areas={"out": angles}, op=op, text=text)
         self._add(
             "rope",
             [index],
@@ -537,7 +542,8 @@ class _Fuser:
         routing = _Routing(_Slot(4 * words), logits.columns, op.used)
         self._routings[op.chosen] = self._routings[op.shares] = routing
         text = f"{op.used} of {logits.columns} experts"
-        self._add("route", [index], logits, views={"logits": logits}, op=op, text=text, routing=routing)
+        scaled = f"{text}, times {op.scale:g}" if op.scale != 1 else text
+        self._add("route", [index], logits, views={"logits": logits}, op=op, text=scaled, routing=routing)
         self._add("sort", [index], logits, text=text, routing=routing)
 
     def _expert_linear(self, index: int, op: ExpertLinear) -> None:
@@ -638,6 +644,23 @@ class _Fuser:
         views = {"x": x, "out": out} if residual is None else {"x": x, "out": out, "residual": residual}
         text = f"{x.columns} of {routing.used} experts{'' if residual is None else ' + residual'}"
         self._add("expert_sum", [index], out, views=views, text=text, routing=routing)
+
+    def _gated_add(self, index: int, op: GatedAdd) -> None:
+        x, gate, residual = self._views[op.x], self._views[op.gate], self._views[op.residual]
+        out = residual
+        if max(self._readers[op.residual]) != index or op.residual in (op.x, op.gate) or residual.first:
+            out = self._new(op.output, x.columns, outputs=x.outputs)
+        self._views[op.output] = out
+        self._add(
+            "gated_add",
+            [index],
+            x,
+            views={"x": x, "gate": gate, "residual": residual, "out": out},
+            vector=self._vector(op.weight, gate.columns),
+            op=op,
+            text=f"{op.weight} {gate.columns} + residual",
+            image_bytes=4 * gate.columns,
+        )
 
     def _expert_matrix(self, op: ExpertLinear) -> tuple[StoredTensor, Part, _native.Weight]:
         stored, part, weight = self._matrix(op.weight)
@@ -859,6 +882,8 @@ def _reads(op: Op) -> list[str]:
             return [op.x, op.chosen]
         case ExpertSum():
             return [value for value in (op.x, op.shares, op.residual) if value is not None]
+        case GatedAdd():
+            return [op.x, op.gate, op.residual]
 
 
 def _sibling(op: Op, of: ExpertLinear, weight: str) -> bool:
@@ -961,6 +986,17 @@ def _emit(native: _native.Plan, made: _Instruction) -> None:
                 out=place["out"],
                 where=where,
             )
+        case "gated_add" if made.vector:
+            native.gated_add(
+                x=place["x"],
+                columns=made.views["x"].columns,
+                gate=place["gate"],
+                gate_columns=made.views["gate"].columns,
+                weight=made.vector,
+                residual=place["residual"],
+                out=place["out"],
+                where=where,
+            )
         case "rows":
             native.rows(x=place["x"], columns=made.views["x"].columns, out=place["out"], where=where)
         case _ if made.routing:
@@ -980,7 +1016,7 @@ def _emit_routed(
     """The instructions that experts need."""
     match made.kind, made.op:
         case "route", Route() as op:
-            native.route(logits=place["logits"], routed=routed, renormalize=op.renormalize, where=where)
+            native.route(logits=place["logits"], routed=routed, renormalize=op.renormalize, scale=op.scale, where=where)
         case "sort", _:
             native.sort(routed=routed, where=where)
         case "expert_rows", _:
@@ -1028,7 +1064,7 @@ def _emit_positional(
     """The instructions that depend on positions and pages."""
     match made.kind, made.op:
         case "angles", Rope() as op:
-            native.angles(frequencies=op.frequencies, out=area["out"], where=where)
+            native.angles(frequencies=op.frequencies, magnitude=op.magnitude, out=area["out"], where=where)
         case "rope", Rope() as op:
             native.rope(
                 x=place["x"],

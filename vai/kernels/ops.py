@@ -80,6 +80,7 @@ class Rope:
     Pair i of a head rotates by the angle a = position * frequencies[i] (binary64 product): x0' = x0*c - x1*s,
     x1' = x0*s + x1*c, where c and s are cos(a), sin(a) computed in binary64 (see reference.py) and rounded to binary32.
     pairing "norm": (2i, 2i+1); "neox": (i, i + n/2) with n = 2 * len(frequencies). Columns from n on pass unchanged.
+    A `magnitude` that is not 1 multiplies c and s, in binary32.
     """
 
     output: str
@@ -88,6 +89,7 @@ class Rope:
     head_dim: int
     pairing: str
     frequencies: tuple[float, ...]
+    magnitude: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,8 @@ class Route:
 
     p = e / t for e[i] = exp(logits[i] - max logits) and t their sum in the R16 order. Chosen are the `used` largest p,
     of equals the lower id; shares are their p, with `renormalize` each divided by the sum of the row's shares, added
-    from +0 in ascending id. A row with a NaN, or with no finite largest logit, has the first experts and shares NaN.
+    from +0 in ascending id; a `scale` that is not 1 multiplies them last of all. A row with a NaN, or with no finite
+    largest logit, has the first experts and shares NaN.
     """
 
     chosen: str
@@ -159,6 +162,7 @@ class Route:
     logits: str
     used: int
     renormalize: bool
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +194,21 @@ class ExpertSum:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedAdd:
+    """output [M, n] = x * s + residual, s = 1 / (1 + exp(-g)) being one number a row, each operation rounded.
+
+    g is the sum in the R16 order of gate * weight: gate [M, K], `weight` a vector of K. How an expert that every row
+    reads joins what the chosen ones gave (Qwen 2 MoE).
+    """
+
+    output: str
+    x: str
+    gate: str
+    weight: str
+    residual: str
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """output [R, n] = the rows `output_rows` of x: what the caller asked results for."""
 
@@ -197,4 +216,18 @@ class Rows:
     x: str
 
 
-Op = Embed | RmsNorm | HeadNorm | Linear | Rope | KvWrite | Attention | Glu | Route | ExpertLinear | ExpertSum | Rows
+Op = (
+    Embed
+    | RmsNorm
+    | HeadNorm
+    | Linear
+    | Rope
+    | KvWrite
+    | Attention
+    | Glu
+    | Route
+    | ExpertLinear
+    | ExpertSum
+    | GatedAdd
+    | Rows
+)

@@ -23,6 +23,7 @@ from vai.kernels.ops import (
     Embed,
     ExpertLinear,
     ExpertSum,
+    GatedAdd,
     Glu,
     HeadNorm,
     KvWrite,
@@ -472,6 +473,8 @@ def rope(x: Floats, positions: NDArray[np.int32], op: Rope) -> Floats:
     """Rotate pairs of x [M, heads * head_dim]; angles, sines and cosines in binary64, the rotation in binary32."""
     angle = positions.astype(np.float64)[:, None] * np.array(op.frequencies)
     sine, cosine = (each.astype(np.float32)[:, None, :] for each in sin_cos(angle))
+    if op.magnitude != 1:
+        sine, cosine = sine * _F(op.magnitude), cosine * _F(op.magnitude)
     pairs = len(op.frequencies)
     out = x.reshape(len(x), op.heads, op.head_dim).copy()
     if op.pairing == "norm":
@@ -547,7 +550,7 @@ def softcapped(x: Floats, cap: float) -> Floats:
 
 
 @np.errstate(all="ignore")
-def route(logits: Floats, used: int, renormalize: bool) -> tuple[NDArray[np.int32], Floats]:
+def route(logits: Floats, used: int, renormalize: bool, scale: float = 1.0) -> tuple[NDArray[np.int32], Floats]:
     """The chosen experts [M, used] of each row, ascending, and their shares."""
     e = exp(logits - logits.max(axis=1, keepdims=True))
     p = e / sum_r16(e)[:, None]
@@ -558,7 +561,7 @@ def route(logits: Floats, used: int, renormalize: bool) -> tuple[NDArray[np.int3
         for slot in range(used):
             total = total + shares[:, slot]
         shares = shares / total[:, None]
-    return chosen, shares
+    return chosen, shares if scale == 1 else shares * _F(scale)
 
 
 def expert_linear(x: Floats, chosen: NDArray[np.int32], weight: Matrix, experts: int) -> Floats:
@@ -580,6 +583,13 @@ def expert_sum(x: Floats, shares: Floats) -> Floats:
     for slot in range(used):
         acc = acc + shares[:, slot, None] * pieces[:, slot]
     return acc
+
+
+@np.errstate(all="ignore")
+def gated_add(x: Floats, gate: Floats, weight: Floats, residual: Floats) -> Floats:
+    shares = _F(1) / (_F(1) + exp(-sum_r16(gate * weight)))
+    added: Floats = x * shares[:, None] + residual
+    return added
 
 
 # ---------------------------------------------------------------- pages
@@ -741,13 +751,17 @@ class ReferencePlan:
             case Glu():
                 values[op.output] = _GLU[op.act](values[op.gate], values[op.up])
             case Route():
-                values[op.chosen], values[op.shares] = route(values[op.logits], op.used, op.renormalize)
+                found = route(values[op.logits], op.used, op.renormalize, op.scale)
+                values[op.chosen], values[op.shares] = found
             case ExpertLinear():
                 weight = self._matrices[op.weight]
                 values[op.output] = expert_linear(values[op.x], values[op.chosen], weight, op.experts)
             case ExpertSum():
                 out = expert_sum(values[op.x], values[op.shares])
                 values[op.output] = out if op.residual is None else out + values[op.residual]
+            case GatedAdd():
+                opening = values[op.gate], self._vectors[op.weight]
+                values[op.output] = gated_add(values[op.x], *opening, values[op.residual])
             case Rows():
                 values[op.output] = values[op.x][step.output_rows]
 
@@ -813,7 +827,7 @@ def _value_widths(program: Program) -> dict[str, int]:
                 widths[op.output] = program.constants[op.weight][1]
             case Linear():
                 widths[op.output] = program.constants[op.weight][0]
-            case RmsNorm() | HeadNorm() | Rope() | Rows():
+            case RmsNorm() | HeadNorm() | Rope() | GatedAdd() | Rows():
                 widths[op.output] = widths[op.x]
             case Attention():
                 widths[op.output] = widths[op.q]

@@ -11,6 +11,7 @@ from vai.kernels.ops import (
     Embed,
     ExpertLinear,
     ExpertSum,
+    GatedAdd,
     Glu,
     HeadNorm,
     KvWrite,
@@ -29,7 +30,8 @@ def build(spec: Spec) -> Program:
     """The forward pass of `spec`, from token ids to logits.
 
     Llama: Touvron et al. 2023; Qwen 2: Yang et al. 2024; Qwen 3: Yang et al. 2025; Gemma 2 and 3: Gemma
-    Team 2024, 2025; Mistral: Jiang et al. 2023.
+    Team 2024, 2025; Mistral: Jiang et al. 2023; Mixtral: Jiang et al. 2024;
+    Qwen 2 MoE: Yang et al. 2024.
     """
     frequencies = _frequencies(spec)
     local = rope_frequencies(spec.local_rope_base, spec.rope_dims, 1.0) if spec.local_rope_base else frequencies
@@ -156,16 +158,27 @@ def _added(spec: Spec, output: str, x: str, weight: str, norm: str, residual: st
 
 
 def _experts(spec: Spec, b: str) -> list[Op]:
-    """Of many feed-forward layers, those that the router gives a row to (Shazeer et al. 2017)."""
-    chosen = b + "experts"
-    return [
+    """Of many feed-forward layers, those that the router gives a row to (Shazeer et al. 2017), and the shared one."""
+    chosen, output = b + "experts", b + ("routed" if spec.shared_ffn else "output")
+    routed: list[Op] = [
         Linear(b + "router", b + "ffn_norm", b + "ffn_gate_inp.weight"),
-        Route(chosen, b + "shares", b + "router", spec.experts_used, spec.renormalize),
+        Route(chosen, b + "shares", b + "router", spec.experts_used, spec.renormalize, spec.expert_scale),
         ExpertLinear(b + "gate", b + "ffn_norm", chosen, b + "ffn_gate_exps.weight", spec.experts),
         ExpertLinear(b + "up", b + "ffn_norm", chosen, b + "ffn_up_exps.weight", spec.experts),
         Glu(b + "glu", b + "gate", b + "up", act=spec.act),
         ExpertLinear(b + "down", b + "glu", chosen, b + "ffn_down_exps.weight", spec.experts),
-        ExpertSum(b + "output", b + "down", b + "shares", residual=b + "attn_output"),
+        ExpertSum(output, b + "down", b + "shares", residual=b + "attn_output"),
+    ]
+    if not spec.shared_ffn:
+        return routed
+    shared = b + "shared"
+    return [
+        *routed,
+        Linear(shared + ".gate", b + "ffn_norm", b + "ffn_gate_shexp.weight"),
+        Linear(shared + ".up", b + "ffn_norm", b + "ffn_up_shexp.weight"),
+        Glu(shared + ".glu", shared + ".gate", shared + ".up", act=spec.act),
+        Linear(shared, shared + ".glu", b + "ffn_down_shexp.weight"),
+        GatedAdd(b + "output", shared, b + "ffn_norm", b + "ffn_gate_inp_shexp.weight", residual=output),
     ]
 
 

@@ -26,7 +26,9 @@ class Family:
     act: of the gate. scaled_embedding: whether embeddings are multiplied by sqrt(width).
     wide_scale_layers: with so many layers, scores are divided by sqrt(width / heads), not sqrt(head_dim).
     experts: whether the feed-forward layers are experts, of which a softmax router chooses some for each token;
-        renormalize: whether the shares of the chosen ones are made to sum to 1.
+        where that is optional, the file says how wide they are as it does of a plain feed-forward layer, and may say
+        what shares are multiplied by. renormalize: whether the shares of the chosen ones are made to sum to 1.
+        shared_expert: whether each layer has one more, which every token goes to, and a gate of its own.
     longrope: whether the file may bring two sets of such divisors, for a short and for a long context (LongRoPE).
     fused_tensors: whether the file has one matrix of queries, keys and values, and one of gate and up.
     """
@@ -45,7 +47,8 @@ class Family:
     act: Act = "silu"
     scaled_embedding: bool = False
     wide_scale_layers: int = 0
-    experts: bool = False
+    experts: Presence = "absent"
     renormalize: bool = False
+    shared_expert: bool = False
     longrope: bool = False
     fused_tensors: bool = False

@@ -15,19 +15,20 @@ import msgspec
 from msgspec import Meta
 
 from vai.errors import CorruptImage, MalformedFile, UnsupportedModel
-from vai.models.families import gemma2, gemma3, llama, phi3, qwen2, qwen3, qwen3moe
+from vai.models.families import gemma2, gemma3, llama, phi3, qwen2, qwen2moe, qwen3, qwen3moe
 from vai.models.family import Act, Family, Pairing
 from vai.rom.image import BLOCK_ROWS, canonical_json
 
 FAMILIES: Mapping[str, Family] = {
-    module.FAMILY.architecture: module.FAMILY for module in (gemma2, gemma3, llama, phi3, qwen2, qwen3, qwen3moe)
+    module.FAMILY.architecture: module.FAMILY
+    for module in (gemma2, gemma3, llama, phi3, qwen2, qwen2moe, qwen3, qwen3moe)
 }
 # Tensors that become part of the spec, not of the image: divisors of RoPE's frequencies.
 ROPE_DIVISORS = "rope_freqs.weight"
 LONG_DIVISORS, SHORT_DIVISORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
 MAX_LAYERS, MAX_WIDTH, MAX_FFN, MAX_HEADS, MAX_HEAD_DIM = 1024, 1 << 16, 1 << 20, 1 << 10, 1 << 10
-MAX_EXPERTS = 1024
+MAX_EXPERTS, MAX_EXPERT_SCALE = 1024, 1e6
 MAX_VOCABULARY, MAX_CONTEXT = 1 << 24, 1 << 24
 MAX_ROPE_BASE, MAX_ROPE_FACTOR, MAX_SOFTCAP = 1e15, 1e6, 1e6
 BETA_FAST, BETA_SLOW = 32.0, 1.0  # YaRN's, for Llama
@@ -52,6 +53,8 @@ _LATER = frozenset({
     "experts",
     "experts_used",
     "renormalize",
+    "expert_scale",
+    "shared_ffn",
 })  # fmt: skip
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -71,7 +74,8 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     attention_scale: what scores are multiplied by; 0: 1 / sqrt(head_dim). attention_softcap, logit_softcap: 0 for none.
     post_norms: what attention and feed-forward give is normalized before it is added.
     experts: how many a layer has, 0 for one plain feed-forward layer; experts_used: by each token; renormalize: their
-    shares are made to sum to 1.
+    shares are made to sum to 1; expert_scale: and are then multiplied by this. shared_ffn: the inner width of the
+    expert that every token goes to, times the sigmoid of a gate; 0: there is none.
     Raises ValueError where fields contradict one another.
     """
 
@@ -110,6 +114,8 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     experts: Annotated[int, Meta(ge=0, le=MAX_EXPERTS)] = 0
     experts_used: Annotated[int, Meta(ge=0, le=MAX_EXPERTS)] = 0
     renormalize: bool = False
+    expert_scale: Annotated[float, Meta(gt=0, le=MAX_EXPERT_SCALE)] = 1.0
+    shared_ffn: Annotated[int, Meta(ge=0, le=MAX_FFN)] = 0
 
     def __post_init__(self) -> None:
         if self.architecture not in FAMILIES:
@@ -136,6 +142,8 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             raise ValueError("the RoPE base of layers with a window must be above 1")
         if self.experts_used > self.experts or (self.experts_used == 0) != (self.experts == 0):
             raise ValueError(f"{self.experts_used} of {self.experts} experts cannot be used")
+        if not self.experts and (self.renormalize or self.expert_scale != 1.0 or self.shared_ffn):
+            raise ValueError("shares, and an expert for every token, are of models with experts")
         if self.experts and (self.ffn % BLOCK_ROWS or self.width % BLOCK_ROWS):
             raise ValueError(f"experts of {self.ffn} x {self.width} are no whole blocks of {BLOCK_ROWS} rows")
 
@@ -199,7 +207,7 @@ def spec_from_gguf(
         "pairing": family.pairing,
         "layers": layers,
         "width": width,
-        "ffn": keys.integer(f"{'expert_' if family.experts else ''}feed_forward_length", 1, MAX_FFN, per_layer=layers),
+        "ffn": keys.integer(_ffn_key(family), 1, MAX_FFN, per_layer=layers),
         "heads": heads,
         "kv_heads": keys.integer("attention.head_count_kv", 1, MAX_HEADS, default=heads, per_layer=layers),
         "head_dim": head_dim,
@@ -219,9 +227,7 @@ def spec_from_gguf(
         "attention_scale": 1.0 / math.sqrt(width / heads) if layers == family.wide_scale_layers else 0.0,
         **_windows(keys, family, layers),
         **_softcaps(keys, family),
-        "experts": keys.integer("expert_count", 1, MAX_EXPERTS) if family.experts else 0,
-        "experts_used": keys.integer("expert_used_count", 1, MAX_EXPERTS) if family.experts else 0,
-        "renormalize": family.renormalize,
+        **_experts(keys, family),
     }
     try:
         spec = msgspec.convert(spec_fields, Spec)
@@ -299,11 +305,19 @@ def _feed_forward(spec: Spec) -> dict[str, tuple[int, int]]:
     if not spec.experts:
         return {"ffn_gate.weight": inner, "ffn_up.weight": inner, "ffn_down.weight": outer}
     all_inner, all_outer = ((spec.experts * rows, columns) for rows, columns in (inner, outer))
-    return {
+    experts = {
         "ffn_gate_inp.weight": (spec.experts, spec.width),
         "ffn_gate_exps.weight": all_inner,
         "ffn_up_exps.weight": all_inner,
         "ffn_down_exps.weight": all_outer,
+    }
+    if not spec.shared_ffn:
+        return experts
+    return experts | {
+        "ffn_gate_inp_shexp.weight": (spec.width, 1),
+        "ffn_gate_shexp.weight": (spec.shared_ffn, spec.width),
+        "ffn_up_shexp.weight": (spec.shared_ffn, spec.width),
+        "ffn_down_shexp.weight": (spec.width, spec.shared_ffn),
     }
 
 
@@ -386,8 +400,9 @@ def _refuse_what_is_not_computed(keys: _Keys, family: Family, divisors: str | No
     computed = {"attention.sliding_window"} if family.windows else set[str]()
     if family.softcaps is not None:
         computed |= {"attn_logit_softcapping", "final_logit_softcapping"}
-    if family.experts:
+    if _has_experts(keys, family):
         computed |= {"expert_count", "expert_used_count"}
+        computed |= {"expert_weights_scale"} if family.experts == "optional" else set()
     if family.longrope and divisors in (LONG_DIVISORS, SHORT_DIVISORS):
         computed |= {"rope.scaling.attn_factor"}
     neutrals = dict(_NEUTRAL)
@@ -471,6 +486,27 @@ def _softcaps(keys: _Keys, family: Family) -> dict[str, object]:
     return {
         "attention_softcap": keys.number("attn_logit_softcapping", MAX_SOFTCAP, default=scores),
         "logit_softcap": keys.number("final_logit_softcapping", MAX_SOFTCAP, default=logits),
+    }
+
+
+def _has_experts(keys: _Keys, family: Family) -> bool:
+    """Where that is optional, a file says so by their number."""
+    return family.experts == "required" or (family.experts == "optional" and keys.get("expert_count") not in (None, 0))
+
+
+def _ffn_key(family: Family) -> str:
+    return "expert_feed_forward_length" if family.experts == "required" else "feed_forward_length"
+
+
+def _experts(keys: _Keys, family: Family) -> dict[str, object]:
+    if not _has_experts(keys, family):
+        return {}
+    return {
+        "experts": keys.integer("expert_count", 1, MAX_EXPERTS),
+        "experts_used": keys.integer("expert_used_count", 1, MAX_EXPERTS),
+        "renormalize": family.renormalize,
+        "expert_scale": keys.number("expert_weights_scale", MAX_EXPERT_SCALE, default=1.0),
+        "shared_ffn": keys.integer("expert_shared_feed_forward_length", 1, MAX_FFN) if family.shared_expert else 0,
     }
 
 

@@ -153,12 +153,13 @@ struct GluArgs {
   Act act;
 };
 
-// cos and sin of position * frequency as [rows][pairs][2].
+// cos and sin of position * frequency, each times `magnitude`, as [rows][pairs][2].
 struct AnglesArgs {
   const int32_t* positions;
   const double* frequencies;
   int pairs;
   float* out;
+  float magnitude = 1.0f;
 };
 void angles(const AnglesArgs&, int begin, int end);
 
@@ -248,6 +249,7 @@ struct RouteArgs {
   const float* logits;
   size_t ldl;
   bool renormalize;
+  float scale;  // of the shares, last of all
   Routing routing;
 };
 void route(const RouteArgs&, int begin, int end);
@@ -281,6 +283,22 @@ struct ExpertSumArgs {
   size_t ldo;
 };
 void expert_sum(const ExpertSumArgs&, int begin, int end);
+
+// x * s + residual with s = 1 / (1 + exp(-g)), g being the sum of gate * weight over `gate_columns` in the R16 order.
+struct GatedAddArgs {
+  const float* x;
+  size_t ldx;
+  int columns;
+  const float* gate;
+  size_t ldg;
+  int gate_columns;
+  const float* weight;
+  const float* residual;
+  size_t ldr;
+  float* out;
+  size_t ldo;
+};
+void gated_add(const GatedAddArgs&, int begin, int end);
 
 struct SampleRow {
   float temperature;

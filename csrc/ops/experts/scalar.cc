@@ -1,5 +1,5 @@
-// Experts: which rows go to which, those rows side by side, and the sum of what comes back. Too small a part of a step to need
-// more than plain loops.
+// Experts: which rows go to which, those rows side by side, the sum of what comes back, and what a shared one adds to that. Too
+// small a part of a step to need more than plain loops.
 #include <algorithm>
 
 #include "vai/math.h"
@@ -47,6 +47,8 @@ void route(const RouteArgs& a, int begin, int end) {
     }
     if (a.renormalize)
       for (int j = 0; j < used; ++j) shares[j] = shares[j] / total;
+    if (a.scale != 1.0f)
+      for (int j = 0; j < used; ++j) shares[j] = shares[j] * a.scale;
   }
 }
 
@@ -85,6 +87,25 @@ void expert_sum(const ExpertSumArgs& a, int begin, int end) {
       }
       for (int i = 0; i < n; ++i) out[k + i] = residual ? acc[i] + residual[k + i] : acc[i];
     }
+  }
+}
+
+static float sigmoid(float x) {
+  float e[16] = {-x};
+  ScalarVec::store(e, exp<ScalarVec>(ScalarVec::load(e)));
+  return 1.0f / (1.0f + e[0]);
+}
+
+void gated_add(const GatedAddArgs& a, int begin, int end) {
+  for (int m = begin; m < end; ++m) {
+    const float *gate = a.gate + size_t(m) * a.ldg, *x = a.x + size_t(m) * a.ldx, *residual = a.residual + size_t(m) * a.ldr;
+    float partial[16] = {}, *out = a.out + size_t(m) * a.ldo;
+    int i = 0;
+    for (; i + 16 <= a.gate_columns; i += 16)
+      for (int j = 0; j < 16; ++j) partial[j] = partial[j] + gate[i + j] * a.weight[i + j];
+    for (int j = 0; i + j < a.gate_columns; ++j) partial[j] = partial[j] + gate[i + j] * a.weight[i + j];
+    const float share = sigmoid(sum16(partial));
+    for (int k = 0; k < a.columns; ++k) out[k] = x[k] * share + residual[k];
   }
 }
 

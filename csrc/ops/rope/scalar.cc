@@ -35,6 +35,7 @@ void angles(const AnglesArgs& a, int begin, int end) {
       float* out = a.out + (size_t(m) * size_t(a.pairs) + size_t(i)) * 2;
       out[0] = float(cosine);
       out[1] = float(sine);
+      if (a.magnitude != 1.0f) out[0] = out[0] * a.magnitude, out[1] = out[1] * a.magnitude;
     }
 }
 

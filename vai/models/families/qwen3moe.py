@@ -11,6 +11,6 @@ FAMILY = Family(
     qkv_bias="absent",
     rope_divisors=False,
     qk_norm=True,
-    experts=True,
+    experts="required",
     renormalize=True,
 )
