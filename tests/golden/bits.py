@@ -31,6 +31,7 @@ MORE = [("tiny-qwen2", type, 40, 40) for type in ("Q4_1", "Q5_0", "Q5_1", "Q4_K_
 QWEN3 = [("tiny-qwen3", type, 40, 40) for type in ("Q4_0", "Q8_0", "F32")]
 EXPERTS = [("tiny-qwen3moe", type, 40, 40) for type in ("Q4_0", "Q8_0", "Q4_K_M", "BF16", "F32")]
 EXPERTS += [(shape, type, 40, 40) for shape in ("tiny-mixtral", "tiny-qwen2moe") for type in ("Q4_0", "Q8_0", "F32")]
+PHI4 = [("tiny-phi4", type, 40, 40) for type in ("Q4_0", "F32")]
 WIDE = [("tiny-256", type, 40, 40) for type in ("Q4_K", "Q5_K", "Q6_K", "Q4_K_M", "Q5_K_M", "Q4_0+Q6_K")]
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     entries = []
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory) / "root"
-        for shape, type, tokens, rows in SHORT + LONG + MORE + WIDE + QWEN3 + EXPERTS:
+        for shape, type, tokens, rows in SHORT + LONG + MORE + WIDE + QWEN3 + EXPERTS + PHI4:
             path = Path(directory) / f"{shape}-{type}.gguf"
             synthesize(path, shape=shape, type=type)
             with attach(root, burn(path, root).digest) as image:

@@ -32,6 +32,7 @@ MODELS = (
     "tiny-mistral",
     "tiny-phi3",
     "tiny-longrope",
+    "tiny-phi4",
     "tiny-yarn",
     "tiny-qwen3moe",
     "tiny-mixtral",

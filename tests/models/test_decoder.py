@@ -141,6 +141,18 @@ def test_a_yarn_whose_pairs_all_turn_slowly_or_all_fast_is_no_mixture(context: i
     assert found[1:] == halves[1:]  # the first pair keeps its frequency where the ramp begins at it
 
 
+def test_heads_that_are_rotated_in_part_are_multiplied_there() -> None:
+    spec = SHAPES["tiny-phi4"]
+    ops = build(spec).ops
+    assert {op.magnitude for op in ops if isinstance(op, Rope)} == {1.1875}
+    assert {op.scale for op in ops if isinstance(op, Attention)} == {1 / math.sqrt(32)}
+    part = msgspec.structs.replace(SHAPES["tiny-yarn"], rope_dims=24)
+    assert [op.magnitude for op in build(part).ops if isinstance(op, Rope)] == pytest.approx([1 + math.log(4) / 10] * 4)
+    whole = build(SHAPES["tiny-longrope"]).ops
+    assert {op.magnitude for op in whole if isinstance(op, Rope)} == {1.0}
+    assert {op.scale for op in whole if isinstance(op, Attention)} == {1 / math.sqrt(32) * 1.125**2}
+
+
 def test_yarn_multiplies_scores_by_the_square_of_its_magnitude() -> None:
     def scales(spec: Spec) -> list[float]:
         return [op.scale for op in build(spec).ops if isinstance(op, Attention)]

@@ -161,7 +161,6 @@ def test_llama_3_frequencies_come_with_the_spec() -> None:
         ({"rope.scaling.type": "yarn", "rope.scaling.yarn_attn_factor": 1.2}, "yarn_attn_factor"),
         ({"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor"),
         ({"rope.scaling.type": "yarn", "rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier"),
-        ({"rope.scaling.type": "yarn", "rope.dimension_count": 16}, "16 of 32"),
         ({"rope.scaling.attn_factor": 1.2}, "attn_factor"),
         ({"rope.scaling.type": "longrope"}, "longrope"),
         ({"expert_weights_scale": 2.0}, "expert_weights_scale"),
@@ -375,9 +374,8 @@ def test_longrope_s_long_set_is_for_files_whose_context_was_extended() -> None:
     [
         ({"rope.scaling.type": "yarn"}, UnsupportedModel, "LongRoPE beside RoPE scaling by 1 of type 'yarn'"),
         ({"rope.scaling.factor": 32.0}, UnsupportedModel, "LongRoPE beside RoPE scaling by 32"),
-        ({"rope.dimension_count": 24}, UnsupportedModel, "24 of 32"),
+        ({"rope.dimension_count": 24}, MalformedFile, "16 RoPE divisors for 12 pairs"),
         ({"rope.scaling.attn_factor": None}, MalformedFile, "attn_factor"),
-        ({"rope.dimension_count": 24, "rope.scaling.attn_factor": 1.0}, MalformedFile, "divisors"),
     ],
 )
 def test_longrope_that_cannot_be_is_refused(keys: dict[str, object], error: type[Exception], words: str) -> None:

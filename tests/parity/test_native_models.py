@@ -40,6 +40,7 @@ MIXED = [
     ("tiny-phi3", "Q4_0"),
     ("tiny-phi3", "F32"),
     ("tiny-longrope", "Q8_0"),
+    ("tiny-phi4", "Q4_0"),
     ("tiny-qwen3moe", "Q4_0"),
     ("tiny-qwen3moe", "Q4_K_M"),
     ("tiny-qwen3moe", "F32"),

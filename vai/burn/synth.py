@@ -184,6 +184,25 @@ SHAPES: Mapping[str, Spec] = {
         rope_magnitude=1.125,
         rope_divisors=tuple(1 + i / 4 for i in range(16)),
     ),
+    # As Phi 4 mini: LongRoPE that rotates, and multiplies, a part of each head; the embedding projects.
+    "tiny-phi4": Spec(
+        architecture="phi3",
+        pairing="neox",
+        layers=2,
+        width=192,
+        ffn=352,
+        heads=6,
+        kv_heads=2,
+        head_dim=32,
+        vocabulary=523,
+        context=4096,
+        norm_epsilon=0.25,
+        rope_base=10_000.0,
+        rope_dims=24,
+        rope_magnitude=1.1875,
+        rope_divisors=tuple(1 + i / 4 for i in range(12)),
+        tied=True,
+    ),
     # Experts whose number is no power of two, and columns for every block type.
     "tiny-qwen3moe": Spec(
         architecture="qwen3moe",

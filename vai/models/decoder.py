@@ -77,7 +77,7 @@ def _frequencies(spec: Spec) -> tuple[float, ...]:
 
 
 def _magnitude(spec: Spec) -> float:
-    """What queries and keys are multiplied by as they are rotated, all of their elements: scores get its square.
+    """What the elements of queries and keys that are rotated are multiplied by. Where all are, scores get its square.
 
     YaRN's is 1 + 0.1 ln(factor), which sharpens attention over a longer context.
     """
@@ -102,6 +102,8 @@ def _block(spec: Spec, layer: int, x: str, frequencies: tuple[float, ...], place
     b = f"blk.{layer}."
     bias = {name: f"{b}attn_{name}.bias" if spec.qkv_bias else None for name in "qkv"}
     q, k = b + "q", b + "k"
+    magnitude = _magnitude(spec)
+    rotated, scored = (1.0, magnitude**2) if spec.rope_dims == spec.head_dim else (magnitude, 1.0)
     normed: list[Op] = []
     if spec.qk_norm:
         normed = [
@@ -115,8 +117,8 @@ def _block(spec: Spec, layer: int, x: str, frequencies: tuple[float, ...], place
         Linear(b + "k", b + "attn_norm", b + "attn_k.weight", bias=bias["k"]),
         Linear(b + "v", b + "attn_norm", b + "attn_v.weight", bias=bias["v"]),
         *normed,
-        Rope(b + "q.rope", q, spec.heads, spec.head_dim, spec.pairing, frequencies),
-        Rope(b + "k.rope", k, spec.kv_heads, spec.head_dim, spec.pairing, frequencies),
+        Rope(b + "q.rope", q, spec.heads, spec.head_dim, spec.pairing, frequencies, rotated),
+        Rope(b + "k.rope", k, spec.kv_heads, spec.head_dim, spec.pairing, frequencies, rotated),
         KvWrite(b + "k.rope", b + "v", group=place[0], layer=place[1]),
         Attention(
             b + "attention",
@@ -126,7 +128,7 @@ def _block(spec: Spec, layer: int, x: str, frequencies: tuple[float, ...], place
             heads=spec.heads,
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
-            scale=(spec.attention_scale or 1.0 / math.sqrt(spec.head_dim)) * _magnitude(spec) ** 2,
+            scale=(spec.attention_scale or 1.0 / math.sqrt(spec.head_dim)) * scored,
             window=spec.window if spec.has_window(layer) else 0,
             softcap=spec.attention_softcap,
         ),

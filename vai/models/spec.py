@@ -66,8 +66,8 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     context: longest sequence in tokens. rope_dims: leading elements of a head that RoPE rotates. rope_factor: positions
     are divided by it ("linear"; "yarn": for pairs that turn slowly); 1 for "none". rope_original_context,
     rope_beta_fast, rope_beta_slow: YaRN's context before it was extended, and how often a pair turns within it that
-    keeps its frequency, or has it divided (see decoder.yarn_frequencies). rope_magnitude: what queries
-    and keys are multiplied by, besides what YaRN says. rope_divisors: one for each rotated pair, or empty.
+    keeps its frequency, or has it divided (see decoder.yarn_frequencies). rope_magnitude: what is
+    rotated of queries and keys is multiplied by it, besides what YaRN says. rope_divisors: one for each pair, or empty.
     tied: the output projection is the token embedding. qk_norm: each query and key head is normalized before RoPE.
     window: tokens that a row sees, its own the last, in all layers but each `full_every`-th; 0: no layer has a window;
     full_every 0: all have. local_rope_base: RoPE's base in layers with a window, unscaled; 0: as in the others.
@@ -130,8 +130,6 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             raise ValueError("YaRN has no divisors beside its own")
         if (self.rope_scaling == "yarn") != (self.rope_original_context > 0):
             raise ValueError("YaRN, and it alone, needs the context that it extends")
-        if (self.rope_scaling == "yarn" or self.rope_magnitude != 1.0) and self.rope_dims != self.head_dim:
-            raise ValueError("heads that are rotated in part cannot be multiplied as a whole")
         if self.rope_beta_slow >= self.rope_beta_fast:
             raise ValueError(f"turning {self.rope_beta_fast:g} times is not faster than {self.rope_beta_slow:g} times")
         if self.rope_divisors and len(self.rope_divisors) != self.rope_dims // 2:
@@ -196,12 +194,6 @@ def spec_from_gguf(
         raise UnsupportedModel("Keys and values of different lengths (attention.value_length) are not supported.")
     context = keys.integer("context_length", 1, MAX_CONTEXT)
     rope_dims = keys.integer("rope.dimension_count", 2, MAX_HEAD_DIM, default=head_dim)
-    rope = _rope_scaling(keys, family, context, divisors)
-    if rope_dims < head_dim and (rope.get("rope_scaling") == "yarn" or rope.get("rope_magnitude", 1.0) != 1.0):
-        raise UnsupportedModel(
-            f"RoPE over {rope_dims} of {head_dim} elements (rope.dimension_count) that also multiplies them "
-            "(rope.scaling: YaRN, attn_factor) is not supported."
-        )
     spec_fields = {
         "architecture": architecture,
         "pairing": family.pairing,
@@ -216,7 +208,7 @@ def spec_from_gguf(
         "norm_epsilon": keys.number("attention.layer_norm_rms_epsilon", 1.0),
         "rope_base": keys.number("rope.freq_base", MAX_ROPE_BASE, default=10_000.0),
         "rope_dims": rope_dims,
-        **rope,
+        **_rope_scaling(keys, family, context, divisors),
         "rope_divisors": _rope_divisors(family, divisors, tensors, rope_divisors),
         "tied": "output.weight" not in tensors,
         "qkv_bias": _qkv_bias(family, tensors),
