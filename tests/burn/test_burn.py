@@ -299,6 +299,46 @@ def test_experts_that_are_not_one_matrix_each_are_named(tmp_path: Path, root: Pa
             burn(changed.write(tmp_path / "a.gguf"), root)
 
 
+@pytest.fixture
+def apart(tmp_path: Path) -> tuple[Path, Checkpoint]:
+    """A Mixtral file as they are made, and one as they were: a tensor for each expert, in an order of its own."""
+    synthesize(tmp_path / "whole.gguf", shape="tiny-mixtral", type="Q4_0")
+    file = Checkpoint.read(tmp_path / "whole.gguf")
+    for name in [name for name in file.tensors if "_exps." in name]:
+        kind, (experts, rows, columns), data = file.tensors.pop(name)
+        size = len(data) // experts
+        for expert in reversed(range(experts)):
+            piece = data[expert * size : (expert + 1) * size]
+            file.tensors[name.replace("_exps.", f".{expert}.")] = (kind, (rows, columns), piece)
+    return tmp_path / "whole.gguf", file
+
+
+def test_experts_in_tensors_of_their_own_give_the_same_weights(
+    apart: tuple[Path, Checkpoint], tmp_path: Path, root: Path
+) -> None:
+    whole, file = apart
+    digests = [burn(path, root).digest for path in (whole, file.write(tmp_path / "apart.gguf"))]
+    with segment.attach(root, digests[0]) as one, segment.attach(root, digests[1]) as other:
+        assert one.weights == other.weights  # a hash of tensors, their bytes and the spec
+
+
+def test_what_is_wrong_with_one_of_the_experts_is_named(
+    apart: tuple[Path, Checkpoint], tmp_path: Path, root: Path
+) -> None:
+    _, file = apart
+    kind, (rows, columns), data = file.tensors["blk.1.ffn_up.4.weight"]
+    file.tensors["blk.1.ffn_up.4.weight"] = (kind, (rows // 2, columns), data[: len(data) // 2])
+    with pytest.raises(MalformedFile, match=r"blk\.1\.ffn_up\.4\.weight is missing or is no matrix of 224 x 192"):
+        burn(file.write(tmp_path / "a.gguf"), root)
+    file.tensors["blk.1.ffn_up.4.weight"] = (kind, (rows, columns), data)
+    file.convert("blk.1.ffn_up.4.weight", "Q8_0")
+    with pytest.raises(UnsupportedModel, match=r"blk\.1\.ffn_up\.4\.weight is Q8_0 and .* Convert"):
+        burn(file.write(tmp_path / "a.gguf"), root)
+    del file.tensors["blk.1.ffn_up.4.weight"]
+    with pytest.raises(MalformedFile, match=r"blk\.1\.ffn_up\.4\.weight is missing"):
+        burn(file.write(tmp_path / "a.gguf"), root)
+
+
 def test_a_quantized_vector_is_named(changed: Checkpoint, tmp_path: Path, root: Path) -> None:
     changed.convert("output_norm.weight", "Q8_0")
     with pytest.raises(UnsupportedModel, match=r"output_norm\.weight has the type Q8_0"):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from vai.burn import _pack
 from vai.burn.gguf import GgufFile, GgufTensor
 from vai.errors import CorruptImage, MalformedFile, UnsupportedModel
-from vai.models.spec import Spec, expected_tensors, file_tensors
+from vai.models.spec import Spec, expected_tensors, expert_tensors, file_tensors
 from vai.rom.image import BLOCK_ROWS, VECTOR, Part, StoredTensor, place, tensor_bytes
 
 VECTOR_TYPES = ("F32", "F16", "BF16")
@@ -46,8 +46,11 @@ class Source(NamedTuple):
         return slice(self.first * row, (self.first + self.rows) * row)
 
 
+Sources = tuple[Source, ...]  # of one tensor of the model: its rows in order, of one type
+
+
 class StoredPart(NamedTuple):
-    """A part of a stored tensor, and the checkpoint's rows that it holds."""
+    """A part of a stored tensor, or a piece of one, and the checkpoint's rows that it holds."""
 
     part: Part
     source: Source
@@ -84,35 +87,49 @@ def plan_image(gguf: GgufFile, spec: Spec) -> ImagePlan:
     """Which tensors the image of this checkpoint has, and where. `spec` is that of `gguf`: its tensors are all there.
 
     The matrices of a layer's experts become one, each below the one before. Raises UnsupportedModel for a vector of a
-    quantized type, MalformedFile for a tensor with another number of dimensions or of experts than it should have.
+    quantized type and for experts of different types, MalformedFile for a tensor with another number of dimensions or
+    of experts than it should have.
     """
     sources = _sources(gguf, spec)
     groups = _fused(sources)
     shapes = [_shape(sources, names, interleaved, spec.experts) for _, names, interleaved in groups]
-    sizes = [tensor_bytes(type_, rows, columns) for type_, rows, columns, _ in shapes]
+    sizes = [tensor_bytes(type_, rows, columns) for type_, rows, columns, _, _ in shapes]
     offsets, data_bytes = place(sizes)
     tensors = tuple(
-        Planned(StoredTensor(name, type_, rows, columns, offset, size, tuple(p.part for p in parts)), parts)
-        for (name, _, _), (type_, rows, columns, parts), offset, size in zip(
+        Planned(StoredTensor(name, type_, rows, columns, offset, size, parts), pieces)
+        for (name, _, _), (type_, rows, columns, parts, pieces), offset, size in zip(
             groups, shapes, offsets, sizes, strict=True
         )
     )
     return ImagePlan(tensors, data_bytes)
 
 
-def _sources(gguf: GgufFile, spec: Spec) -> dict[str, Source]:
+def _sources(gguf: GgufFile, spec: Spec) -> dict[str, Sources]:
     """Where the checkpoint has each tensor of the model, in canonical order."""
-    expected, sources = expected_tensors(spec), {}
+    expected, sources = expected_tensors(spec), dict[str, Sources]()
     for name, parts in file_tensors(spec).items():
+        if name not in gguf.tensors:
+            sources[name] = _each_expert([gguf.tensors[piece] for piece in expert_tensors(name, spec.experts)])
+            continue
         tensor, first = gguf.tensors[name], 0
         for part in parts:
             rows = expected[part][0] if len(parts) > 1 else tensor.shape[_is_vector(tensor)]
-            sources[part] = Source(tensor, first, rows)
+            sources[part] = (Source(tensor, first, rows),)
             first += rows
     return sources
 
 
-def _fused(sources: Mapping[str, Source]) -> list[tuple[str, tuple[str, ...], bool]]:
+def _each_expert(tensors: Sequence[GgufTensor]) -> Sources:
+    for tensor in tensors:
+        if tensor.type != tensors[0].type:
+            raise UnsupportedModel(
+                f"The tensor {tensor.name} is {tensor.type} and {tensors[0].name} is {tensors[0].type}; experts of one "
+                "layer must have one type. Convert the original checkpoint again: that makes one tensor of them."
+            )
+    return tuple(Source(tensor, 0, tensor.shape[0]) for tensor in tensors)
+
+
+def _fused(sources: Mapping[str, Sources]) -> list[tuple[str, tuple[str, ...], bool]]:
     """(stored name, logical names, interleaved) in canonical order; a fusion stands where its first member would."""
     groups: dict[str, tuple[str, tuple[str, ...], bool]] = {}
     for name in sources:
@@ -124,25 +141,26 @@ def _fused(sources: Mapping[str, Source]) -> list[tuple[str, tuple[str, ...], bo
     return list(groups.values())
 
 
-def _fusion(sources: Mapping[str, Source], name: str) -> tuple[str, tuple[str, ...], bool] | None:
+def _fusion(sources: Mapping[str, Sources], name: str) -> tuple[str, tuple[str, ...], bool] | None:
     """The fusion `name` is part of. Biases follow their matrices."""
     match = _MEMBER.fullmatch(name)
     if match is None:
         return None
     block, member, kind = match.groups()
     for fused, (members, interleaved) in _FUSIONS.items():
-        if member in members and len({sources[f"{block}{m}.weight"].tensor.type for m in members}) == 1:
+        if member in members and len({sources[f"{block}{m}.weight"][0].tensor.type for m in members}) == 1:
             return f"{block}{fused}.{kind}", tuple(f"{block}{m}.{kind}" for m in members), interleaved
     return None
 
 
 def _shape(
-    sources: Mapping[str, Source], names: Sequence[str], interleaved: bool, experts: int
-) -> tuple[str, int, int, tuple[StoredPart, ...]]:
-    """(stored type, stored rows, columns, parts) of the logical tensors stored together."""
-    tensors = [sources[name].tensor for name in names]
+    sources: Mapping[str, Sources], names: Sequence[str], interleaved: bool, experts: int
+) -> tuple[str, int, int, tuple[Part, ...], tuple[StoredPart, ...]]:
+    """(stored type, stored rows, columns, parts, pieces of parts) of the logical tensors stored together."""
+    tensors = [sources[name][0].tensor for name in names]
     vector = _is_vector(tensors[0])
-    parts: list[StoredPart] = []
+    parts: list[Part] = []
+    pieces: list[StoredPart] = []
     block = 0
     for index, (name, source) in enumerate(zip(names, tensors, strict=True)):
         if _EXPERTS.fullmatch(source.name):
@@ -155,11 +173,14 @@ def _shape(
                 f"The vector {source.name} has the type {source.type}; VAI takes {', '.join(VECTOR_TYPES)} for vectors."
             )
         first, step = (index, len(names)) if interleaved else (block, 1)
-        part = Part(name, sources[name].rows, first, step)
-        parts.append(StoredPart(part, sources[name]))
+        part = Part(name, sum(piece.rows for piece in sources[name]), first, step)
+        parts.append(part)
         block += part.blocks
+        for piece in sources[name]:  # all but the last are whole blocks
+            pieces.append(StoredPart(Part(name, piece.rows, first, step), piece))
+            first += pieces[-1].part.blocks * step
     columns = 1 if vector else tensors[0].shape[1]
-    return VECTOR if vector else tensors[0].type, block * BLOCK_ROWS, columns, tuple(parts)
+    return VECTOR if vector else tensors[0].type, block * BLOCK_ROWS, columns, tuple(parts), tuple(pieces)
 
 
 def _is_vector(source: GgufTensor) -> bool:

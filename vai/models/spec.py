@@ -291,6 +291,26 @@ def file_tensors(spec: Spec) -> dict[str, tuple[str, ...]]:
     return tensors
 
 
+def expert_tensors(name: str, experts: int) -> tuple[str, ...]:
+    """What files of before April 2024 have in place of the tensor `name` of all experts: one for each."""
+    return tuple(name.replace("_exps.", f".{expert}.") for expert in range(experts))
+
+
+def _stacked(spec: Spec, tensors: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[int, int]]:
+    """The tensors of a file, with those of each expert replaced by what they make together."""
+    found = dict(tensors)
+    for name, (rows, columns) in expected_tensors(spec).items():
+        pieces = expert_tensors(name, spec.experts) if "_exps." in name and name not in tensors else ()
+        if not any(piece in tensors for piece in pieces):
+            continue
+        for piece in pieces:
+            shape = rows // spec.experts, columns
+            if found.pop(piece, None) != shape:
+                raise MalformedFile(f"The tensor {piece} is missing or is no matrix of {shape[0]} x {shape[1]}.")
+        found[name] = rows, columns
+    return found
+
+
 def _feed_forward(spec: Spec) -> dict[str, tuple[int, int]]:
     """The matrices of one layer's feed-forward part; those of experts stand one below the other."""
     inner, outer = (spec.ffn, spec.width), (spec.width, spec.ffn)
@@ -534,7 +554,7 @@ def _qkv_bias(family: Family, tensors: Mapping[str, tuple[int, int]]) -> bool:
 
 
 def _check_tensors(spec: Spec, tensors: Mapping[str, tuple[int, int]]) -> None:
-    expected, file = expected_tensors(spec), file_tensors(spec)
+    expected, file, tensors = expected_tensors(spec), file_tensors(spec), _stacked(spec, tensors)
     divisors = {LONG_DIVISORS, SHORT_DIVISORS} if FAMILIES[spec.architecture].longrope else {ROPE_DIVISORS}
     for name, parts in file.items():
         rows, columns = sum(expected[part][0] for part in parts), expected[parts[0]][1]
