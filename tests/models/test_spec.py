@@ -331,14 +331,23 @@ def test_experts_of_a_family_that_has_none_are_refused_by_name() -> None:
 
 def test_a_shared_expert_that_cannot_be_is_refused() -> None:
     spec = SHAPES["tiny-qwen2moe"]
+    unsaid = dict.fromkeys(("expert_shared_feed_forward_length", "feed_forward_length"))
     with pytest.raises(MalformedFile, match="expert_shared_feed_forward_length"):
-        spec_from_gguf(metadata(spec, keys={"expert_shared_feed_forward_length": None}), shapes(spec))
+        spec_from_gguf(metadata(spec, keys=unsaid), shapes(spec))
     with pytest.raises(MalformedFile, match="ffn_gate_shexp"):
         spec_from_gguf(metadata(spec, keys={"expert_shared_feed_forward_length": 320}), shapes(spec))
     with pytest.raises(UnsupportedModel, match="expert_weights_scale"):
         spec_from_gguf(metadata(spec, keys={"expert_weights_scale": 2.0}), shapes(spec))
     with pytest.raises(ValueError, match="models with experts"):
         msgspec.structs.replace(TINY, shared_ffn=64)
+
+
+def test_experts_are_together_as_wide_as_a_plain_layer_where_a_file_of_qwen2moe_does_not_say_it() -> None:
+    spec = msgspec.structs.replace(SHAPES["tiny-qwen2moe"], ffn=64, shared_ffn=256)
+    unsaid = dict.fromkeys(("expert_feed_forward_length", "expert_shared_feed_forward_length"))
+    assert spec_from_gguf(metadata(spec, keys=unsaid | {"feed_forward_length": 256}), shapes(spec)) == spec
+    with pytest.raises(MalformedFile, match="expert_feed_forward_length"):
+        spec_from_gguf(metadata(spec, keys=unsaid | {"feed_forward_length": 3}), shapes(spec))
 
 
 def test_the_fused_matrices_of_phi_are_what_its_file_has() -> None:

@@ -199,7 +199,7 @@ def spec_from_gguf(
         "pairing": family.pairing,
         "layers": layers,
         "width": width,
-        "ffn": keys.integer(_ffn_key(family), 1, MAX_FFN, per_layer=layers),
+        **_widths(keys, family, layers),
         "heads": heads,
         "kv_heads": keys.integer("attention.head_count_kv", 1, MAX_HEADS, default=heads, per_layer=layers),
         "head_dim": head_dim,
@@ -506,8 +506,23 @@ def _has_experts(keys: _Keys, family: Family) -> bool:
     return family.experts == "required" or (family.experts == "optional" and keys.get("expert_count") not in (None, 0))
 
 
-def _ffn_key(family: Family) -> str:
-    return "expert_feed_forward_length" if family.experts == "required" else "feed_forward_length"
+def _widths(keys: _Keys, family: Family, layers: int) -> dict[str, object]:
+    """Of a plain feed-forward layer or of each expert, and of the shared one.
+
+    Files of Qwen 1.5 MoE's time may not say it: then the experts that a token uses are together as wide as a plain
+    layer is said to be, and the shared one is, too.
+    """
+    plain = None
+    if family.experts != "required" or (family.shared_expert and keys.get("feed_forward_length") is not None):
+        plain = keys.integer("feed_forward_length", 1, MAX_FFN, per_layer=layers)
+    if family.experts != "required":
+        return {"ffn": plain}
+    default = plain and plain // keys.integer("expert_used_count", 1, MAX_EXPERTS)
+    ffn = keys.integer("expert_feed_forward_length", 1, MAX_FFN, default=default, per_layer=layers)
+    widths: dict[str, object] = {"ffn": ffn}
+    if family.shared_expert:
+        widths["shared_ffn"] = keys.integer("expert_shared_feed_forward_length", 1, MAX_FFN, default=plain)
+    return widths
 
 
 def _experts(keys: _Keys, family: Family) -> dict[str, object]:
@@ -518,7 +533,6 @@ def _experts(keys: _Keys, family: Family) -> dict[str, object]:
         "experts_used": keys.integer("expert_used_count", 1, MAX_EXPERTS),
         "renormalize": family.renormalize,
         "expert_scale": keys.number("expert_weights_scale", MAX_EXPERT_SCALE, default=1.0),
-        "shared_ffn": keys.integer("expert_shared_feed_forward_length", 1, MAX_FFN) if family.shared_expert else 0,
     }
 
 
