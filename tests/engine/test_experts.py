@@ -23,7 +23,7 @@ Make = Callable[..., Engine]
 Answer = tuple[list[int], list[TokenLogprob]]
 
 MADE, RIVALS = 16, 3
-MODELS = [("tiny-qwen3moe", "Q8_0"), ("tiny-mixtral", "Q4_0"), ("tiny-qwen2moe", "Q8_0")]
+MODELS = [("tiny-qwen3moe", "Q8_0"), ("tiny-qwen2moe", "Q4_0")]
 PROMPTS = [[(61 * i * i + 17 * i + seed) % 500 for i in range(length)] for seed, length in ((7, 70), (3, 20), (1, 1))]
 
 

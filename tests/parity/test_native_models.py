@@ -40,13 +40,10 @@ MIXED = [
     ("tiny-phi3", "Q4_0"),
     ("tiny-phi3", "F32"),
     ("tiny-longrope", "Q8_0"),
-    ("tiny-phi4", "Q4_0"),
     ("tiny-qwen3moe", "Q4_0"),
     ("tiny-qwen3moe", "Q4_K_M"),
     ("tiny-qwen3moe", "F32"),
-    ("tiny-mixtral", "Q8_0"),
     ("tiny-qwen2moe", "Q4_0"),
-    ("tiny-qwen2moe", "F32"),
 ]
 TOKENS = 128  # of room for each sequence
 

@@ -52,6 +52,7 @@ MODELS = (
     "tiny-mixtral",
     "tiny-qwen2moe",
 )
+ALIKE = ("tiny-mixtral", "tiny-qwen2moe", "tiny-phi4")  # what they quantize is what others do
 DRAWS = 16
 QUANTIZED = [("F32", "bf16"), ("F32", "q8_0"), ("Q8_0", "f32"), ("Q8_0", "bf16"), ("Q4_0", "bf16"), ("Q4_0", "q8_0")]
 
@@ -273,7 +274,10 @@ def test_the_ideal_decoder_is_that_of_transformers(shape: str, type: str, checkp
     assert math.sqrt(nmse(logits[oracle["rows"]], oracle["logits"].astype(np.float64))) < rounding_tolerance(spec)
 
 
-@pytest.mark.parametrize(("shape", "type", "kv_type"), [(s, *kinds) for s in MODELS for kinds in QUANTIZED])
+@pytest.mark.parametrize(
+    ("shape", "type", "kv_type"),
+    [(s, *kinds) for s in MODELS for kinds in QUANTIZED if s not in ALIKE or kinds == ("Q8_0", "bf16")],
+)
 def test_quantized_arithmetic_errs_as_its_rounding_steps_allow(
     shape: str, type: str, kv_type: str, burned: Burned, checkpoint: Checkpoint
 ) -> None:
