@@ -49,7 +49,7 @@ class Shape:
 
 
 SHAPES: Mapping[str, Shape] = {
-    "mini": Shape(layers=6, width=384, ffn=1024, heads=6, kv_heads=2, head_dim=64),
+    "mini": Shape(layers=4, width=384, ffn=1024, heads=6, kv_heads=2, head_dim=64),
     "nano": Shape(layers=4, width=128, ffn=384, heads=4, kv_heads=2, head_dim=32),
     # For tests.
     "micro": Shape(layers=2, width=64, ffn=160, heads=4, kv_heads=2, head_dim=16),

@@ -83,6 +83,21 @@ def test_a_content_is_in_the_corpus_once(tmp_path: Path) -> None:
     assert [d.name for d in corpus.documents([corpus.Source("x", "1", "MIT", files)])] == ["x/a.py"]
 
 
+def test_tests_of_a_project_are_no_text_to_learn_from(tmp_path: Path) -> None:
+    for name in ("a.py", "tests/b.py", "contest/c.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"print({name!r})\n")
+    files = ((f"x/{path.relative_to(tmp_path).as_posix()}", path) for path in tmp_path.rglob("*.py"))
+    assert [name for name, _ in corpus._eligible(files)] == ["x/a.py", "x/contest/c.py"]
+
+
+def test_a_prompt_that_ends_with_its_line_is_cut_as_the_text_is(text: Path) -> None:
+    learned = Tokenizer.from_file(str(text / "tokenizer.json"))
+    whole = learned.encode("def main():\n    return 0\n").tokens
+    line = learned.encode("def main():\n").tokens
+    assert whole[: len(line)] == line
+
+
 def test_training_lowers_the_loss(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 20
@@ -90,7 +105,7 @@ def test_training_lowers_the_loss(trained: Path) -> None:
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(text: Path, recipe: Recipe, tmp_path: Path) -> None:
-    student = replace(recipe, teacher_weight=0.5)
+    student = replace(recipe, steps=8, teacher_weight=0.5)
     ends = []
     for name, stops in (("through", ()), ("stopped", (7, 16))):
         for until in (*stops, None):
@@ -99,6 +114,18 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(text: Path, recipe: Rec
     for through, stopped in zip(*ends, strict=True):
         for name, parameter in through.named_parameters():
             assert torch.equal(parameter, dict(stopped.named_parameters())[name]), name
+
+
+def test_a_student_with_fewer_steps_learns_in_the_last_ones(text: Path, recipe: Recipe, tmp_path: Path) -> None:
+    student = replace(recipe, steps=8, teacher_weight=0.5)
+    train(text, tmp_path, recipe, student=student, until=12, save_every=100, compiled=False)
+    with np.load(tmp_path / "student.npz") as before:
+        assert before["step"] == 0
+    train(text, tmp_path, recipe, student=student, save_every=100, compiled=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {line["step"]: "student" in line for line in lines} == {10: False, 12: False, 20: True}
+    with np.load(tmp_path / "student.npz") as after:
+        assert after["step"] == 8
 
 
 @pytest.mark.filterwarnings("default")  # torch's compiler warns itself

@@ -17,8 +17,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from train.corpus import SPLITS, read
 from vai.text.pretokenizers import PRETOKENIZERS
 
-# A pre-tokenizer that readers of GGUF know by name: GPT-2's, each digit alone.
-PRE = "smollm"
+# A pre-tokenizer that readers of GGUF know by name: Qwen 2's without its NFC. A line break ends a piece and indentation
+# begins the next, so that a prompt that ends with its line is cut as the corpus is.
+PRE = "stablelm2"
 END = "<|endoftext|>"
 SPECIALS = (END,)
 BATCH = 256

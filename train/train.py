@@ -159,11 +159,13 @@ class Learner:
                 for name, parameter in self.model.named_parameters():
                     if id(parameter) in of:
                         kept = {moment: arrays.get(f"{moment}/{name}") for moment in MOMENTS}
-                        optimizer.state[parameter] = {"step": torch.tensor(float(self.step))} | {
+                        moments = {
                             moment: torch.from_numpy(values).to(parameter)
                             for moment, values in kept.items()
                             if values is not None
                         }
+                        if moments:  # before its first step an optimizer has none, and makes them itself
+                            optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
 
 
 def load(path: Path) -> tuple[Decoder, Recipe]:
@@ -211,8 +213,9 @@ def train(
 ) -> Decoder:
     """Train to the recipe's last step, or stop after step `until`; checkpoints are left behind. Returns the model.
 
-    student: of a model that learns from the same batches and from what the first model makes of them. compiled: by
-    torch.compile, which takes a minute or two and makes steps a fifth shorter.
+    student: of a model that learns from the same batches and from what the first model makes of them. Where it has
+    fewer steps they are the last ones, when the first model knows something. compiled: by torch.compile, which takes a
+    minute or two and makes steps a fifth shorter.
     """
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -222,6 +225,7 @@ def train(
     if student is not None:
         learners.append(Learner(student, out / "student.npz", device, bf16=bf16, compiled=compiled))
     first = learners[0].step
+    starts = [recipe.steps - learner.recipe.steps for learner in learners]
     log = out / "log.jsonl"
     _forget_after(log, first)
     last = min(recipe.steps, until or recipe.steps)
@@ -232,8 +236,8 @@ def train(
     for step in range(first, last):
         inputs, targets = (each.to(device) for each in batch_at(step, tokens, recipe))
         logits, entropies = None, []
-        for learner in learners:
-            if learner.step == step:
+        for learner, start in zip(learners, starts, strict=True):
+            if start + learner.step == step:
                 logits, entropy = learner.learn(inputs, targets, logits)
                 entropies.append(entropy)
         done = step + 1
@@ -293,7 +297,10 @@ def main() -> None:
         seed=args.seed,
         teacher_weight=0.0,
     )
-    student = replace(recipe, shape=args.student, teacher_weight=args.teacher_weight) if args.student else None
+    student = None
+    if args.student:
+        steps = args.steps - round(FALL_FROM * args.steps)
+        student = replace(recipe, shape=args.student, steps=steps, teacher_weight=args.teacher_weight)
     train(args.corpus, args.out, recipe, student=student, until=args.until, save_every=args.save_every, compiled=True)
 
 
