@@ -16,7 +16,7 @@ import numpy as np
 from train.train import recipe_of
 from vai.cli.bench.chart import Panel, chart
 
-SMOOTH = 2
+SMOOTH = 4
 
 
 def curves(name: str, log: Path) -> dict[str, list[tuple[int, float]]]:

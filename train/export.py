@@ -25,8 +25,7 @@ TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAMPLING = {"temp": 0.6, "top_p": 0.9, "penalty_repeat": 1.1}
 # The model only goes on with a text: a conversation is its messages, line after line, and roles are not said.
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\n' }}{% endif %}"
-    "{% endfor %}"
+    "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
 )
 
 
@@ -83,10 +82,10 @@ def _write_tokenizer(writer: GgufWriter, path: Path) -> None:
     types = [CONTROL if token in SPECIALS else NORMAL for token in tokens]
     writer.add(key + "token_type", types, ValueType.INT32)
     writer.add(key + "merges", [" ".join(merge) for merge in model["merges"]], ValueType.STRING)
-    # Documents are not begun by a token of their own: what ends one begins the next.
     for role in ("bos", "eos"):
         writer.add(f"{key}{role}_token_id", vocabulary[END], ValueType.UINT32)
-    writer.add(key + "add_bos_token", True, ValueType.BOOL)
+    # A prompt is seldom how a file begins, and what was learned from began anywhere in one.
+    writer.add(key + "add_bos_token", False, ValueType.BOOL)
     writer.add("tokenizer.chat_template", TEMPLATE, ValueType.STRING)
 
 
