@@ -27,7 +27,7 @@ from vai.rom.registry import Name, Registry
 from vai.rom.segment import attach
 
 PAIR = Path(__file__).with_name("pair.json")
-PROMPTS = ("with open(path) as file:\n    for line in", "class Stack:\n    def __init__(self, items):")
+PROMPTS = ("with open(path) as file:\n    for line in", "class Stack:\n    def __init__(self, items):\n")
 COUNT = 32
 ROOM = 96  # tokens of a prompt and what is written behind it
 

@@ -45,18 +45,18 @@ from vai.rom import segment
 from vai.rom.registry import Name
 
 LARGE = ("qwen2-1.5b", "deepseek-coder-6.7b")
-# Beginnings that a model of code can go on with. None ends in a blank: what follows one is a token together with it.
+# Beginnings that a model of code can go on with. They end where a token does: not in a blank, not before a line's end.
 PROMPTS = (
-    "def factorial(n):",
-    "class Stack:\n    def __init__(self, items):",
+    "def factorial(n):\n",
+    "class Stack:\n    def __init__(self, items):\n",
     "for index in range(10):\n    print(",
     "def reverse(items):\n    result = []\n    for item in",
     "import os\nimport",
     "def is_prime(n):\n    if n < 2:\n        return",
     "with open(path) as file:\n    for line in",
     "try:\n    value = int(text)\nexcept",
-    "def test_empty(self):\n        self.assertEqual(",
-    'if __name__ == "__main__":',
+    'def read_file(path):\n    """Read',
+    'if __name__ == "__main__":\n',
 )
 TOKENS = 24
 SHOWN = 100  # characters of a prompt and its answer
