@@ -20,6 +20,7 @@ MAX_SESSION = 256
 MAX_RETAIN = 86400  # seconds
 MAX_PRIORITY = 1 << 31
 MAX_GUESSES = 16  # of one step and request
+MAX_KIND_BYTES = 1 << 16  # a bit for each page of the longest prompt
 
 Session = Annotated[str, Meta(max_length=MAX_SESSION)]
 Retain = Annotated[float, Meta(ge=0, le=MAX_RETAIN)]
@@ -84,6 +85,9 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     `constrained`: a token is drawn only under the mask that was sent for its place (engine/port.py); until it is there
     the others go on, and who waits for it too long is ended.
     `priority`: lower goes first, as in vLLM; how much, and for how long, says engine/priority.py.
+    `deterministic`: every page of the prompt is computed in the exact kind, and taken from the prefix cache only if it
+    and all before it were: the answer then depends on weights and tokens and nothing else, not even on what is cached.
+    `page_kinds`: what an engine before this one chose, see Output; None where nothing was chosen yet (engine/kinds.py).
     """
 
     id: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -99,6 +103,8 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     constrained: bool = False
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, lt=MAX_PRIORITY)] = 0
     speculate: Speculate = Speculate()
+    deterministic: bool = False
+    page_kinds: Annotated[bytes, Meta(max_length=MAX_KIND_BYTES)] | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -124,8 +130,9 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one step brought for one request. The last one has `finish`: "stop", "length", "abort" or "error".
 
     `seed`, `cached_tokens` and `fingerprint` (engine/fingerprint.py) come with or before the first token; `timing` with
-    it and, complete, with the last. `guessed` tokens were verified in this step, of which the first `accepted` stood
-    and are among `tokens`. With "error", `error` is (code, sentence) of the VaiError to raise,
+    it and, complete, with the last. So does `page_kinds`: bit i % 8 of byte i // 8 is set where page i of the prompt is
+    of the fast kind; None where none is. `guessed` tokens were verified in this step, of which the first `accepted`
+    stood and are among `tokens`. With "error", `error` is (code, sentence) of the VaiError to raise,
     and `retry_after` says after how many seconds it is worth trying again, where the engine knows.
     """
 
@@ -141,3 +148,4 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     guessed: int = 0
     accepted: int = 0
     retry_after: float | None = None
+    page_kinds: bytes | None = None

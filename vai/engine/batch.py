@@ -31,14 +31,16 @@ class Batch:
 
     `places`: where something is drawn, in row order: behind each last uncomputed token that is among them, and behind
     each guess. `picked_at`: when the scheduler began to pick this step, in seconds of time.perf_counter. `turn`: the
-    digest of the model whose turn it is, which a draft model's steps are part of.
+    digest of the model whose turn it is, which a draft model's steps are part of. `fast`: all rows are of fast pages,
+    and nothing is drawn.
     """
 
-    def __init__(self, entry: Entry, picked_at: float, *, turn: str | None = None) -> None:
+    def __init__(self, entry: Entry, picked_at: float, *, turn: str | None = None, fast: bool = False) -> None:
         self.entry = entry
         self.picked_at = picked_at
         self.turn = entry.digest if turn is None else turn
         self.drafting = turn is not None
+        self.fast = fast
         self.sequences: list[Sequence] = []
         self.counts: list[int] = []
         self.places: list[Place] = []
@@ -100,6 +102,7 @@ class Batch:
             positions if one_row_each else np.array(self._context, np.int32),
             tuple(map(self._block_table, range(len(self.entry.owners)))),
             COUNTING[: self.rows] if len(self.places) == self.rows else np.array(self._output_rows, np.int32),
+            "fast" if self.fast else "exact",
         )
 
     def _block_table(self, group: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from vai.engine import masks
+from vai.engine import kinds, masks
 from vai.engine.batch import Batch
 from vai.engine.port import EngineStatus, ModelStatus, Switches
 from vai.engine.runner import Runner
@@ -110,13 +110,15 @@ class Engine:
 
         Raises ModelNotFound or CorruptImage where its image cannot be attached, BadRequest for values out of bounds,
         token ids that this model does not have or a request id in use, ContextTooLong or NotEnoughRoom for a prompt
-        that can never fit, Overloaded where too many wait.
+        that can never fit, NotSupported where it was begun with fast pages and this engine has none, Overloaded where
+        too many wait.
         """
         _check(request)
         came = self._clock()
         entry = self._bank.select(request.image)
         attach = self._clock() - came
         limit = self._limit(request, entry)
+        kinds.check(request, entry.fast)
         draft = self._draft(request, entry)
         self._arrivals += 1
         self._idle = False

@@ -1,7 +1,8 @@
 """An answer that outlives its engine: what is left to ask the next one for, so that the whole is as if nothing was.
 
 Every row is computed to the same bits whoever computes it, and draws are keyed by (seed, position). So the prompt with
-the tokens that have come, and the seed of the first admission, give exactly the tokens that are missing.
+the tokens that have come, the seed of the first admission and the kinds of its pages, give exactly the tokens that are
+missing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Answer:
         self._request = request
         self._tokens: list[int] = []
         self._seed = request.sampling.seed
+        self._page_kinds = request.page_kinds
         self._admitted = False  # an engine has said what it draws with, and what it had cached
         self._lost = 0
         self._fruitless = 0
@@ -43,6 +45,7 @@ class Answer:
             tokens=[*self._request.tokens, *self._tokens],
             emitted=self._request.emitted + len(self._tokens),
             sampling=replace(self._request.sampling, seed=self._seed),
+            page_kinds=self._page_kinds,
         )
 
     def allow(self, position: int, bits: bytes) -> None:
@@ -62,10 +65,11 @@ class Answer:
             self._tokens += output.tokens
             self._fruitless = 0
         if self._lost:
-            told = {"seed": None, "cached_tokens": 0, "fingerprint": None} if self._admitted else {}
+            told = {"seed": None, "cached_tokens": 0, "fingerprint": None, "page_kinds": None} if self._admitted else {}
             output = replace(output, id=self._request.id, **told)
         if output.seed is not None:
             self._seed, self._admitted = output.seed, True
+            self._page_kinds = output.page_kinds or b""  # all exact, which is a choice too
         return output
 
     def lost(self) -> bool:

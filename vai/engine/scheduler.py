@@ -7,6 +7,9 @@ and prompts fill the rest of the step, most of it in order of rank (age, less a 
 portions.py), as many of their tokens as the model computes in STEP_WHILE_STREAMING (or STEP, where nobody waits for the
 next token): fewer behind a long context than at a beginning (worth.py).
 
+A step is of one kind (kinds.py). Where a model has rows of both, its steps take turns: a fast one, in which prompts get
+on and nobody else, then an exact one with every decoding sequence in it.
+
 Pages come from one pool for all models. A full page goes into the prefix cache, where every request that begins the
 same finds it; when nobody reads it any more it stays until its room is needed. Requests are admitted in order of rank
 across all models, each with room for its whole prompt, or what it needs of that at once (windows.py); the first that
@@ -24,7 +27,7 @@ from collections.abc import Sequence as List
 from functools import partial
 from itertools import groupby
 
-from vai.engine import windows
+from vai.engine import kinds, windows
 from vai.engine.batch import Batch, Place
 from vai.engine.portions import Prompt, portions
 from vai.engine.priority import by_rank, displaced
@@ -67,6 +70,8 @@ class ModelQueue:
         self.tokens = 0  # made since the attach
         self.preemptions = 0  # since the attach
         self.worth = Worth()  # of its prompt rows
+        self.fast_worth = Worth()  # of those in fast steps
+        self.fast_due = entry.fast is not None  # where there are rows of both kinds, it is the turn of the fast ones
         self.patience = Patience()  # for those who find it full
 
     def enter(self, sequence: Sequence) -> None:
@@ -130,6 +135,7 @@ class Scheduler:
                 retry_after=queue.patience.retry_after(now),
             )
         self._by_id[identity] = sequence
+        kinds.fix(sequence, self.cache)
         if sequence.request.cache and sequence.entry.owners:
             name = Name(salt, sequence.request.session)
             sequence.conversation = self.cache.resume(sequence.entry.digest, name, sequence.page_keys())
@@ -290,11 +296,14 @@ class Scheduler:
         queue = self._queues[batch.turn]
         seconds = now - batch.picked_at
         queue.served += seconds
-        self._speculation.note(batch, seconds)
+        if not batch.fast:
+            self._speculation.note(batch, seconds)
         if batch.rows > len(batch.places) and not batch.drafting:  # there are prompts in it
-            queue.worth.note(batch.rows, batch.reads(), seconds)
-            if queue.worth.speed:
-                self.retention.measured(queue.entry.digest, queue.worth.speed)
+            (queue.fast_worth if batch.fast else queue.worth).note(batch.rows, batch.reads(), seconds)
+            # Of a model with fast pages, most that would be computed again are: whoever computes few does so exactly.
+            speed = queue.fast_worth.speed or queue.worth.speed
+            if speed:
+                self.retention.measured(queue.entry.digest, speed)
         queue.passed_over_since = now
         self._turn_used += seconds
         return queue
@@ -307,6 +316,11 @@ class Scheduler:
         batch = Batch(queue.entry, picked_at)
         ready = [each for each in queue.running if len(each.tokens) - each.computed == 1]
         prompting = len(ready) < len(queue.running)
+        if prompting and queue.fast_due:
+            fast = self._fill_fast(queue, picked_at)
+            if fast.rows:
+                return fast
+            ready = [each for each in queue.running if len(each.tokens) - each.computed == 1]
         full = [each for each in ready if each.page_is_full()]
         if prompting:
             full += [each for each in queue.running if each.windows and each.uncomputed > 1 and each.page_is_full()]
@@ -328,28 +342,45 @@ class Scheduler:
                 batch.add(sequence, 1)
         if prompting:
             self._fill_up(queue, batch)
+            if queue.entry.fast is not None:
+                if not batch.rows:
+                    return self._fill_fast(queue, picked_at)
+                queue.fast_due = True
+        return batch
+
+    def _fill_fast(self, queue: ModelQueue, picked_at: float) -> Batch:
+        """The rows of fast pages that prompts have next, up to the budget; perhaps none."""
+        batch = Batch(queue.entry, picked_at, fast=True)
+        for each in [each for each in queue.running if each.windows and each.uncomputed > 1 and each.page_is_full()]:
+            if each.running:
+                self._grow(each)
+        self._fill_up(queue, batch)
+        queue.fast_due = False
         return batch
 
     def _fill_up(self, queue: ModelQueue, batch: Batch) -> None:
-        """Prompts for the rest of a step."""
+        """Prompts for the rest of a step, as far as they are of its kind."""
         most = self._max_rows - batch.rows
-        prompts = self._prompts(queue) if most else []
-        needs = [Prompt(sequence.uncomputed, sequence.priority, sequence.computed) for sequence in prompts]
-        room = self._prompt_work(queue, batch.rows, batch.reads())
-        for sequence, count in zip(prompts, portions(needs, room, most, queue.worth.slope), strict=True):
+        worth = queue.fast_worth if batch.fast else queue.worth
+        prompts = self._prompts(queue, batch.fast) if most else []
+        needs = [Prompt(sequence.rows_ahead()[1], sequence.priority, sequence.computed) for sequence in prompts]
+        room = self._prompt_work(worth, batch.rows, batch.reads())
+        for sequence, count in zip(prompts, portions(needs, room, most, worth.slope), strict=True):
             if sequence.windows:
                 count = min(count, sequence.rows_with_pages())
             if count:
                 batch.add(sequence, count)
 
-    def _prompts(self, queue: ModelQueue) -> list[Sequence]:
-        """Whose prompts a step may go on with, in order of rank."""
+    def _prompts(self, queue: ModelQueue, fast: bool) -> list[Sequence]:
+        """Whose prompts a step of one kind may go on with, in order of rank."""
         prompts: list[Sequence] = []
         coming: set[bytes] = set()  # keys of the pages that they go on with
         for sequence in [sequence for sequence in queue.running if sequence.uncomputed > 1]:
             self._take_up(sequence)  # what somebody computed since it was admitted
             if sequence.windows and sequence.page_is_full():
                 continue  # it comes to its next pages at the beginning of a step
+            if (fast or sequence.kinds) and sequence.rows_ahead()[0] != fast:
+                continue
             key = sequence.next_key
             if key in coming and self._may_take_up(sequence):
                 continue  # prompts that begin the same, as the choices of one request do, are computed once
@@ -360,12 +391,13 @@ class Scheduler:
 
     def _room(self, queue: ModelQueue, ready: List[Sequence]) -> Room:
         """What may join the rows of the decoding sequences in the next step: prompts, and guesses."""
-        prompts = sum(max(0, each.uncomputed - 1) for each in queue.running)
-        rows = min(prompts, int(self._prompt_work(queue, len(ready), 0)), self._max_rows - len(ready))
+        prompting = [each for each in queue.running if not (each.kinds and each.rows_ahead()[0])]
+        prompts = sum(max(0, each.uncomputed - 1) for each in prompting)
+        rows = min(prompts, int(self._prompt_work(queue.worth, len(ready), 0)), self._max_rows - len(ready))
         left = (self._max_rows - len(ready)) // (2 if prompts else 1)
         return Room(rows, min(left, self._max_sequences - len(queue.running)))
 
-    def _prompt_work(self, queue: ModelQueue, decoding: int, reads: int) -> float:
+    def _prompt_work(self, worth: Worth, decoding: int, reads: int) -> float:
         """How much work prompts may add to `decoding` rows, whose contexts have `reads` tokens, in this step.
 
         Never less than those rows are without their contexts, or many streams would leave a first token next to
@@ -373,7 +405,6 @@ class Scheduler:
         """
         streaming = any(each.uncomputed <= 1 for other in self._queues.values() for each in other.running)
         seconds = STEP_WHILE_STREAMING if streaming else STEP
-        worth = queue.worth
         return max(seconds * worth.speed - decoding - worth.slope * reads, SMALLEST_CHUNK, decoding)
 
     # Pages

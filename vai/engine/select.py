@@ -25,7 +25,7 @@ class Entry:
     """One attached model. `owners`: in whose name its cache groups hold pages, in the Program's order.
 
     `weights`: the id that its pages' keys begin with. `fingerprint`: what its answers' bits depend on. `workers`: the
-    threads that draw its tokens; None: the caller's.
+    threads that draw its tokens; None: the caller's. `fast`: what computes its fast pages; None: it has none.
     """
 
     digest: str
@@ -36,6 +36,7 @@ class Entry:
     weights: str
     fingerprint: str = ""
     workers: table.Workers | None = None
+    fast: str | None = None
 
 
 class Bank:

@@ -26,7 +26,8 @@ class Sequence:
     [computed, len(tokens)) is what the next steps compute. A step that computes the last one yields a new token.
     The full pages at its beginning are `shared`: held in the prefix cache, read by anybody, written by nobody.
     After a preemption `computed` is 0 again and nothing else has changed: every row is computed to the same bits, and
-    draws are keyed by (seed, choice, position), so the request continues as if it had never stopped.
+    draws are keyed by (seed, choice, position), so the request continues as if it had never stopped. For that, too,
+    each of its pages is of a kind that never changes.
     """
 
     def __init__(
@@ -60,6 +61,9 @@ class Sequence:
         self.tokens = list(request.tokens)
         self.computed = 0
         self.running = False
+        self.kinds = b""  # of its first pages: 1 where one is fast (kinds.py); fixed before any of its keys is made
+        self.page_kinds: bytes | None = None  # the same, as it is told
+        self.fingerprint = entry.fingerprint
         self.block_table = [array("q") for _ in entry.owners]  # for each cache group, the byte offset of every page
         self.shared: list[CachedPage] = []  # its first pages
         groups = enumerate(entry.program.groups)
@@ -106,10 +110,19 @@ class Sequence:
             return False
         return self.mask is None or not _only(self.mask, self.stop_ids)
 
+    def rows_ahead(self) -> tuple[bool, int]:
+        """Whether the next rows are those of fast pages, and how many come before the first of the other kind."""
+        page = self.computed // PAGE_TOKENS
+        if page >= len(self.kinds):
+            return False, self.uncomputed
+        fast = self.kinds[page] == 1
+        end = self.kinds.find(b"\0" if fast else b"\1", page)
+        return fast, (end if end >= 0 else len(self.kinds)) * PAGE_TOKENS - self.computed
+
     def page_keys(self) -> List[bytes]:
         """The keys of its full pages."""
-        for end in range(len(self._keys) * PAGE_TOKENS, len(self.tokens) + 1, PAGE_TOKENS):
-            self._keys.append(page_key(self._keys[-1], self.tokens[end - PAGE_TOKENS : end]))
+        for page in range(len(self._keys) - 1, len(self.tokens) // PAGE_TOKENS):
+            self._add_key(page)
         return self._keys[1:]
 
     @property
@@ -124,8 +137,13 @@ class Sequence:
         if not self.request.cache or not self.block_table or begin + PAGE_TOKENS > len(self.tokens):
             return None
         if len(self._keys) == len(self.shared) + 1:
-            self._keys.append(page_key(self._keys[-1], self.tokens[begin : begin + PAGE_TOKENS]))
+            self._add_key(len(self.shared))
         return self._keys[len(self.shared) + 1]
+
+    def _add_key(self, page: int) -> None:
+        fast = self.entry.fast if page < len(self.kinds) and self.kinds[page] else None
+        tokens = self.tokens[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]
+        self._keys.append(page_key(self._keys[-1], tokens, fast))
 
     def share(self, page: CachedPage) -> None:
         """Read `page`, which it is a holder of, as the first that was not shared yet."""
@@ -181,7 +199,8 @@ class Sequence:
             accepted=min(taken, len(tokens) - 1),
             seed=self.seed if first else None,
             cached_tokens=self.cached_tokens if first else 0,
-            fingerprint=self.entry.fingerprint if first else None,
+            fingerprint=self.fingerprint if first else None,
+            page_kinds=self.page_kinds if first else None,
             timing=self.timing(now) if first or finish else None,
         )
 

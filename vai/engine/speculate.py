@@ -198,6 +198,7 @@ class Ahead(Guesser):
             sampling=SamplingParams(seed=sequence.seed),
             emitted=0,
             speculate=Speculate(),
+            page_kinds=None,  # of the request's own pages: a shadow's are exact
         )
         self.shadow = Sequence(twin, entry, arrival=sequence.arrival, limit=0, now=0.0)
 

@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from hashlib import sha256
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vai.kernels.program import KERNEL_ABI
 from vai.scratchpad.headers import Sealed
@@ -21,7 +22,7 @@ from vai.scratchpad.pages import Owner, PagePool
 from vai.scratchpad.retention import Conversation, Kept, Name, Retention
 
 GONE = -1  # in the place of a page that is behind the window of its cache group
-_EXACT = b"\0"  # the kind of a page computed in the exact kind
+_EXACT, _FAST = b"\0", b"\1"  # the kind of arithmetic that a page was computed in
 
 
 def root_key(weights: str, kv_type: str, salt: str) -> bytes:
@@ -36,9 +37,14 @@ def root_key(weights: str, kv_type: str, salt: str) -> bytes:
     return digest.digest()
 
 
-def page_key(before: bytes, tokens: Sequence[int]) -> bytes:
-    """The key of an exact page that holds `tokens`, after the page (or root) with the key `before`."""
-    return sha256(before + _EXACT + np.array(tokens, "<u4").tobytes()).digest()
+def page_key(before: bytes, tokens: Sequence[int] | NDArray[np.uint32], fast: str | None = None) -> bytes:
+    """The key of a page that holds `tokens`, after the page (or root) with the key `before`.
+
+    `fast`: the implementation of the fast kind that computed it, as different ones may give different bits; None where
+    it is exact.
+    """
+    kind = _EXACT if fast is None else _FAST + fast.encode()
+    return sha256(before + kind + np.array(tokens, "<u4").tobytes()).digest()
 
 
 class CachedPage(Kept):
