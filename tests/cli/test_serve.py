@@ -146,13 +146,15 @@ def test_a_start_that_cannot_work_says_why_and_leaves_nothing(vai: Vai, registry
 def test_serve_in_the_foreground_ends_with_ctrl_c(
     registry: Registry, loaded: str, port: str, environment: dict[str, str]
 ) -> None:
-    argv = [sys.executable, "-m", "vai", "serve", "--port", port, "--kv", "32M", "--threads", "1"]
+    argv = [sys.executable, "-m", "vai", "serve", "--port", port, "--kv", "32M", "--threads", "1", "--deterministic"]
     with subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "server: ready" in line:
                 break
         assert roles.holder(registry.root, "daemon") == process.pid  # exec: no process of ours beside the daemon
+        server = roles.holder(registry.root, "server")
+        assert server is not None and "--deterministic" in roles.arguments(server)
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 0

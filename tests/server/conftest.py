@@ -231,9 +231,9 @@ class _QuickProtocol(Protocol):
 class _Running:
     """A server in a thread of this process."""
 
-    def __init__(self, root: Path, *, api_key: str | None, host: str, quick: bool, daemon_socket: Path | None) -> None:
+    def __init__(self, root: Path, *, quick: bool = False, **how: Any) -> None:
         script = Script()
-        app = build(Frontend(script), Port(script), root=root, daemon_socket=daemon_socket, host=host, api_key=api_key)
+        app = build(Frontend(script), Port(script), root=root, **how)
         listener = socket.create_server(("127.0.0.1", 0))
         config = uvicorn.Config(
             app,
@@ -263,7 +263,7 @@ class _Running:
 @pytest.fixture
 def stoppable(tmp_path: Path) -> Iterator[tuple[Served, Callable[[], None]]]:
     """(a server of its own, what asks it to stop)."""
-    running = _Running(tmp_path, api_key=None, host="127.0.0.1", quick=False, daemon_socket=None)
+    running = _Running(tmp_path, api_key=None, host="127.0.0.1", daemon_socket=None)
     yield running.served, running.ask_to_stop
     running.stop()
 
@@ -287,11 +287,18 @@ def serve(servers: dict[object, _Running], tmp_path_factory: pytest.TempPathFact
         host: str = "127.0.0.1",
         quick: bool = False,
         daemon_socket: Path | None = None,
+        deterministic: bool = False,
     ) -> Served:
-        key = (api_key, host, quick, daemon_socket)
+        key = (api_key, host, quick, daemon_socket, deterministic)
         if key not in servers:
-            root = tmp_path_factory.mktemp("root")
-            servers[key] = _Running(root, api_key=api_key, host=host, quick=quick, daemon_socket=daemon_socket)
+            servers[key] = _Running(
+                tmp_path_factory.mktemp("root"),
+                api_key=api_key,
+                host=host,
+                quick=quick,
+                daemon_socket=daemon_socket,
+                deterministic=deterministic,
+            )
         served = servers[key].served
         until(lambda: served.script.open_streams == 0)
         served.script.reset()

@@ -426,6 +426,8 @@ def test_without_a_daemon_an_absent_model_is_503_saying_what_to_run(
         ({"speculative.type": "ngram-simple", "speculative.n_max": 4}, {"speculate": ("ngram", 4)}),
         ({"speculative.type": "none", "speculative.n_max": 0}, {"speculate": ("off", 0)}),
         ({"speculative.type": "draft"}, {"speculate": ("draft", None)}),
+        ({}, {"deterministic": False}),
+        ({"deterministic": True}, {"deterministic": True}),
         ({}, {"session": "", "retain": None}),
         ({"session_id": "a", "cache_control": {"type": "ephemeral"}}, {"session": "a", "retain": 300}),
         ({"cache_control": {"type": "ephemeral", "ttl": "1h"}}, {"session": "", "retain": 3600}),
@@ -439,6 +441,13 @@ def test_how_a_request_is_to_be_treated_reaches_the_engine(
     assert served.post("/v1/completions", TEXT | asked).status_code == 200
     assert len(served.script.hows) == 2
     assert all(told.items() <= how.items() for how in served.script.hows)
+
+
+def test_requests_that_do_not_say_are_deterministic_where_the_server_says_so(serve: Callable[..., Served]) -> None:
+    served = serve(deterministic=True)
+    for asked in ({}, {"deterministic": None}, {"deterministic": False}):
+        assert served.post("/v1/chat/completions", CHAT | asked).status_code == 200
+    assert [how["deterministic"] for how in served.script.hows] == [True, True, False]
 
 
 def test_pages_are_kept_as_long_as_any_part_of_a_message_asks_for(served: Served) -> None:

@@ -122,6 +122,8 @@ def test_what_is_harmless_or_asks_for_nothing_is_taken() -> None:
         ("cache_salt", 3),
         ("cache_prompt", "no"),
         ("cache_prompt", 0),
+        ("deterministic", "yes"),
+        ("deterministic", 1),
         ("session_id", ""),
         ("session_id", "x" * 257),
         ("cache_control", "ephemeral"),

@@ -31,15 +31,25 @@ _HOPELESS = 4  # restarts of a role while waiting for the first readiness
 )
 @click.option("--kv-type", type=click.Choice(KV_TYPES), help="How keys and values are stored; default bf16. See below.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Compute threads; default one for each core.")
+@click.option("--deterministic", is_flag=True, help="Requests that do not say are deterministic. See below.")
 @click.option("--detach", is_flag=True, help="Return when VAI is ready, and leave it running in the background.")
 def serve(
-    host: str | None, port: int | None, kv: str | None, kv_type: str | None, threads: int | None, detach: bool
+    host: str | None,
+    port: int | None,
+    kv: str | None,
+    kv_type: str | None,
+    threads: int | None,
+    deterministic: bool,
+    detach: bool,
 ) -> None:
     """Start VAI: a daemon that keeps an engine and an OpenAI-compatible HTTP server running.
 
     Models in memory answer at once; models that are named but not in memory are burned again in the background.
     q8_0 keeps nearly twice the tokens of bf16 in the same scratchpad, each element to one part in 254 of the largest of
     its 32; f32 keeps half as many. Pages of one type mean nothing to an engine of another.
+
+    A deterministic answer depends on weights and tokens alone: not on what is cached, nor on the machine. Prompts of
+    others may be computed in the fast kind, where the machine has it (`vai doctor`): sooner, to slightly other numbers.
 
     Ctrl-C (or `vai stop`) ends all processes; the weights stay. If an engine and a server still run without their
     daemon, the new one takes them over without disturbing a request.
@@ -59,14 +69,14 @@ def serve(
         kv_type=kv_type or settings.kv_type,
     )
     roles.refuse_second(settings.root, "daemon")
-    argv, key = _daemon(settings)
+    argv, key = _daemon(settings, deterministic)
     if detach:
         _start(settings, argv, key)
     else:
         os.execv(sys.executable, argv)  # noqa: S606 - our own program, and no shell is wanted
 
 
-def _daemon(settings: Config) -> tuple[list[str], int | None]:
+def _daemon(settings: Config, deterministic: bool) -> tuple[list[str], int | None]:
     """The daemon's command line, and the descriptor of the API key: as an argument, anybody could read it in `ps`."""
     argv = [sys.executable, "-m", "vai.daemon", "--root", str(settings.root), "--names", str(settings.names)]
     argv += ["--logs", str(settings.logs), "--host", settings.host, "--port", str(settings.port)]
@@ -74,6 +84,8 @@ def _daemon(settings: Config) -> tuple[list[str], int | None]:
     if settings.kv_bytes is not None:
         argv += ["--kv-bytes", str(settings.kv_bytes)]
     argv += ["--patience", str(settings.patience)]
+    if deterministic:
+        argv += ["--deterministic"]
     if settings.isa is not None:
         argv += ["--isa", settings.isa]
     if settings.api_key is None:

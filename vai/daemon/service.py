@@ -42,6 +42,7 @@ LONGEST_SOCKET_PATH = 107  # sun_path of unix(7), less its final zero
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the daemon was told. `kv_bytes` None: a share of free memory. `api_key_fd`: where the key is read.
+    `deterministic`: the server's requests are, unless they say otherwise.
 
     Seconds: `patience` that the server's requests wait for an engine that died (0: they end), `watchdog` after which an
     engine that does not answer is killed.
@@ -59,6 +60,7 @@ class Settings:
     api_key_fd: int | None = None
     patience: float = REQUEST_PATIENCE
     watchdog: float = WATCHDOG
+    deterministic: bool = False
 
 
 class Daemon:
@@ -139,6 +141,8 @@ class Daemon:
         argv += ["--host", settings.host, "--port", str(settings.port)]
         argv += ["--engine-socket", str(roles.socket_path(root, "engine"))]
         argv += ["--daemon-socket", str(roles.socket_path(root, "daemon")), "--patience", str(settings.patience)]
+        if settings.deterministic:
+            argv += ["--deterministic"]
         pass_fds: tuple[int, ...] = ()
         if settings.api_key_fd is not None:
             argv += ["--api-key-fd", str(settings.api_key_fd)]

@@ -35,8 +35,8 @@ class LLM:
 
     name: a name, a digest, or its first 8 digits. root, names, threads, kv_bytes, kv_type ("bf16", "f32" or
     "q8_0"), isa: default to the configuration of this process. draft: a smaller resident model with the same tokenizer
-    that guesses tokens ahead; the answers are the same without. One thread uses it at a time; a forked child cannot use
-    it at all. A context manager.
+    that guesses tokens ahead; the answers are the same without. deterministic: what requests are that do not say (see
+    `request.Request`). One thread uses it at a time; a forked child cannot use it at all. A context manager.
     Raises ModelNotFound, Unavailable, NotEnoughRoom, BadRequest for a draft model that cannot be, NotSupported for an
     unknown KV type.
     """
@@ -52,6 +52,7 @@ class LLM:
         kv_type: str | None = None,
         isa: str | None = None,
         draft: str | None = None,
+        deterministic: bool = False,
     ) -> None:
         from vai.engine.engine import Engine
         from vai.scratchpad.pages import map_pool
@@ -59,6 +60,7 @@ class LLM:
         settings = config.load()
         self._root = settings.root if root is None else Path(root)
         self._pid = os.getpid()
+        self._deterministic = deterministic
         self._turn = threading.Lock()
         self._watch = Stopwatch()  # what the next answer has taken before it is asked for
         with ExitStack() as undo, self._watch.loading():
@@ -255,6 +257,7 @@ class LLM:
         grammar = held_to(grammar, reading)
         params = self.sampling() if sampling is None else self._with_end_of_turn(sampling)
         how.setdefault("speculate", self._speculate)
+        how.setdefault("deterministic", self._deterministic)
         requests = [
             self._words.request(
                 self.encode(prompt) if isinstance(prompt, str) else prompt,

@@ -30,6 +30,7 @@ class How(TypedDict, total=False):
     retain: float | None
     priority: int
     speculate: Speculate
+    deterministic: bool
 
 
 @dataclass(frozen=True, slots=True)

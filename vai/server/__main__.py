@@ -44,6 +44,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--patience", type=float, default=10, help="seconds to wait for an engine that is away; 0 gives answers up"
     )
+    parser.add_argument(
+        "--deterministic", action="store_true", help="what requests are that do not say: no pages of the fast kind"
+    )
     parser.add_argument("--daemon-socket", type=Path, help="socket of the daemon, which loads models on demand")
     parser.add_argument("--api-key-fd", type=int, help="inherited descriptor that the API key is read from")
     return parser
@@ -129,6 +132,7 @@ async def serve(args: argparse.Namespace, listener: socket.socket, api_key: str 
             daemon_socket=args.daemon_socket,
             host=args.host,
             api_key=api_key,
+            deterministic=args.deterministic,
         )
         config = uvicorn.Config(
             app,

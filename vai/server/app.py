@@ -43,7 +43,10 @@ COMPLETION_TOKENS = 16  # `max_tokens` of /v1/completions where the client names
 class Routes:
     """All endpoints. One per process, on one event loop."""
 
-    def __init__(self, frontend: Frontend, engine: Engine, root: Path, daemon_socket: Path | None) -> None:
+    def __init__(
+        self, frontend: Frontend, engine: Engine, root: Path, daemon_socket: Path | None, deterministic: bool
+    ) -> None:
+        self._deterministic = deterministic  # what requests are that do not say
         self._frontend = frontend
         self._engine = engine
         self._metrics = Metrics(root, frontend, engine)
@@ -142,7 +145,7 @@ class Routes:
             ids, reading = await model.chat(messages, tools, grammar_of(asked))
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = _sampling(asked, model, asked.max_completion_tokens or asked.max_tokens, logprobs)
-        return await _respond(request, self._metrics, watch, asked, model, [ids], sampling, ChatAnswer, reading=reading)
+        return await self._respond(request, watch, asked, model, [ids], sampling, ChatAnswer, reading=reading)
 
     async def completions(self, request: Request) -> Response | EventStream:
         body, watch = await read_body(request.scope, request.receive), Stopwatch()
@@ -155,7 +158,60 @@ class Routes:
             prompts = [await model.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
         sampling = _sampling(asked, model, asked.max_tokens or COMPLETION_TOKENS, asked.logprobs)
         echo = [text if isinstance(text, str) else model.decode(text) for text in given] if asked.echo else ()
-        return await _respond(request, self._metrics, watch, asked, model, prompts, sampling, TextAnswer, echo)
+        return await self._respond(request, watch, asked, model, prompts, sampling, TextAnswer, echo)
+
+    async def _respond(
+        self,
+        request: Request,
+        watch: Stopwatch,
+        asked: schema.ChatRequest | schema.CompletionRequest,
+        model: Model,
+        prompts: list[list[int]],
+        sampling: SamplingParams,
+        kind: type[Answer],
+        echo: Sequence[str] = (),
+        reading: Reading | None = None,
+    ) -> Response | EventStream:
+        """Generate every choice for every prompt, and carry the answer to the client as it asked for it."""
+        options, grammar, retain = asked.stream_options, grammar_of(asked), schema.retain(asked)
+        answer = kind(
+            model,
+            [len(prompt) for prompt in prompts],
+            n=asked.n or 1,
+            logprobs=sampling.logprobs is not None,
+            usage_chunk=bool(options and options.include_usage),
+            stages=bool(asked.stages),
+            watch=watch,
+            echo=echo,
+        )
+        stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        speculate = model.speculate(schema.SPECULATION[asked.speculative_type], asked.speculative_n_max)
+        deltas = interleave(
+            [
+                self._metrics.watch(answer.name, len(prompt), stream)
+                for prompt in prompts
+                for stream in model.choices(
+                    prompt,
+                    asked.n or 1,
+                    sampling,
+                    stop,
+                    cache=asked.cache_prompt is not False,
+                    cache_salt=asked.cache_salt or "",
+                    session=asked.session_id or "",
+                    retain=retain,
+                    priority=asked.priority or 0,
+                    speculate=speculate,
+                    deterministic=self._deterministic if asked.deterministic is None else asked.deterministic,
+                    reading=reading,
+                    grammar=grammar,
+                )
+            ]
+        )
+        notes = request.scope["vai.notes"]
+        if asked.stream:
+            return EventStream(_frames(answer, deltas, notes, self._metrics))
+        body = await until_gone(request.receive, _whole(answer, deltas, notes, self._metrics))
+        return Response(body, media_type="application/json")
 
     async def _open(self, name: str) -> Model:
         """The model of this name, loaded by the daemon first where it is not resident.
@@ -186,10 +242,21 @@ class Routes:
 
 
 def build(
-    frontend: Frontend, engine: Engine, *, root: Path, daemon_socket: Path | None, host: str, api_key: str | None
+    frontend: Frontend,
+    engine: Engine,
+    *,
+    root: Path,
+    daemon_socket: Path | None,
+    host: str,
+    api_key: str | None,
+    deterministic: bool = False,
 ) -> ASGIApp:
-    """The whole server as one ASGI application: the guard around the routes. `host`: the address it is bound to."""
-    return Guard(Routes(frontend, engine, root, daemon_socket).app(), hosts=Hosts(host), api_key=api_key)
+    """The whole server as one ASGI application: the guard around the routes. `host`: the address it is bound to.
+
+    `deterministic`: what requests are that do not say.
+    """
+    routes = Routes(frontend, engine, root, daemon_socket, deterministic)
+    return Guard(routes.app(), hosts=Hosts(host), api_key=api_key)
 
 
 def _json(value: object) -> Response:
@@ -257,59 +324,6 @@ def _sampling(
         logprobs=logprobs,
     )
     return msgspec.structs.replace(sampling, stop_ids=stop_ids) if asked.ignore_eos else sampling
-
-
-async def _respond(
-    request: Request,
-    metrics: Metrics,
-    watch: Stopwatch,
-    asked: schema.ChatRequest | schema.CompletionRequest,
-    model: Model,
-    prompts: list[list[int]],
-    sampling: SamplingParams,
-    kind: type[Answer],
-    echo: Sequence[str] = (),
-    reading: Reading | None = None,
-) -> Response | EventStream:
-    """Generate every choice for every prompt, and carry the answer to the client as it asked for it."""
-    options, grammar, retain = asked.stream_options, grammar_of(asked), schema.retain(asked)
-    answer = kind(
-        model,
-        [len(prompt) for prompt in prompts],
-        n=asked.n or 1,
-        logprobs=sampling.logprobs is not None,
-        usage_chunk=bool(options and options.include_usage),
-        stages=bool(asked.stages),
-        watch=watch,
-        echo=echo,
-    )
-    stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-    speculate = model.speculate(schema.SPECULATION[asked.speculative_type], asked.speculative_n_max)
-    deltas = interleave(
-        [
-            metrics.watch(answer.name, len(prompt), stream)
-            for prompt in prompts
-            for stream in model.choices(
-                prompt,
-                asked.n or 1,
-                sampling,
-                stop,
-                cache=asked.cache_prompt is not False,
-                cache_salt=asked.cache_salt or "",
-                session=asked.session_id or "",
-                retain=retain,
-                priority=asked.priority or 0,
-                speculate=speculate,
-                reading=reading,
-                grammar=grammar,
-            )
-        ]
-    )
-    notes = request.scope["vai.notes"]
-    if asked.stream:
-        return EventStream(_frames(answer, deltas, notes, metrics))
-    body = await until_gone(request.receive, _whole(answer, deltas, notes, metrics))
-    return Response(body, media_type="application/json")
 
 
 def _note(notes: dict[str, object], answer: Answer, metrics: Metrics) -> None:

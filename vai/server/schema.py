@@ -88,6 +88,7 @@ class Common(Constrained, frozen=True, forbid_unknown_fields=True, kw_only=True)
     )
     stages: bool | None = None  # ours: the answer says what each stage of the request took
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, lt=MAX_PRIORITY)] | None = None  # vLLM's: lower goes first
+    deterministic: bool | None = None  # ours: weights and tokens alone decide on the answer, not what is cached
     # Harmless whatever they say.
     user: Harmless = None
     metadata: dict[str, str] | None = None
