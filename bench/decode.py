@@ -94,7 +94,7 @@ class Vai:
         for tokens in prompts:
             speed = self.prefill(tokens)
             samples[f"prefill {tokens}"]["VAI"].append(speed)
-            rate = ceilings.multiply_rate(self.workers, self.isa, integers=True)
+            rate = ceilings.multiply_rate(self.workers, self.isa, "int8")
             shares[f"prefill {tokens}"].append(speed * self.products / rate)
 
 

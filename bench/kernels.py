@@ -86,7 +86,7 @@ def main() -> None:
     print(f"{'type':<8}{'outputs x columns':<20}{'rows':<6}{'GB/s of weights':<26}{'TOPS':<28}of ceiling")
     found = []
     for type_ in given.types.split(","):
-        integers = bool(BLOCK_TYPES[type_].group)
+        unit = "int8" if BLOCK_TYPES[type_].group else "f32"
         for shape in SHAPES:
             for rows in map(int, given.rows.split(",")):
                 run, copies, size = case(type_, shape, rows, memoryview(buffer), workers, given.isa)
@@ -96,8 +96,8 @@ def main() -> None:
                 else:
                     amount = products
 
-                    def ceiling(integers: bool = integers) -> float:
-                        return ceilings.multiply_rate(workers, given.isa, integers=integers)
+                    def ceiling(unit: str = unit) -> float:
+                        return ceilings.multiply_rate(workers, given.isa, unit)
 
                 speeds, shares = measure(run, ceiling, amount)
                 bytes_ = [speed * copies * size / amount for speed in speeds]

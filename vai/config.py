@@ -2,6 +2,7 @@
 
 Variables: VAI_ROOT (where images live), VAI_HOST, VAI_PORT, VAI_API_KEY, VAI_THREADS, VAI_KV (bytes of scratchpad,
 or with a suffix K, M, G), VAI_KV_TYPE (how keys and values are stored), VAI_ISA (force a lower instruction set),
+VAI_FAST (what prompts may be computed with: off, portable, amx; otherwise what the machine has and gains by),
 VAI_PATIENCE (seconds to wait for an engine that is away, 0 gives answers up), XDG_DATA_HOME (names), XDG_STATE_HOME
 (logs).
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from vai.errors import BadRequest
 
 ISAS = ("scalar", "avx2", "avx512")
+FASTS = ("off", "portable", "amx")
 KV_TYPES = ("bf16", "f32", "q8_0")
 
 
@@ -25,8 +27,8 @@ class Config:
 
     root: images and run files (a directory of a shared-memory filesystem) · names: small files that outlive reboots ·
     logs: one file a role · threads: compute threads · kv_bytes: the scratchpad's size, None = a share of free memory ·
-    kv_type: how keys and values are stored in it · isa: forced instruction set or None · patience: seconds that
-    requests wait for an engine that died (0: they end).
+    kv_type: how keys and values are stored in it · isa: forced instruction set or None · fast: forced fast kind, "off",
+    or None · patience: seconds that requests wait for an engine that died (0: they end).
     """
 
     root: Path
@@ -39,6 +41,7 @@ class Config:
     kv_bytes: int | None
     kv_type: str
     isa: str | None
+    fast: str | None
     patience: int
 
 
@@ -76,6 +79,9 @@ def load(env: Mapping[str, str] | None = None) -> Config:
     isa = env.get("VAI_ISA") or None
     if isa is not None and isa not in ISAS:
         raise BadRequest(f"VAI_ISA={isa} is not known; choose one of {', '.join(ISAS)}.")
+    fast = env.get("VAI_FAST") or None
+    if fast is not None and fast not in FASTS:
+        raise BadRequest(f"VAI_FAST={fast} is not known; choose one of {', '.join(FASTS)}.")
     kv_type = env.get("VAI_KV_TYPE") or "bf16"
     if kv_type not in KV_TYPES:
         raise BadRequest(f"VAI_KV_TYPE={kv_type} is not known; choose one of {', '.join(KV_TYPES)}.")
@@ -90,5 +96,6 @@ def load(env: Mapping[str, str] | None = None) -> Config:
         kv_bytes=parse_size(env["VAI_KV"]) if env.get("VAI_KV") else None,
         kv_type=kv_type,
         isa=isa,
+        fast=fast,
         patience=_integer(env, "VAI_PATIENCE", 10, 0, 3600),
     )

@@ -10,6 +10,7 @@
 #include <nanobind/stl/string.h>
 
 #include "bind/bind.h"
+#include "core/fast.h"
 #include "core/workers.h"
 
 namespace nb = nanobind;
@@ -26,6 +27,7 @@ VAI_CEILINGS(scalar)
 #if defined(__x86_64__)
 VAI_CEILINGS(avx2)
 VAI_CEILINGS(avx512)
+uint64_t multiply_bf16_amx(int);
 #endif
 
 }  // namespace vai
@@ -48,9 +50,16 @@ const vai::Ceilings& ceilings(const std::string& name) {
 
 double seconds_since(Clock::time_point began) { return std::chrono::duration<double>(Clock::now() - began).count(); }
 
-double multiply_rate(vai::Workers& workers, const std::string& isa, bool integers, double seconds) {
+uint64_t (*tiles())(int) {
+#if defined(__x86_64__)
+  if (std::string(vai::available_fasts().back()->name) == "amx") return vai::multiply_bf16_amx;
+#endif
+  throw std::invalid_argument("this machine has no tiles");
+}
+
+double multiply_rate(vai::Workers& workers, const std::string& isa, const std::string& unit, double seconds) {
   if (!(seconds > 0 && seconds <= 10)) throw std::invalid_argument("a rate is measured for up to ten seconds");
-  const auto loop = integers ? ceilings(isa).multiply_int8 : ceilings(isa).multiply_f32;
+  const auto loop = unit == "bf16" ? tiles() : unit == "int8" ? ceilings(isa).multiply_int8 : ceilings(isa).multiply_f32;
   const nb::gil_scoped_release released;
   std::atomic<uint64_t> made{0};
   const auto began = Clock::now();
@@ -76,6 +85,6 @@ double read_rate(vai::Workers& workers, const std::string& isa, const Bytes& dat
 }  // namespace
 
 void bind_ceilings(nb::module_& m) {
-  m.def("multiply_rate", &multiply_rate, nb::kw_only(), nb::arg("workers"), nb::arg("isa"), nb::arg("integers"), nb::arg("seconds"));
+  m.def("multiply_rate", &multiply_rate, nb::kw_only(), nb::arg("workers"), nb::arg("isa"), nb::arg("unit"), nb::arg("seconds"));
   m.def("read_rate", &read_rate, nb::kw_only(), nb::arg("workers"), nb::arg("isa"), nb::arg("data").noconvert());
 }

@@ -10,6 +10,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bind/bind.h"
+#include "core/fast.h"
 
 namespace nb = nanobind;
 using vai::Place;
@@ -47,6 +48,12 @@ vai::KvType kv_type_of(const std::string& name) {
   throw nb::value_error("no such KV type");
 }
 
+const vai::Fast& fast_by_name(const std::string& name) {
+  for (const vai::Fast* fast : vai::available_fasts())
+    if (fast->name == name) return *fast;
+  throw std::invalid_argument("this machine has no fast kind called " + name);
+}
+
 nb::object forward(nb::handle self, const Ints& tokens, const Ints& positions, const Ints& seq_start, const Ints& context,
                    const std::vector<Table>& tables, const Ints& output_rows, const Pool& pool, const std::optional<Times>& seconds) {
   Plan& plan = nb::cast<Plan&>(self);
@@ -67,19 +74,20 @@ nb::object forward(nb::handle self, const Ints& tokens, const Ints& positions, c
 }  // namespace
 
 void bind_plan(nb::module_& m) {
+  nb::class_<vai::Workspace>(m, "Workspace").def(nb::init<size_t>(), nb::arg("bytes"));
   nb::class_<Plan>(m, "Plan")
       .def(
           "__init__",
-          [](Plan* self, vai::Workers& workers, const std::string& isa, const Bytes& data, size_t workspace_bytes, int max_rows,
-             int max_outputs, int vocabulary, int context, const std::string& kv_type,
+          [](Plan* self, vai::Workers& workers, const std::string& isa, const std::optional<std::string>& fast, const Bytes& data,
+             vai::Workspace& workspace, int max_rows, int max_outputs, int vocabulary, int context, const std::string& kv_type,
              const std::vector<std::tuple<int, int, int, int>>& groups) {
-            vai::PlanShape shape{workspace_bytes, max_rows, max_outputs, vocabulary, context,
-                                 kv_type_of(kv_type), {}};
+            vai::PlanShape shape{max_rows, max_outputs, vocabulary, context, kv_type_of(kv_type), {}};
             for (const auto& group : groups) shape.groups.push_back(made<vai::GroupShape>(group));
-            new (self) Plan(workers, isa_by_name(isa.c_str()), data.data(), data.size(), std::move(shape));
+            const vai::Fast* kind = fast ? &fast_by_name(*fast) : nullptr;
+            new (self) Plan(workers, isa_by_name(isa.c_str()), kind, data.data(), data.size(), workspace, std::move(shape));
           },
-          nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>(), nb::kw_only(), nb::arg("workers"), nb::arg("isa"),
-          nb::arg("data").noconvert(), nb::arg("workspace_bytes"), nb::arg("max_rows"), nb::arg("max_outputs"),
+          nb::keep_alive<1, 2>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::kw_only(), nb::arg("workers"), nb::arg("isa"),
+          nb::arg("fast").none(), nb::arg("data").noconvert(), nb::arg("workspace"), nb::arg("max_rows"), nb::arg("max_outputs"),
           nb::arg("vocabulary"), nb::arg("context"), nb::arg("kv_type"), nb::arg("groups"))
       .def("embed", [](Plan& p, WeightOf table, float scale, PlaceOf out, WhereOf where) {
              p.embed(made<vai::Weight>(table), scale, made<Place>(out), made<Where>(where));
@@ -92,13 +100,17 @@ void bind_plan(nb::module_& m) {
            }, nb::kw_only(), nb::arg("x"), nb::arg("heads"), nb::arg("columns"), nb::arg("weight").none(), nb::arg("epsilon"),
            nb::arg("residual").none(), nb::arg("out").none(),
            nb::arg("packed32").none(), nb::arg("packed256").none(), nb::arg("where"))
+      .def("narrow", [](Plan& p, PlaceOf x, int columns, size_t out, WhereOf where) {
+             p.narrow(made<Place>(x), columns, out, made<Where>(where));
+           }, nb::kw_only(), nb::arg("x"), nb::arg("columns"), nb::arg("out"), nb::arg("where"))
       .def("linear", [](Plan& p, WeightOf weight, int blocks, std::optional<PlaceOf> x, std::optional<size_t> packed,
-                        std::optional<VectorOf> bias, std::optional<PlaceOf> addend, std::optional<PlaceOf> residual, PlaceOf out,
-                        bool gated, int act, float softcap, WhereOf where) {
-             p.linear(made<vai::Weight>(weight), blocks, made<Place>(x), packed, made<vai::Vector>(bias), made<Place>(addend),
-                      made<Place>(residual), made<Place>(out), gated, act, softcap, made<Where>(where));
+                        std::optional<size_t> narrow, std::optional<size_t> scratch, std::optional<VectorOf> bias,
+                        std::optional<PlaceOf> addend, std::optional<PlaceOf> residual, PlaceOf out, bool gated, int act, float softcap,
+                        WhereOf where) {
+             p.linear(made<vai::Weight>(weight), blocks, made<Place>(x), packed, narrow, scratch, made<vai::Vector>(bias),
+                      made<Place>(addend), made<Place>(residual), made<Place>(out), gated, act, softcap, made<Where>(where));
            }, nb::kw_only(), nb::arg("weight"), nb::arg("blocks"), nb::arg("x").none(), nb::arg("packed").none(),
-           nb::arg("bias").none(), nb::arg("addend").none(), nb::arg("residual").none(), nb::arg("out"), nb::arg("gated"),
+           nb::arg("narrow").none(), nb::arg("scratch").none(), nb::arg("bias").none(), nb::arg("addend").none(), nb::arg("residual").none(), nb::arg("out"), nb::arg("gated"),
            nb::arg("act"), nb::arg("softcap"), nb::arg("where"))
       .def("glu", [](Plan& p, PlaceOf gate, PlaceOf up, int act, int columns, PlaceOf out, WhereOf where) {
              p.glu(made<Place>(gate), made<Place>(up), act, columns, made<Place>(out), made<Where>(where));

@@ -20,8 +20,6 @@ void accept(bool holds, const std::string& what) {
   if (!holds) throw std::invalid_argument("This step cannot run: " + what + ".");
 }
 
-size_t workspace_size(const PlanShape& shape) { return std::max<size_t>(shape.workspace_bytes, 64); }
-
 // A worker takes its share of a linear operation in about this many pieces, so that who is done early can take some over.
 constexpr int kPieces = 8;
 
@@ -32,21 +30,26 @@ int rows_of_tile(int queries_per_row) { return std::max(1, kAttentionQueries / q
 
 }  // namespace
 
-Plan::Plan(Workers& workers, const Isa& isa, const uint8_t* data, size_t data_bytes, PlanShape shape)
-    : workers_(workers), isa_(isa), data_(data), data_bytes_(data_bytes), shape_(std::move(shape)) {
-  require(shape_.max_rows > 0 && shape_.max_outputs > 0, "no rows");
+Workspace::Workspace(size_t bytes) : bytes_(std::max<size_t>(bytes, 64)) {
   // Address space only: a page is taken when a step first writes it.
-  void* memory = mmap(nullptr, workspace_size(shape_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  workspace_ = static_cast<uint8_t*>(memory);
+  data_ = static_cast<uint8_t*>(memory);
+}
+
+Workspace::~Workspace() { munmap(data_, bytes_); }
+
+Plan::Plan(Workers& workers, const Isa& isa, const Fast* fast, const uint8_t* data, size_t data_bytes, Workspace& workspace,
+           PlanShape shape)
+    : workers_(workers), isa_(isa), fast_(fast), data_(data), data_bytes_(data_bytes), workspace_(workspace), shape_(std::move(shape)) {
+  require(shape_.max_rows > 0 && shape_.max_outputs > 0, "no rows");
+  require(!fast_ || shape_.max_rows <= kMaxFastRows, "more rows than the fast kind takes at once");
   sequence_of_row_.resize(size_t(shape_.max_rows));
 }
 
-Plan::~Plan() { munmap(workspace_, workspace_size(shape_)); }
-
 uint8_t* Plan::area(size_t offset, size_t bytes) const {
-  require(offset % 64 == 0 && offset <= shape_.workspace_bytes && bytes <= shape_.workspace_bytes - offset, "outside the workspace");
-  return workspace_ + offset;
+  require(offset % 64 == 0 && offset <= workspace_.bytes() && bytes <= workspace_.bytes() - offset, "outside the workspace");
+  return workspace_.data() + offset;
 }
 
 float* Plan::place(Place p, int columns, bool outputs, int copies) const {
@@ -58,6 +61,15 @@ float* Plan::place(Place p, int columns, bool outputs, int copies) const {
 uint8_t* Plan::packed(size_t offset, int group, int columns, bool outputs, int copies) const {
   require(columns % group == 0, "columns that are no whole groups");
   return area(offset, size_t(capacity(outputs)) * size_t(copies) * packed_row_bytes(group, columns));
+}
+
+uint8_t* Plan::narrowed(size_t offset, int columns, bool outputs) const {
+  return area(offset, size_t(capacity(outputs)) * narrow_bytes(columns));
+}
+
+void Plan::take_scratch(size_t offset, size_t bytes) {
+  instructions_.back().scratch = area(offset, size_t(workers_.count()) * bytes);
+  instructions_.back().scratch_bytes = bytes;
 }
 
 Matrix Plan::matrix(const Weight& w) const {
@@ -115,16 +127,23 @@ void Plan::norm(Place x, int heads, int columns, std::optional<Vector> weight, f
   add(a, where);
 }
 
+void Plan::narrow(Place x, int columns, size_t out, Where where) {
+  require(fast_, "narrow rows without a fast kind");
+  add(NarrowArgs{place(x, columns, where.outputs), x.width, columns, narrowed(out, columns, where.outputs)}, where);
+}
+
 void Plan::linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records,
-                  std::optional<Vector> bias, std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated,
+                  std::optional<size_t> narrow, std::optional<size_t> scratch, std::optional<Vector> bias, std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated,
                   int act, float softcap, Where where) {
   LinearArgs a{};
   a.weight = matrix(weight);
   require(blocks > 0 && weight.first + (blocks - 1) * weight.step + (gated ? 1 : 0) < (weight.rows + 15) / 16, "too many blocks");
   const int group = layout(a.weight.type).group;
-  require(group ? records && !x : x && !records, "the wrong kind of activations");
+  require(narrow ? fast_ && has_fast(a.weight.type) && scratch && !records && !x : group ? records && !x : x && !records,
+          "the wrong kind of activations");
   if (x) a.x = place(*x, weight.columns, where.outputs), a.ldx = x->width;
   if (records) a.packed = packed(*records, group, weight.columns, where.outputs);
+  if (narrow) a.narrow = narrowed(*narrow, weight.columns, where.outputs);
   if (bias) {
     a.bias = vector({bias->offset, bias->elements, bias->first + (gated ? 1 : 0), bias->step}, blocks);
     a.bias_first = bias->first;
@@ -141,6 +160,7 @@ void Plan::linear(const Weight& weight, int blocks, std::optional<Place> x, std:
   a.softcap = softcap;
   add(a, where, blocks);
   instructions_.back().cursors = cursors_.emplace_back(size_t(workers_.count())).data();
+  if (narrow) take_scratch(*scratch, fast_scratch(weight.columns));
 }
 
 void Plan::glu(Place gate, Place up, int act, int columns, Place out, Where where) {
@@ -186,8 +206,7 @@ void Plan::attention(Place q, Place out, int group, int layer, int heads, float 
   Instruction& instruction = instructions_.back();
   instruction.next = &counters_.emplace_back(0);
   tiles_[rows_of_tile(heads / p.kv_heads)];
-  instruction.scratch = reinterpret_cast<float*>(area(scratch, size_t(workers_.count()) * floats * sizeof(float)));
-  instruction.scratch_floats = floats;
+  take_scratch(scratch, floats * sizeof(float));
 }
 
 Routing Plan::routing(Routed r) const {
@@ -369,7 +388,12 @@ void Plan::multiply(int worker, const Instruction& instruction, const LinearArgs
     const int share = end - share_begin(instruction.units, owner, count);
     const int piece = std::max(2, ((share + kPieces - 1) / kPieces + 1) & ~1);  // even, for tiles of two blocks
     std::atomic<int>& next = instruction.cursors[owner].next;
-    for (int at; (at = next.fetch_add(piece, std::memory_order_relaxed)) < end;) isa_.linear(args, at, std::min(at + piece, end));
+    for (int at; (at = next.fetch_add(piece, std::memory_order_relaxed)) < end;) {
+      if (args.narrow)
+        fast_->linear(args, at, std::min(at + piece, end), instruction.scratch + size_t(worker) * instruction.scratch_bytes);
+      else
+        isa_.linear(args, at, std::min(at + piece, end));
+    }
   }
 }
 
@@ -430,7 +454,7 @@ void Plan::work(int worker, const Step& s) {
       } else if constexpr (std::is_same_v<A, AttentionArgs>) {
         const auto& tiles = tiles_.at(rows_of_tile(a.heads / a.pages.kv_heads));
         const int units = int(tiles.size()) * a.pages.kv_heads;
-        float* scratch = instruction.scratch + size_t(worker) * instruction.scratch_floats;
+        float* scratch = reinterpret_cast<float*>(instruction.scratch + size_t(worker) * instruction.scratch_bytes);
         for (int u; (u = instruction.next->fetch_add(1, std::memory_order_relaxed)) < units;) isa_.attention(a, u, scratch);
       } else if constexpr (std::is_same_v<A, SortArgs>) {
         if (worker == 0) sort_rows(a.routing, rows);
@@ -440,6 +464,7 @@ void Plan::work(int worker, const Step& s) {
         share(rows, [&](int b, int e) {
           if constexpr (std::is_same_v<A, EmbedArgs>) vai::embed(a, b, e);
           if constexpr (std::is_same_v<A, NormArgs>) isa_.norm(a, b, e);
+          if constexpr (std::is_same_v<A, NarrowArgs>) vai::narrow(a, b, e);
           if constexpr (std::is_same_v<A, GluArgs>) isa_.glu(a, b, e);
           if constexpr (std::is_same_v<A, AnglesArgs>) vai::angles(a, b, e);
           if constexpr (std::is_same_v<A, RopeArgs>) vai::rope(a, b, e);

@@ -52,7 +52,6 @@ struct GroupShape {
 };
 
 struct PlanShape {
-  size_t workspace_bytes;
   int max_rows, max_outputs, vocabulary, context;
   KvType kv_type;
   std::vector<GroupShape> groups;
@@ -73,6 +72,22 @@ struct Step {
   size_t seconds_count;
 };
 
+// The memory that values live in between two instructions. Plans of one model share it: none keeps anything in it.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes);  // throws std::bad_alloc
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  uint8_t* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  const size_t bytes_;
+  uint8_t* data_;
+};
+
 // Rows asked for, copied to the front.
 struct CopyArgs {
   const float* x;
@@ -84,8 +99,8 @@ struct CopyArgs {
 
 class Plan {
  public:
-  Plan(Workers& workers, const Isa& isa, const uint8_t* data, size_t data_bytes, PlanShape shape);
-  ~Plan();
+  // `fast`: whose linear layers it has instead of the exact ones where a weight's type allows it; null: none.
+  Plan(Workers& workers, const Isa& isa, const Fast* fast, const uint8_t* data, size_t data_bytes, Workspace& workspace, PlanShape shape);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
@@ -95,9 +110,12 @@ class Plan {
   // `columns` of each of `heads`, which stand one after the other and share the weight.
   void norm(Place x, int heads, int columns, std::optional<Vector> weight, float epsilon, std::optional<Place> residual, std::optional<Place> out,
             std::optional<size_t> packed32, std::optional<size_t> packed256, Where where);
-  // Exactly one of `x` and `records`, as the weight's type wants. `blocks`: output blocks of 16 columns.
-  void linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records, std::optional<Vector> bias,
-              std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated, int act, float softcap, Where where);
+  // Rows as bfloat16, for the fast kind.
+  void narrow(Place x, int columns, size_t out, Where where);
+  // Exactly one of `x` and `records`, as the weight's type wants, or `narrow` for the fast kind, and then `scratch`: byte offset
+  // of the workers' scratch, one after the other. `blocks`: output blocks of 16 columns.
+  void linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records, std::optional<size_t> narrow,
+              std::optional<size_t> scratch, std::optional<Vector> bias, std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated, int act, float softcap, Where where);
   void glu(Place gate, Place up, int act, int columns, Place out, Where where);
   void angles(std::vector<double> frequencies, float magnitude, size_t out, Where where);
   void rope(Place x, Place out, int heads, int head_dim, int pairs, bool neox, size_t angles, Where where);
@@ -129,7 +147,7 @@ class Plan {
   size_t result_width() const { return result_width_; }
 
  private:
-  using Args = std::variant<EmbedArgs, NormArgs, LinearArgs, GluArgs, AnglesArgs, RopeArgs, KvWriteArgs, AttentionArgs, CopyArgs,
+  using Args = std::variant<EmbedArgs, NormArgs, NarrowArgs, LinearArgs, GluArgs, AnglesArgs, RopeArgs, KvWriteArgs, AttentionArgs, CopyArgs,
                             RouteArgs, SortArgs, ExpertRowsArgs, ExpertLinearArgs, ExpertSumArgs, GatedAddArgs>;
   struct alignas(64) Cursor {
     std::atomic<int> next{0};
@@ -140,14 +158,16 @@ class Plan {
     int units;  // linear: output blocks; KV operations: their cache group
     std::atomic<int>* next = nullptr;  // attention, experts: the unit that nobody has taken yet
     Cursor* cursors = nullptr;  // linear: for each worker, the block of its share that nobody has taken yet
-    float* scratch = nullptr;
-    size_t scratch_floats = 0;
+    uint8_t* scratch = nullptr;  // of the first worker
+    size_t scratch_bytes = 0;  // of each
   };
 
   int capacity(bool outputs) const { return outputs ? shape_.max_outputs : shape_.max_rows; }
   float* place(Place p, int columns, bool outputs, int copies = 1) const;
   uint8_t* area(size_t offset, size_t bytes) const;
   uint8_t* packed(size_t offset, int group, int columns, bool outputs, int copies = 1) const;
+  uint8_t* narrowed(size_t offset, int columns, bool outputs) const;
+  void take_scratch(size_t offset, size_t bytes);
   Routing routing(Routed routed) const;
   Matrix matrix(const Weight& weight) const;
   const float* vector(const Vector& v, int blocks) const;
@@ -162,10 +182,11 @@ class Plan {
 
   Workers& workers_;
   const Isa& isa_;
+  const Fast* const fast_;
   const uint8_t* data_;
   const size_t data_bytes_;
+  const Workspace& workspace_;
   const PlanShape shape_;
-  uint8_t* workspace_;
   std::vector<Instruction> instructions_;
   std::deque<std::vector<double>> frequencies_;
   std::deque<std::atomic<int>> counters_;

@@ -33,6 +33,17 @@ def test_every_operation_of_the_program_is_in_a_timed_line(vai: Vai, loaded: str
     assert all(prefill[text] == count * (1 if text == head else 20) for text, count in decode.items())
 
 
+def test_a_chunk_of_the_fast_kind_is_traced_where_prompts_are_computed_so(vai: Vai, loaded: str) -> None:
+    done = vai("trace", loaded, "--rows", "2", "--context", "0", "--json", VAI_THREADS="1", VAI_FAST="portable")
+    assert done.returncode == 0, done.stderr
+    exact, fast = json.loads(done.stdout)["steps"][1:]
+    assert (exact["kind"], fast["kind"]) == ("prefill", "prefill, fast (portable)")
+    assert "quantize" not in {line["kind"] for line in fast["lines"]} >= {"narrow"}
+    assert sum(line["products"] for line in fast["lines"] if line["kind"] == "gated") == sum(
+        line["products"] for line in exact["lines"] if line["kind"] == "gated"
+    )
+
+
 def test_people_see_the_program_the_lines_and_their_sums(vai: Vai, loaded: str) -> None:
     done = vai("trace", loaded, "--rows", "2", "--context", "0", VAI_THREADS="1")
     assert done.returncode == 0, done.stderr

@@ -150,12 +150,6 @@ def test_a_pool_that_may_not_be_written_is_refused(model: Model, plan: Plan) -> 
         plan.forward(step, pool)
 
 
-def test_only_the_exact_kind_is_there(model: Model, plan: Plan) -> None:
-    step, pool = good(model[1])
-    with pytest.raises(NotSupported, match="'fast'"):
-        plan.forward(dataclasses.replace(step, kind="fast"), pool)
-
-
 def test_only_the_pages_of_the_step_are_written(model: Model, plan: Plan) -> None:
     step, pool = good(model[1])
     plan.forward(step, pool)

@@ -21,6 +21,7 @@ MOST_BUFFER = 2 << 30
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 Report = dict[str, Any]
+_RATES = ("read", "int8", "f32", "bf16")
 
 
 @click.command()
@@ -60,13 +61,18 @@ def examine(settings: Config) -> Report:
         "implementations": kernels.implementations(measured.isa),
         "buffer_bytes": measured.buffer_bytes,
         "ceilings": [
-            {"threads": ceiling.threads} | {name: getattr(ceiling, name)._asdict() for name in ("read", "int8", "f32")}
+            {"threads": ceiling.threads}
+            | {name: speed._asdict() for name in _RATES if (speed := getattr(ceiling, name)) is not None}
             for ceiling in (measured.one, measured.all)
         ],
         "linear": [
             linear._asdict() | {"read": linear.read._asdict(), "multiply": linear.multiply._asdict()}
             for linear in measured.linear
         ],
+        "fasts": kernels.fasts(),
+        "refused_fasts": dict(kernels.refused_fasts()),
+        "fast": kernels.fast(settings.fast),
+        "fast_linear": [fast._asdict() | {"multiply": fast.multiply._asdict()} for fast in measured.fast],
         "slow": [name for name in kernels.block_types() if name not in kernels.fast_types()],
         "checks": [check._asdict() for check in checks(settings)],
     }
@@ -145,15 +151,19 @@ def _machine(found: Report) -> None:
         if isa in found["implementations"].values()
     ]
     rows += [(f"  {isa}", f"promised, but not used: {reason}") for isa, reason in found["refused"].items()]
+    rows += [("Fast kind", f"prompts are computed by {found['fast']}" if found["fast"] else "none: they are computed as all else is")]
+    rows += [(f"  {name}", f"promised, but not used: {reason}") for name, reason in found["refused_fasts"].items()]
     table(("MACHINE", ""), rows)
 
 
 def _ceilings(found: Report) -> None:
-    header = ("CEILINGS", f"READ {size(found['buffer_bytes'])}", "INT8 MULTIPLY+ADD", "F32 MULTIPLY+ADD")
+    header = ["CEILINGS", f"READ {size(found['buffer_bytes'])}", "INT8 MULTIPLY+ADD", "F32 MULTIPLY+ADD"]
+    rates = [name for name in _RATES[1:] if name in found["ceilings"][0]]
+    header += ["BF16 TILES"] if "bf16" in rates else []
     rows = []
     for ceiling in found["ceilings"]:
         label = f"{ceiling['threads']} thread{'' if ceiling['threads'] == 1 else 's'}"
-        rows.append((label, _speed(ceiling["read"], "GB/s"), *(_tops(ceiling[name]) for name in ("int8", "f32"))))
+        rows.append((label, _speed(ceiling["read"], "GB/s"), *(_tops(ceiling[name]) for name in rates)))
     table(header, rows)
 
 
@@ -170,6 +180,10 @@ def _kernels(found: Report) -> None:
     ]
     threads = found["machine"]["threads"]
     table((f"LINEAR ({threads} threads)", "1 ROW", "SHARE", "128 ROWS", "SHARE"), rows)
+    if found["fast_linear"]:
+        click.echo()
+        fast = [(each["type"], _tops(each["multiply"]), f"{each['multiply_share']:.0%}") for each in found["fast_linear"]]
+        table((f"FAST LINEAR ({threads} threads)", "512 ROWS", "SHARE OF TILES"), fast)
     click.echo(f"Slow, unpacked weight by weight and not measured: {', '.join(found['slow'])}")
 
 

@@ -50,10 +50,12 @@ class Planned:
 class Engine:
     """What runs the models, now or when it is started.
 
-    scratchpad: bytes for pages, of `kv_type`. taken: of those and their headers, what is in memory already.
+    scratchpad: bytes for pages, of `kv_type`. taken: of those and their headers, what is in memory already. fast: what
+    it computes prompts with, None: as everything else.
     """
 
     threads: int
+    fast: str | None
     scratchpad: int
     taken: int
     kv_type: str
@@ -99,12 +101,15 @@ def plan(models: tuple[str, ...], kv: str | None, kv_type: str | None, as_json: 
 
 def _engine(settings: Config, kv: int | None, kv_type: str | None, room: Room) -> Engine:
     """The engine that runs; where it has another scratchpad or KV type, the one that `vai serve` would start now."""
+    from vai.kernels import table as kernels
+
     running = report.engine(settings.root)
     threads = running["threads"] if running else settings.threads
+    fast = running["fast"] if running else kernels.fast(settings.fast)
     if running and kv in (None, running["pool_bytes"]) and kv_type in (None, running["kv_type"]):
-        return Engine(threads, running["pool_bytes"], _in_memory(running["pid"]), running["kv_type"])
+        return Engine(threads, fast, running["pool_bytes"], _in_memory(running["pid"]), running["kv_type"])
     scratchpad = align(kv or settings.kv_bytes or pool.default_bytes(room.free), pool.SLAB)
-    return Engine(threads, scratchpad, 0, kv_type or settings.kv_type)
+    return Engine(threads, fast, scratchpad, 0, kv_type or settings.kv_type)
 
 
 def _in_memory(pid: int) -> int:
@@ -144,7 +149,12 @@ def _model(settings: Config, text: str, engine: Engine) -> Planned:
         file=str(found.resolve()) if isinstance(found, Path) else None,
         image_bytes=image_bytes,
         workspace_bytes=kernels.workspace_bytes(
-            program, tensors, max_rows=MAX_ROWS, max_sequences=MAX_SEQUENCES, threads=engine.threads
+            program,
+            tensors,
+            max_rows=MAX_ROWS,
+            max_sequences=MAX_SEQUENCES,
+            threads=engine.threads,
+            fast=engine.fast,
         ),
         context=program.context,
         kv_bytes_per_token=sum(pages) // PAGE_TOKENS,

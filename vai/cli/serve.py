@@ -88,6 +88,8 @@ def _daemon(settings: Config, deterministic: bool) -> tuple[list[str], int | Non
         argv += ["--deterministic"]
     if settings.isa is not None:
         argv += ["--isa", settings.isa]
+    if settings.fast is not None:
+        argv += ["--fast", settings.fast]
     if settings.api_key is None:
         return argv, None
     key = os.memfd_create("vai-api-key", 0)  # inherited through exec

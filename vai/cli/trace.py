@@ -27,11 +27,14 @@ Report = dict[str, Any]
 
 
 class Rates(NamedTuple):
-    """The ceilings beside a sample: bytes/s of reading the image, multiply-adds/s of integers and of floats."""
+    """The ceilings beside a sample: bytes/s of reading the image, multiply-adds/s of integers, of floats and in tiles (0:
+    the machine has none).
+    """
 
     read: float
     int8: float
     f32: float
+    bf16: float
 
 
 class Model(NamedTuple):
@@ -50,7 +53,8 @@ class Model(NamedTuple):
 @click.option("--context", default=512, show_default=True, type=click.IntRange(0), help="Tokens before the step.")
 @json_option
 def trace(name: str, rows: int, context: int, as_json: bool) -> None:
-    """Run one decode step and one prefill chunk of the model NAME, and time every operation of its Plan.
+    """Run one decode step and one prefill chunk of the model NAME, and time every operation of its Plan; where prompts
+    are computed in a fast kind, a chunk of that, too.
 
     Each line: the operations of the Program that it came from (by number), median time of five steps, bytes of the
     image that it read and at what speed, multiply-adds, and SHARE, the part of that time which this machine's ceiling
@@ -82,13 +86,16 @@ def examine(settings: Config, image: Image, rows: int, context: int) -> Report:
     model = _lowered(settings, image, rows)
     if context + rows > model.program.context:
         raise BadRequest(f"{context} tokens and a chunk of {rows} pass the model's context of {model.program.context}.")
-    steps = [("decode", 1), ("prefill", rows)]
+    steps = [("decode", 1, "exact"), ("prefill", rows, "exact")]
+    if model.plan.fast:
+        steps.append(("prefill", rows, "fast"))
     return {
         "threads": settings.threads,
         "isa": model.isa,
+        "fast": model.plan.fast,
         "context": context,
         "program": [str(op) for op in model.program.ops],
-        "steps": [_traced(model, kind, count, context) for kind, count in steps],
+        "steps": [_traced(model, what, count, context, kind) for what, count, kind in steps],
     }
 
 
@@ -101,17 +108,24 @@ def _lowered(settings: Config, image: Image, rows: int) -> Model:
     workers = kernels.make_workers(settings.threads, settings.root / "run" / "cores.lock")  # in turn with an engine
     isa = settings.isa or kernels.isa()
     plan = kernels.lower(
-        program, image, kv_type=settings.kv_type, max_rows=rows, max_sequences=1, workers=workers, isa=settings.isa
+        program,
+        image,
+        kv_type=settings.kv_type,
+        max_rows=rows,
+        max_sequences=1,
+        workers=workers,
+        isa=settings.isa,
+        fast=kernels.fast(settings.fast),
     )
     return Model(image, program, plan, workers, isa)
 
 
-def _traced(model: Model, kind: str, rows: int, context: int) -> Report:
-    """One kind of step: every line with its times. The first step only warms up."""
+def _traced(model: Model, what: str, rows: int, context: int, kind: str) -> Report:
+    """One sort of step: every line with its times. The first step only warms up."""
     import numpy as np
 
-    lines = model.plan.describe()
-    step, pool = _step(model.program, model.plan.kv_type, rows, context)
+    lines = model.plan.describe(kind)
+    step, pool = _step(model.program, model.plan.kv_type, rows, context, kind)
     model.plan.forward(step, pool)
     samples, rates = [], []
     for _ in range(SAMPLES):
@@ -121,18 +135,18 @@ def _traced(model: Model, kind: str, rows: int, context: int) -> Report:
         rates.append(_rates(model))
     ceiling = Rates(*(statistics.median(each) for each in zip(*rates, strict=True)))
     times = np.median(np.array(samples), axis=0)
-    counts = [1 if line.outputs else rows for line in lines]
+    counts = [len(step.output_rows) if line.outputs else rows for line in lines]
     told = [_line(*each, ceiling) for each in zip(lines, times.tolist(), counts, strict=True)]
     return {
-        "kind": kind,
+        "kind": what if kind == "exact" else f"{what}, {kind} ({model.plan.fast})",
         "rows": rows,
         "seconds": statistics.median(float(each.sum()) for each in samples),
-        "ceiling": ceiling._asdict(),
+        "ceiling": {name: rate for name, rate in ceiling._asdict().items() if rate},
         "lines": told,
     }
 
 
-def _step(program: Program, kv_type: str, rows: int, context: int) -> tuple[StepArgs, Any]:
+def _step(program: Program, kv_type: str, rows: int, context: int, kind: str) -> tuple[StepArgs, Any]:
     """A step of one sequence, and pages for it; what stands in them does not change how long it takes."""
     import numpy as np
 
@@ -149,7 +163,8 @@ def _step(program: Program, kv_type: str, rows: int, context: int) -> tuple[Step
         block_tables=tuple(
             first + np.arange(pages, dtype=np.int64)[None, :] * size for first, size in zip(firsts, sizes, strict=True)
         ),
-        output_rows=np.array([rows - 1], np.int32),
+        output_rows=np.array([rows - 1] if kind == "exact" else [], np.int32),
+        kind=kind,
     )
     return step, np.zeros(pages * sum(sizes), np.uint8)
 
@@ -160,14 +175,17 @@ def _rates(model: Model) -> Rates:
     from vai.kernels import ceilings
 
     data = np.frombuffer(model.image.data, np.uint8)
-    integers, floats = (ceilings.multiply_rate(model.workers, model.isa, integers=each) for each in (True, False))
-    return Rates(ceilings.read_rate(model.workers, model.isa, data), integers, floats)
+    int8, f32 = (ceilings.multiply_rate(model.workers, model.isa, unit) for unit in ("int8", "f32"))
+    bf16 = ceilings.multiply_rate(model.workers, model.isa, "bf16") if model.plan.fast == "amx" else 0.0
+    return Rates(ceilings.read_rate(model.workers, model.isa, data), int8, f32, bf16)
 
 
 def _line(line: PlanLine, seconds: float, rows: int, ceiling: Rates) -> Report:
-    """share: of `seconds`, what the ceiling needs; None for what neither reads much nor multiplies with weights."""
-    products = line.products * rows
-    least = max(line.image_bytes / ceiling.read, products / (ceiling.f32 if line.floats else ceiling.int8))
+    """share: of `seconds`, what the ceiling needs; None for what neither reads much nor multiplies with weights, and
+    where there is no such ceiling.
+    """
+    products, rate = line.products * rows, getattr(ceiling, line.unit)
+    least = max(line.image_bytes / ceiling.read, products / rate) if rate else 0.0
     return {
         "kind": line.kind,
         "text": line.text,
@@ -175,7 +193,7 @@ def _line(line: PlanLine, seconds: float, rows: int, ceiling: Rates) -> Report:
         "seconds": seconds,
         "image_bytes": line.image_bytes,
         "products": products,
-        "share": least / seconds if line.products and seconds > 0 else None,
+        "share": least / seconds if line.products and rate and seconds > 0 else None,
     }
 
 
@@ -187,7 +205,8 @@ def _show_program(found: Report) -> None:
 
 def _show(step: Report) -> None:
     ceiling = step["ceiling"]
-    limits = f"read {ceiling['read'] / 1e9:.1f} GB/s, int8 {_tops(ceiling['int8'])}, f32 {_tops(ceiling['f32'])} TOPS"
+    limits = f"read {ceiling['read'] / 1e9:.1f} GB/s, int8 {_tops(ceiling['int8'])}, f32 {_tops(ceiling['f32'])}"
+    limits += f", bf16 {_tops(ceiling['bf16'])} TOPS" if "bf16" in ceiling else " TOPS"
     rows = f"{step['rows']} row{'s' if step['rows'] > 1 else ''}"
     click.echo(f"\n{step['kind'].upper()}, {rows}: {_ms(step['seconds'])} ms")
     click.echo(f"ceilings of the same seconds: {limits}\n")

@@ -25,6 +25,7 @@ def _arguments() -> Settings:
     parser.add_argument("--kv-type", default="bf16")
     parser.add_argument("--isa")
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--fast")
     parser.add_argument("--patience", type=float, default=REQUEST_PATIENCE)
     parser.add_argument("--watchdog", type=float, default=WATCHDOG)
     parser.add_argument("--api-key-fd", type=int)

@@ -57,6 +57,7 @@ class Settings:
     kv_bytes: int | None = None
     kv_type: str = "bf16"
     isa: str | None = None
+    fast: str | None = None
     api_key_fd: int | None = None
     patience: float = REQUEST_PATIENCE
     watchdog: float = WATCHDOG
@@ -119,6 +120,8 @@ class Daemon:
         argv += ["--kv-bytes", str(self._pool_bytes()), "--pool-fd", str(self.pool), "--kv-type", settings.kv_type]
         if settings.isa is not None:
             argv += ["--isa", settings.isa]
+        if settings.fast is not None:
+            argv += ["--fast", settings.fast]
 
         async def ready(pid: int) -> bool:
             return roles.listener(path) == pid

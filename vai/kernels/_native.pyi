@@ -21,14 +21,23 @@ class Workers:
     @property
     def threads(self) -> int: ...
 
+def fasts() -> list[str]: ...
+def refused_fasts() -> list[tuple[str, str]]: ...
+def fast_scratch(columns: int) -> int: ...
+def narrow_bytes(columns: int) -> int: ...
+
+class Workspace:
+    def __init__(self, bytes: int) -> None: ...
+
 class Plan:
     def __init__(
         self,
         *,
         workers: Workers,
         isa: str,
+        fast: str | None,
         data: NDArray[np.uint8],
-        workspace_bytes: int,
+        workspace: Workspace,
         max_rows: int,
         max_outputs: int,
         vocabulary: int,
@@ -51,6 +60,7 @@ class Plan:
         packed256: int | None,
         where: Where,
     ) -> None: ...
+    def narrow(self, *, x: Place, columns: int, out: int, where: Where) -> None: ...
     def linear(
         self,
         *,
@@ -58,6 +68,8 @@ class Plan:
         blocks: int,
         x: Place | None,
         packed: int | None,
+        narrow: int | None,
+        scratch: int | None,
         bias: Vector | None,
         addend: Place | None,
         residual: Place | None,
@@ -180,5 +192,5 @@ def sample(
     top_ids: NDArray[np.int32],
     top_logprobs: NDArray[np.float32],
 ) -> None: ...
-def multiply_rate(*, workers: Workers, isa: str, integers: bool, seconds: float) -> float: ...
+def multiply_rate(*, workers: Workers, isa: str, unit: str, seconds: float) -> float: ...
 def read_rate(*, workers: Workers, isa: str, data: NDArray[np.uint8]) -> float: ...

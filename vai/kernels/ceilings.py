@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vai.kernels import _native, table
-from vai.kernels.program import Plan, StepArgs
+from vai.kernels.program import MAX_ROWS, Plan, StepArgs
 from vai.rom.image import BLOCK_ROWS, BLOCK_TYPES, align, tensor_bytes
 
 COLUMNS = 4096  # of the measured layers, as in a model of 7B
@@ -42,13 +42,15 @@ class Ceiling(NamedTuple):
     """What `threads` threads can do.
 
     read: bytes/s from a buffer larger than the caches · int8, f32: multiply-adds/s in registers, in the operations of
-    the exact kind (integer products and sums; multiply and add, each rounded).
+    the exact kind (integer products and sums; multiply and add, each rounded) · bf16: in tiles, as the fast kind has
+    them; None where the machine has none.
     """
 
     threads: int
     read: Speed
     int8: Speed
     f32: Speed
+    bf16: Speed | None
 
 
 class Linear(NamedTuple):
@@ -66,14 +68,25 @@ class Linear(NamedTuple):
     multiply_share: float
 
 
+class Fast(NamedTuple):
+    """A linear layer of one block type in the fast kind, at 512 rows: multiply-adds/s, and the share of the ceiling."""
+
+    type: str
+    multiply: Speed
+    multiply_share: float
+
+
 class Measured(NamedTuple):
-    """isa: the instruction set that ran · buffer_bytes: what was read · one, all: with one thread and with all."""
+    """isa: the instruction set that ran · buffer_bytes: what was read · one, all: with one thread and with all · fast:
+    layers of the fast kind, where the machine has one that is worth having.
+    """
 
     isa: str
     buffer_bytes: int
     one: Ceiling
     all: Ceiling
     linear: list[Linear]
+    fast: list[Fast]
 
 
 def measure(*, threads: int, buffer_bytes: int, isa: str | None = None) -> Measured:
@@ -88,7 +101,8 @@ def measure(*, threads: int, buffer_bytes: int, isa: str | None = None) -> Measu
         workers = table.make_workers(threads)
         all_ = _ceiling(workers, chosen, buffer)
         linear = [_linear(type_, workers, chosen, buffer, all_) for type_ in table.fast_types()]
-    return Measured(chosen, buffer_bytes, one, all_, linear)
+        fast = [_fast(type_, workers, chosen, buffer, all_) for type_ in table.fast_kind_types()] if all_.bf16 else []
+    return Measured(chosen, buffer_bytes, one, all_, linear, fast)
 
 
 @contextmanager
@@ -103,12 +117,13 @@ def _buffer(size: int) -> Iterator[NDArray[np.uint8]]:
 
 
 def _ceiling(workers: table.Workers, isa: str, buffer: NDArray[np.uint8]) -> Ceiling:
-    read, int8, f32 = (
-        _reading(workers, isa, buffer),
-        _multiplying(workers, isa, True),
-        _multiplying(workers, isa, False),
-    )
-    return Ceiling(workers.threads, *(_speed([sample() for _ in range(_SAMPLES)]) for sample in (read, int8, f32)))
+
+    def sampled(sample: Callable[[], float]) -> Speed:
+        return _speed([sample() for _ in range(_SAMPLES)])
+
+    int8, f32 = (sampled(_multiplying(workers, isa, unit)) for unit in ("int8", "f32"))
+    bf16 = sampled(_multiplying(workers, isa, "bf16")) if table.fast(None) else None
+    return Ceiling(workers.threads, sampled(_reading(workers, isa, buffer)), int8, f32, bf16)
 
 
 def read_rate(workers: table.Workers, isa: str, data: NDArray[np.uint8]) -> float:
@@ -117,18 +132,21 @@ def read_rate(workers: table.Workers, isa: str, data: NDArray[np.uint8]) -> floa
     return _native.read_rate(workers=workers, isa=isa, data=data)
 
 
-def multiply_rate(workers: table.Workers, isa: str, *, integers: bool) -> float:
-    """Multiply-adds/s of all workers together, as in `Ceiling`: one sample of 10 ms. Raises as `read_rate` does."""
+def multiply_rate(workers: table.Workers, isa: str, unit: str) -> float:
+    """Multiply-adds/s of all workers together, of one of the units in `Ceiling`: one sample of 10 ms.
+
+    Raises NotSupported for a missing instruction set.
+    """
     table.implementations(isa)
-    return _native.multiply_rate(workers=workers, isa=isa, integers=integers, seconds=_RATE_SECONDS)
+    return _native.multiply_rate(workers=workers, isa=isa, unit=unit, seconds=_RATE_SECONDS)
 
 
 def _reading(workers: table.Workers, isa: str, buffer: NDArray[np.uint8]) -> Callable[[], float]:
     return lambda: read_rate(workers, isa, buffer)
 
 
-def _multiplying(workers: table.Workers, isa: str, integers: bool) -> Callable[[], float]:
-    return lambda: multiply_rate(workers, isa, integers=integers)
+def _multiplying(workers: table.Workers, isa: str, unit: str) -> Callable[[], float]:
+    return lambda: multiply_rate(workers, isa, unit)
 
 
 def _linear(type_: str, workers: table.Workers, isa: str, buffer: NDArray[np.uint8], ceiling: Ceiling) -> Linear:
@@ -146,12 +164,23 @@ def _linear(type_: str, workers: table.Workers, isa: str, buffer: NDArray[np.uin
 
     read, read_share = _in_turns(layer(long, 1, long // BLOCK_ROWS * row_bytes), _reading(workers, isa, buffer))
     multiply, multiply_share = _in_turns(
-        layer(square, MANY_ROWS, MANY_ROWS * square * COLUMNS), _multiplying(workers, isa, not floats)
+        layer(square, MANY_ROWS, MANY_ROWS * square * COLUMNS), _multiplying(workers, isa, "f32" if floats else "int8")
     )
     return Linear(type_, floats, read, read_share, multiply, multiply_share)
 
 
-def _seconds(plan: Plan, rows: int) -> float:
+def _fast(type_: str, workers: table.Workers, isa: str, buffer: NDArray[np.uint8], ceiling: Ceiling) -> Fast:
+    rate = ceiling.bf16.median if ceiling.bf16 else 0.0
+    outputs = min(max(int(rate * 0.01 / (MAX_ROWS * COLUMNS)) // BLOCK_ROWS, workers.threads) * BLOCK_ROWS, MOST_OUTPUTS)
+    plan = table.lower_linear(
+        type_, outputs, COLUMNS, buffer.data, max_rows=MAX_ROWS, workers=workers, isa=isa, fast=table.fast(None)
+    )
+    amount = MAX_ROWS * outputs * COLUMNS
+    sample = lambda: amount / _seconds(plan, MAX_ROWS, "fast")  # noqa: E731 - as its neighbours in _linear
+    return Fast(type_, *_in_turns(sample, _multiplying(workers, isa, "bf16")))
+
+
+def _seconds(plan: Plan, rows: int, kind: str = "exact") -> float:
     step = StepArgs(
         tokens=np.zeros(rows, np.int32),
         positions=np.arange(rows, dtype=np.int32),
@@ -159,6 +188,7 @@ def _seconds(plan: Plan, rows: int) -> float:
         context=np.zeros(1, np.int32),
         block_tables=(),
         output_rows=np.zeros(0, np.int32),
+        kind=kind,
     )
     pool = np.zeros(0, np.uint8)
     began = time.perf_counter()

@@ -2,7 +2,8 @@
 
 Lowering has three passes. `_Fuser` walks the Program once and joins what the ROM stores together or what a kernel does
 in one go (norm with quantization, q|k|v, gate|up with its activation, residuals in place). `_assign` lays the slots
-out: two may share memory when no stretch between barriers needs both. `_emit` hands each to the native Plan.
+out: two may share memory when no stretch between barriers needs both. `_emit` hands each to the native Plan. Where
+there is a fast kind this is done twice, for two native Plans over one workspace.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ TYPE_CODES = {
     )
 }
 
+NO_FAST = ("F16", "F32")  # types of weights that bfloat16 would shorten by more than their activations
+
 ACTS = ("silu", "gelu_tanh")  # by number
 
 
@@ -67,26 +70,24 @@ class NativePlan:
     `workspace_bytes` is exact; the memory itself is taken from the machine as steps first touch it.
     """
 
-    def __init__(
-        self, native: _native.Plan, instructions: list[_Instruction], workspace_bytes: int, kv_type: str
-    ) -> None:
+    def __init__(self, kinds: dict[str, _Lowered], workspace_bytes: int, kv_type: str, fast: str | None) -> None:
         self.workspace_bytes = workspace_bytes
         self.kv_type = kv_type
-        self._native = native
-        self._instructions = instructions
+        self.fast = fast
+        self._kinds = kinds
 
     def forward(
         self, step: StepArgs, pool: NDArray[np.uint8], seconds: NDArray[np.float64] | None = None
     ) -> NDArray[np.float32]:
         """Run one step: logits [R, vocabulary], valid until the next call. One thread at a time.
 
-        Raises BadRequest if the step fits not the model, its pages or itself; then nothing was written. Unavailable in
-        a forked child, which has no workers.
+        Raises NotSupported for a kind that the plan was not lowered for, BadRequest if the step fits not the model, its
+        pages or itself; then nothing was written. Unavailable in a forked child, which has no workers.
         """
-        if step.kind != "exact":
-            raise NotSupported(f"Steps of kind {step.kind!r} are not built; use 'exact'.")
+        if step.kind not in self._kinds:
+            raise NotSupported(f"This plan has no steps of kind '{step.kind}', only {' and '.join(self._kinds)} ones.")
         try:
-            return self._native.forward(
+            return self._kinds[step.kind].native.forward(
                 step.tokens,
                 step.positions,
                 step.seq_start,
@@ -101,13 +102,13 @@ class NativePlan:
         except RuntimeError as error:
             raise Unavailable(f"The step cannot run here: {error}.") from error
 
-    def describe(self) -> list[PlanLine]:
+    def describe(self, kind: str = "exact") -> list[PlanLine]:
         """See program.Plan."""
-        return [instruction.described() for instruction in self._instructions]
+        return [instruction.described() for instruction in self._kinds[kind].instructions]
 
     def lines(self) -> list[str]:
         """One line for each instruction: what it does, the image's bytes it reads, the Program lines it came from."""
-        return [str(instruction) for instruction in self._instructions]
+        return [str(instruction) for instruction in self._kinds["exact"].instructions]
 
 
 def lower(
@@ -119,38 +120,54 @@ def lower(
     max_sequences: int,
     workers: _native.Workers,
     isa: str,
+    fast: str | None = None,
 ) -> NativePlan:
     """Lower `program` over the bytes of `image`, for steps of at most `max_rows` rows and `max_sequences` output rows.
 
-    Raises UnsupportedModel for an operation this executor lacks, CorruptImage where image and Program disagree.
+    `fast`: the implementation of the fast kind; None: exact steps only. Raises UnsupportedModel for an operation this
+    executor lacks, CorruptImage where image and Program disagree.
     """
     if kv_type not in KV_TYPES:
         raise NotSupported(f"There is no KV type {kv_type!r}; choose one of {', '.join(KV_TYPES)}.")
-    fuser = _Fuser(program, image.table, _Shape(max_rows, max_sequences, program.context, workers.threads))
-    instructions = fuser.instructions()
-    workspace_bytes = _assign(instructions)
-    native = _native.Plan(
-        workers=workers,
-        isa=isa,
-        data=np.frombuffer(image.data, dtype=np.uint8),
-        workspace_bytes=workspace_bytes,
-        max_rows=max_rows,
-        max_outputs=max_sequences,
-        vocabulary=program.vocabulary,
-        context=program.context,
-        kv_type=kv_type,
-        groups=[(group.layers, group.kv_heads, group.head_dim, group.window or 0) for group in program.groups],
-    )
-    for instruction in instructions:
-        _emit(native, instruction)
-    result = fuser.result()
-    native.result(out=result.place(), columns=result.columns, of_outputs=result.outputs)
-    return NativePlan(native, instructions, workspace_bytes, kv_type)
+    fusers = _fusers(program, image.table, _Shape(max_rows, max_sequences, program.context, workers.threads), fast)
+    found = {kind: fuser.instructions() for kind, fuser in fusers.items()}
+    size = max(map(_assign, found.values()))
+    workspace = _native.Workspace(size)  # of both kinds: no step leaves anything in it for another
+    kinds = {}
+    for kind, instructions in found.items():
+        native = _native.Plan(
+            workers=workers,
+            isa=isa,
+            fast=fast if kind == "fast" else None,
+            data=np.frombuffer(image.data, dtype=np.uint8),
+            workspace=workspace,
+            max_rows=max_rows,
+            max_outputs=max_sequences,
+            vocabulary=program.vocabulary,
+            context=program.context,
+            kv_type=kv_type,
+            groups=[(group.layers, group.kv_heads, group.head_dim, group.window or 0) for group in program.groups],
+        )
+        for instruction in instructions:
+            _emit(native, instruction)
+        result = fusers[kind].result()
+        native.result(out=result.place(), columns=result.columns, of_outputs=result.outputs)
+        kinds[kind] = _Lowered(native, instructions)
+    return NativePlan(kinds, size, kv_type, fast)
 
 
-def workspace_bytes(program: Program, table: TensorTable, *, max_rows: int, max_sequences: int, threads: int) -> int:
+def workspace_bytes(
+    program: Program, table: TensorTable, *, max_rows: int, max_sequences: int, threads: int, fast: str | None = None
+) -> int:
     """The bytes that `lower` would give the workspace, from the tensor table alone. Raises as `lower` does."""
-    return _assign(_Fuser(program, table, _Shape(max_rows, max_sequences, program.context, threads)).instructions())
+    fusers = _fusers(program, table, _Shape(max_rows, max_sequences, program.context, threads), fast)
+    return max(_assign(fuser.instructions()) for fuser in fusers.values())
+
+
+def _fusers(program: Program, table: TensorTable, shape: _Shape, fast: str | None) -> dict[str, _Fuser]:
+    """One for each kind of step."""
+    kinds = ["exact"] if fast is None else ["exact", "fast"]
+    return {kind: _Fuser(program, table, shape, fast=kind == "fast") for kind in kinds}
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +176,14 @@ class _Shape:
     outputs: int
     context: int
     threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Lowered:
+    """Steps of one kind."""
+
+    native: _native.Plan
+    instructions: list[_Instruction]
 
 
 @dataclass(eq=False, slots=True)
@@ -229,8 +254,8 @@ class _Instruction:
         return self.kind not in apart and self.copies == 1
 
     def described(self) -> PlanLine:
-        floats = "packed" not in self.areas
-        return PlanLine(self.kind, self.text, tuple(self.lines), self.image_bytes, self.products, floats, self.outputs)
+        unit = "int8" if "packed" in self.areas else "bf16" if "narrow" in self.areas else "f32"
+        return PlanLine(self.kind, self.text, tuple(self.lines), self.image_bytes, self.products, unit, self.outputs)
 
     def __str__(self) -> str:
         origin = ",".join(str(line) for line in self.lines)
@@ -238,12 +263,18 @@ class _Instruction:
 
 
 class _Fuser:
-    """Walks a Program in order and makes the instructions; each operation ends up in exactly one of them."""
+    """Walks a Program in order and makes the instructions; each operation ends up in exactly one of them.
 
-    def __init__(self, program: Program, table: TensorTable, shape: _Shape) -> None:
+    `fast`: linear layers are those of the fast kind, where their weights' types have it.
+    """
+
+    def __init__(self, program: Program, table: TensorTable, shape: _Shape, *, fast: bool) -> None:
         self._program = program
         self._table = table
         self._shape = shape
+        self._fast = fast
+        self._narrow: dict[str, _Slot] = {}  # of a value, as bfloat16
+        self._fast_scratch = _Slot(0)
         self._views: dict[str, _View] = {}
         self._packed: dict[tuple[str, int], _Slot] = {}  # of a value, in groups of so many columns
         self._angles: dict[tuple[tuple[float, ...], float], _Slot] = {}  # by frequencies and magnitude
@@ -325,7 +356,7 @@ class _Fuser:
     def _norm(self, index: int, op: RmsNorm) -> None:
         x = self._views[op.x]
         weight = self._vector(op.weight, x.columns)
-        groups = {self._group(reader, op.output) for reader in self._readers.get(op.output, [])}
+        groups = {self._group(reader, op.output, x) for reader in self._readers.get(op.output, [])}
         views = {"x": x}
         if op.residual is not None:
             views["residual"] = self._views[op.residual]
@@ -693,7 +724,12 @@ class _Fuser:
         view = self._views[x]
         areas = {}
         group = BLOCK_TYPES[stored.type].group
-        if group:
+        if self._is_fast(stored, view):
+            areas["narrow"] = self._narrowed(lines[0], x)
+            areas["scratch"] = self._fast_scratch
+            size = self._shape.threads * _native.fast_scratch(stored.columns)
+            self._fast_scratch.bytes = max(self._fast_scratch.bytes, size)
+        elif group:
             areas["packed"] = self._quantized(lines[0], x, group)
         else:
             views = {**views, "x": view}
@@ -722,6 +758,19 @@ class _Fuser:
             areas = {f"packed{group}": packed}
             self._add("quantize", [index], x, views={"x": x}, areas=areas, text=f"{x.columns} by {group}")
         return packed
+
+    def _is_fast(self, stored: StoredTensor, x: _View) -> bool:
+        """Whether a linear layer is one of the fast kind: results asked for are of exact rows only."""
+        return self._fast and stored.type not in NO_FAST and not x.outputs
+
+    def _narrowed(self, index: int, value: str) -> _Slot:
+        """A value as bfloat16."""
+        slot = self._narrow.get(value)
+        if slot is None:
+            x = self._views[value]
+            slot = self._narrow[value] = _Slot(self._count(x.outputs) * _native.narrow_bytes(x.columns))
+            self._add("narrow", [index], x, views={"x": x}, areas={"out": slot}, text=f"{x.columns} as bfloat16")
+        return slot
 
     def _siblings(self, index: int, op: Linear, parts: tuple[Part, ...]) -> list[tuple[int, Linear]] | None:
         """The Linear operations from `index` on that read what `op` reads and nothing else, one for each part in order.
@@ -775,12 +824,13 @@ class _Fuser:
         others = (op.x, op.addend) if isinstance(op, Linear) else (op.x,)
         return last == index and own and op.residual not in others and residual.outputs == self._views[op.x].outputs
 
-    def _group(self, reader: int, value: str) -> int:
+    def _group(self, reader: int, value: str, x: _View) -> int:
         """The group in which operation `reader` reads `value` as quantized codes; 0 if it reads it in another way."""
         op = self._program.ops[reader] if reader < len(self._program.ops) else None
         if not isinstance(op, Linear) or op.x != value or value in (op.addend, op.residual):
             return 0
-        return BLOCK_TYPES[self._matrix(op.weight)[0].type].group
+        stored = self._matrix(op.weight)[0]
+        return 0 if self._is_fast(stored, x) else BLOCK_TYPES[stored.type].group
 
     def _matrix(self, name: str) -> tuple[StoredTensor, Part, _native.Weight]:
         stored, part = self._table.find(name)
@@ -962,12 +1012,16 @@ def _emit(native: _native.Plan, made: _Instruction) -> None:
                 packed256=area.get("packed256"),
                 where=where,
             )
+        case "narrow":
+            native.narrow(x=place["x"], columns=made.views["x"].columns, out=area["out"], where=where)
         case "linear" | "gated" if made.weight:
             native.linear(
                 weight=made.weight,
                 blocks=made.blocks,
                 x=place.get("x"),
                 packed=area.get("packed"),
+                narrow=area.get("narrow"),
+                scratch=area.get("scratch"),
                 bias=made.vector,
                 addend=place.get("addend"),
                 residual=place.get("residual"),

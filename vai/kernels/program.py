@@ -74,7 +74,7 @@ class StepArgs:
     this step. positions[m]: absolute. block_tables[g][s, i]: byte offset in the pool of the page with tokens
     [32 i, 32 i + 32) of group g; entries past the sequence's last page, and those that its first row has behind the
     group's window, are not read. output_rows: indices into the M
-    rows, ascending. kind: "exact" (the only one so far).
+    rows, ascending. kind: "exact", or "fast" where the plan has that; a fast step has no output rows.
     """
 
     tokens: NDArray[np.int32]  # [M]
@@ -163,8 +163,8 @@ class PlanLine(NamedTuple):
     """One fused operation of a Plan.
 
     origin: the Program's operations it came from, counted from 1 · image_bytes: what it reads of the image at one row ·
-    products: multiply-adds with weights for one row, of floats where `floats`, else of integers · outputs: whether its
-    rows are those asked for, not all.
+    products: multiply-adds with weights for one row · unit: of what, "int8", "f32" or "bf16" · outputs: whether its rows
+    are those asked for, not all.
     """
 
     kind: str
@@ -172,15 +172,20 @@ class PlanLine(NamedTuple):
     origin: tuple[int, ...]
     image_bytes: int
     products: int
-    floats: bool
+    unit: str
     outputs: bool
 
 
 class Plan(Protocol):
-    """A Program lowered for one image and one machine. Not thread-safe: one step at a time."""
+    """A Program lowered for one image and one machine. Not thread-safe: one step at a time.
+
+    `fast`: what its steps of the fast kind are computed by, part of the key of every page that they fill; None: it has
+    none.
+    """
 
     workspace_bytes: int
     kv_type: str
+    fast: str | None
 
     def forward(
         self, step: StepArgs, pool: NDArray[np.uint8], seconds: NDArray[np.float64] | None = None
@@ -192,8 +197,8 @@ class Plan(Protocol):
         """
         ...
 
-    def describe(self) -> list[PlanLine]:
-        """The fused operations in order."""
+    def describe(self, kind: str = "exact") -> list[PlanLine]:
+        """The fused operations in order, of steps of one kind."""
         ...
 
     def lines(self) -> list[str]:

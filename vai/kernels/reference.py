@@ -680,12 +680,23 @@ class _Pages:
 class ReferencePlan:
     """A Program and the unpacked weights of one image. Implements program.Plan; for tests and small models.
 
-    A step has at most `max_rows` rows, of which at most `max_sequences` give results. Raises CorruptImage where the
-    image does not hold what the Program needs.
+    A step has at most `max_rows` rows, of which at most `max_sequences` give results. `fast`: the name of its fast
+    kind, which has the bits of "portable". Raises CorruptImage where the image does not hold what the Program needs.
     """
 
-    def __init__(self, program: Program, image: Image, *, kv_type: str, max_rows: int, max_sequences: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        image: Image,
+        *,
+        kv_type: str,
+        max_rows: int,
+        max_sequences: int,
+        fast: str | None = None,
+    ) -> None:
         self.kv_type = kv_type
+        self.fast = fast
+        self._wide: set[str] = set()  # matrices of types that have no fast kind
         self._program = program
         self._max_rows, self._max_sequences = max_rows, max_sequences
         self._matrices: dict[str, Matrix] = {}
@@ -698,10 +709,11 @@ class ReferencePlan:
     def forward(self, step: StepArgs, pool: Bytes, seconds: Doubles | None = None) -> Floats:
         """See program.Plan. Raises BadRequest for a step larger than the plan, or of a kind that is not built."""
         rows, results = len(step.tokens), len(step.output_rows)
-        if rows > self._max_rows or results > self._max_sequences or step.kind != "exact":
+        kinds = ["exact"] if self.fast is None else ["exact", "fast"]
+        if rows > self._max_rows or results > self._max_sequences or step.kind not in kinds:
             raise BadRequest(
                 f"A step of {rows} rows, {results} results and kind '{step.kind}' does not fit this plan "
-                f"of {self._max_rows}, {self._max_sequences} and 'exact'."
+                f"of {self._max_rows}, {self._max_sequences} and {' or '.join(kinds)}."
             )
         values: dict[str, Any] = {}  # float32, and int32 for the chosen experts
         for index, op in enumerate(self._program.ops):
@@ -712,10 +724,10 @@ class ReferencePlan:
         logits: Floats = values[self._program.outputs["logits"]]
         return logits
 
-    def describe(self) -> list[PlanLine]:
-        """An operation each; what they read is not told apart."""
+    def describe(self, kind: str = "exact") -> list[PlanLine]:
+        """An operation each, the same for every kind; what they read is not told apart."""
         kinds = [type(op).__name__.lower() for op in self._program.ops]
-        return [PlanLine(kind, "", (line,), 0, 0, False, False) for line, kind in enumerate(kinds, 1)]
+        return [PlanLine(kind, "", (line,), 0, 0, "f32", False) for line, kind in enumerate(kinds, 1)]
 
     def lines(self) -> list[str]:
         return [str(op) for op in self._program.ops]
@@ -728,6 +740,8 @@ class ReferencePlan:
             self._vectors[name] = unpack_vector(part, data)
         else:
             self._matrices[name] = unpack(tensor, part, data)
+            if tensor.type in ("F16", "F32"):
+                self._wide.add(name)
 
     def _run(self, op: Op, values: dict[str, Any], step: StepArgs, pool: Bytes) -> None:
         match op:
@@ -741,7 +755,7 @@ class ReferencePlan:
                 heads = values[op.x].reshape(len(step.tokens), op.heads, -1)
                 values[op.output] = rms_norm(heads, self._vectors[op.weight], op.epsilon).reshape(len(heads), -1)
             case Linear():
-                values[op.output] = self._linear(op, values)
+                values[op.output] = self._linear(op, values, fast=step.kind == "fast")
             case Rope():
                 values[op.output] = rope(values[op.x], step.positions, op)
             case KvWrite():
@@ -766,8 +780,12 @@ class ReferencePlan:
                 values[op.output] = values[op.x][step.output_rows]
 
     @np.errstate(all="ignore")
-    def _linear(self, op: Linear, values: dict[str, Floats]) -> Floats:
-        out = linear(values[op.x], self._matrices[op.weight])
+    def _linear(self, op: Linear, values: dict[str, Floats], *, fast: bool) -> Floats:
+        weight = self._matrices[op.weight]
+        if fast and op.weight not in self._wide:
+            out = fast_linear(values[op.x], embed(weight, np.arange(len(weight.values))))
+        else:
+            out = linear(values[op.x], weight)
         if op.addend is not None:
             out = out + values[op.addend]
         if op.bias is not None:

@@ -24,6 +24,7 @@ MAX_THREADS = 1024
 NO_TOKEN = -1  # of a row that cannot be sampled
 # Operations too small a part of a step to have more than the portable implementation.
 PORTABLE = ("embed", "angles", "rope", "kv_write", "rows")
+PORTABLE_FAST = "portable"
 VECTORIZED = ("norm", "quantize", "linear", "gated", "glu", "attention", "sample")
 
 Workers = _native.Workers
@@ -50,6 +51,28 @@ def refused() -> list[tuple[str, str]]:
 def self_test(name: str) -> str:
     """What is wrong with an instruction set on this machine, asked for or not; "" where it gives the portable bits."""
     return _native.self_test(name)
+
+
+def fasts() -> list[str]:
+    """What this machine has to compute steps of the fast kind with. "portable" is slow, and there for tests."""
+    return _native.fasts()
+
+
+def refused_fasts() -> list[tuple[str, str]]:
+    """(fast kind, reason), as `refused` says of instruction sets."""
+    return _native.refused_fasts()
+
+
+def fast(wanted: str | None) -> str | None:
+    """The fast kind that `wanted` means: "off" and None where there is none worth having, else one of `fasts()`.
+
+    None: the best of this machine that is faster than the exact kind. Raises NotSupported.
+    """
+    if wanted == "off":
+        return None
+    if wanted is None:
+        return next((name for name in reversed(fasts()) if name != PORTABLE_FAST), None)
+    return _known_fast(wanted)
 
 
 def implementations(name: str | None = None) -> dict[str, str]:
@@ -82,16 +105,20 @@ def lower(
     max_sequences: int,
     workers: Workers,
     isa: str | None = None,
+    fast: str | None = None,
 ) -> Plan:
     """Lower `program` over `image` for steps of at most `max_rows` rows, of which at most `max_sequences` give results.
 
-    Raises NotSupported for an unknown backend, instruction set or KV type, UnsupportedModel for a missing operation,
-    CorruptImage where image and Program disagree.
+    `fast`: one of `fasts()`, which computes steps of the fast kind; None: there are none.
+    Raises NotSupported for an unknown backend, instruction set, fast kind or KV type, UnsupportedModel for a missing
+    operation, CorruptImage where image and Program disagree.
     """
     if backend not in BACKENDS:
         raise NotSupported(f"There is no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
     if backend == "reference":
-        return reference.ReferencePlan(program, image, kv_type=kv_type, max_rows=max_rows, max_sequences=max_sequences)
+        return reference.ReferencePlan(
+            program, image, kv_type=kv_type, max_rows=max_rows, max_sequences=max_sequences, fast=fast
+        )
     return native.lower(
         program,
         image,
@@ -100,15 +127,20 @@ def lower(
         max_sequences=max_sequences,
         workers=workers,
         isa=_known(isa),
+        fast=_known_fast(fast),
     )
 
 
-def workspace_bytes(program: Program, table: TensorTable, *, max_rows: int, max_sequences: int, threads: int) -> int:
+def workspace_bytes(
+    program: Program, table: TensorTable, *, max_rows: int, max_sequences: int, threads: int, fast: str | None = None
+) -> int:
     """The exact `workspace_bytes` of the native Plan that `lower` would make, before there is an image.
 
     Raises UnsupportedModel for a missing operation, CorruptImage where table and Program disagree.
     """
-    return native.workspace_bytes(program, table, max_rows=max_rows, max_sequences=max_sequences, threads=threads)
+    return native.workspace_bytes(
+        program, table, max_rows=max_rows, max_sequences=max_sequences, threads=threads, fast=fast
+    )
 
 
 def block_types() -> list[str]:
@@ -121,6 +153,11 @@ def fast_types() -> list[str]:
     return [name for name in native.TYPE_CODES if not BLOCK_TYPES[name].slow]
 
 
+def fast_kind_types() -> list[str]:
+    """Of those, the types whose linear layers a fast step computes in the fast kind."""
+    return [name for name in fast_types() if name not in native.NO_FAST]
+
+
 def lower_linear(
     type: str,
     rows: int,
@@ -130,6 +167,7 @@ def lower_linear(
     max_rows: int,
     workers: Workers,
     isa: str | None = None,
+    fast: str | None = None,
     copies: int = 1,
 ) -> Plan:
     """A Plan of one linear layer with `rows` outputs over whatever `data` holds: there to be timed.
@@ -158,7 +196,14 @@ def lower_linear(
     )
     weights = _Weights(TensorTable(end, [bytes(32)] * -(-end // CHUNK), stored), data)
     return native.lower(
-        program, weights, kv_type="bf16", max_rows=max_rows, max_sequences=1, workers=workers, isa=_known(isa)
+        program,
+        weights,
+        kv_type="bf16",
+        max_rows=max_rows,
+        max_sequences=1,
+        workers=workers,
+        isa=_known(isa),
+        fast=_known_fast(fast),
     )
 
 
@@ -221,4 +266,10 @@ def _known(name: str | None) -> str:
         return isa()
     if name not in isas():
         raise NotSupported(f"This machine cannot run the {name!r} kernels; it has {', '.join(isas())}.")
+    return name
+
+
+def _known_fast(name: str | None) -> str | None:
+    if name is not None and name not in fasts():
+        raise NotSupported(f"This machine has no fast kind {name!r}; it has {', '.join(fasts())}.")
     return name
