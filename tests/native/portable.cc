@@ -103,12 +103,24 @@ void linear_layers() {
         linear_scalar(a, 0, cut);
         linear_scalar(a, cut, blocks);
       };
-      multiply(0, rows, y.data());
-      for (int row : {0, rows / 2, rows - 1}) {
-        multiply(row, 1, one.data());
-        demand(same(one.data(), y.data() + size_t(row) * width, width), "a row alone is another row");
-      }
-      note(y.data(), size_t(rows) * width);
+      auto multiply_fast = [&](int first, int count, float* out) {
+        Guarded<uint8_t> narrowed(size_t(count) * narrow_bytes(columns)), scratch(fast_scratch(columns));
+        narrow({x.data() + size_t(first) * k, k, columns, narrowed.data()}, 0, count);
+        LinearArgs a{};
+        a.weight = {weights.data(), BlockType(type), columns, 0, 1};
+        a.rows = count, a.narrow = narrowed.data(), a.out = out, a.ldo = width;
+        linear_fast_portable(a, 0, blocks, scratch.data());
+      };
+      auto compare = [&](auto&& multiplied) {
+        multiplied(0, rows, y.data());
+        for (int row : {0, rows / 2, rows - 1}) {
+          multiplied(row, 1, one.data());
+          demand(same(one.data(), y.data() + size_t(row) * width, width), "a row alone is another row");
+        }
+        note(y.data(), size_t(rows) * width);
+      };
+      compare(multiply);
+      if (has_fast(BlockType(type)) && round > 1) compare(multiply_fast);
       Guarded<float> gathered(k);
       const int32_t token = between(0, blocks * 16 - 1);
       embed({{weights.data(), BlockType(type), columns, 0, 1}, &token, gathered.data(), k, 1.0f}, 0, 1);
@@ -166,11 +178,12 @@ void plan_on_threads() {
   constexpr size_t kPacked = kRows * kColumns * 4, kOut = kPacked + kRows * 2 * 40 + 64 - kRows * 2 * 40 % 64;
   constexpr size_t kCopied = kOut + kRows * kOutputs * 4;
   Workers workers(3);
-  Plan plan(workers, isa, image.data(), kTable + kWeights, {kCopied + kRows * kOutputs * 4, kRows, kRows, 16, 4096, KvType::kF32, {}});
+  Workspace workspace(kCopied + kRows * kOutputs * 4);
+  Plan plan(workers, isa, nullptr, image.data(), kTable + kWeights, workspace, {kRows, kRows, 16, 4096, KvType::kF32, {}});
   plan.embed({0, int(BlockType::kF32), 16, kColumns, 0, 1}, 1.0f, {0, kColumns}, {false, false});
   plan.norm({0, kColumns}, 1, kColumns, {}, 0, {}, {}, kPacked, {}, {false, true});
-  plan.linear({kTable, int(BlockType::kQ4_0), kOutputs, kColumns, 0, 1}, kOutputs / 16, {}, kPacked, {}, {}, {}, {kOut, kOutputs}, false,
-              0, 0.0f, {false, true});
+  plan.linear({kTable, int(BlockType::kQ4_0), kOutputs, kColumns, 0, 1}, kOutputs / 16, {}, kPacked, {}, {}, {}, {}, {}, {kOut, kOutputs},
+              false, 0, 0.0f, {false, true});
   plan.rows({kOut, kOutputs}, kOutputs, {kCopied, kOutputs}, {true, true});
   plan.result({kCopied, kOutputs}, kOutputs, true);
   std::vector<int32_t> tokens(kRows), positions(kRows);
