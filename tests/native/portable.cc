@@ -16,6 +16,7 @@ namespace vai {
 int row_block_scalar(int);
 void norm_scalar(const NormArgs&, int, int);
 void linear_scalar(const LinearArgs&, int, int);
+void linear_fast_portable(const LinearArgs&, int, int, uint8_t*);
 void glu_scalar(const GluArgs&, int, int);
 void attention_scalar(const AttentionArgs&, int, float*);
 bool probabilities_scalar(const ProbabilitiesArgs&, float*);
