@@ -1,4 +1,4 @@
-// Which instruction sets this machine has.
+// Which instruction sets this machine has, and which implementations of the fast kind.
 #include <stdexcept>
 #include <string>
 
@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bind/bind.h"
+#include "core/fast.h"
 #include "core/isa.h"
 #include "core/selftest.h"
 
@@ -38,5 +39,17 @@ void bind_isa(nb::module_& m) {
       }
     return "it was not built";
   }, nb::arg("name"));
+  m.def("fasts", [] {
+    std::vector<std::string> names;
+    for (const vai::Fast* fast : vai::available_fasts()) names.emplace_back(fast->name);
+    return names;
+  });
+  m.def("refused_fasts", [] {
+    std::vector<std::pair<std::string, std::string>> refused;
+    for (const auto& [fast, reason] : vai::refused_fasts()) refused.emplace_back(fast->name, reason);
+    return refused;
+  });
+  m.def("narrow_bytes", [](int columns) { return vai::narrow_bytes(columns); });
+  m.def("fast_scratch", [](int columns) { return vai::fast_scratch(columns); });
   m.def("attention_scratch", [](size_t context, int head_dim) { return vai::attention_scratch(context, head_dim); });
 }

@@ -91,9 +91,15 @@ struct Matrix {
   const uint8_t* block(int i) const { return data + size_t(first + i * step) * row_bytes(); }
 };
 
+// The fast kind is there for weights that bfloat16 holds as well as their own type does: F16 and F32 would lose bits.
+constexpr bool has_fast(BlockType t) { return t != BlockType::kF16 && t != BlockType::kF32; }
+
 // One raw block -> its 256 weights; a tile of 16 -> [256 columns][16 rows]. Any bytes are a valid block.
 void raw_block(BlockType, const uint8_t* block, float* out);
 void raw_columns(BlockType, const uint8_t* tile, float* panel);
+
+// Row `lane` of a row of blocks -> `columns` of its weights, dequantized as the checkpoint's format says.
+void gather(const uint8_t* blocks, BlockType, int lane, int columns, float* out);
 
 struct EmbedArgs {
   Matrix table;
@@ -124,12 +130,27 @@ struct NormArgs {
   const int32_t* source = nullptr;  // if there is one, row m is row source[m] of x
 };
 
+// Bytes of a row of bfloat16: tiles of 32 columns, a line of 64 bytes each, and an odd number of lines, so that the rows of
+// a tile do not meet in one set of a cache.
+constexpr size_t narrow_bytes(int columns) { return size_t((columns + 31) / 32 | 1) * 64; }
+
+// Rows -> bfloat16: nearest, half to even, but subnormal numbers become zeros of their sign; a NaN stays one. Behind the
+// last column its tile is filled with zeros.
+struct NarrowArgs {
+  const float* x;
+  size_t ldx;
+  int columns;
+  uint8_t* out;  // [rows][narrow_bytes(columns)]
+};
+void narrow(const NarrowArgs&, int begin, int end);
+
 struct LinearArgs {
   Matrix weight;
   int rows;
   const uint8_t* packed;  // for the types that quantize, in groups as wide as theirs
   const float* x;         // for the float types
   size_t ldx;
+  const uint8_t* narrow;  // for the fast kind: rows of narrow(); null in the exact one
   const float* bias;  // may be null; output block i has bias block bias_first + i * bias_step
   int bias_first, bias_step;
   const float* addend;  // may be null
@@ -336,6 +357,25 @@ struct Isa {
   void (*attention)(const AttentionArgs&, int unit, float* scratch);
   bool (*probabilities)(const ProbabilitiesArgs&, float* maximum);
 };
+
+// One implementation of linear layers in the fast kind: bfloat16 times bfloat16, summed in binary32 (ops/fast/portable.cc says
+// in which order), the rest as in the exact kind. Any rows, any output blocks.
+struct Fast {
+  const char* name;
+  // `scratch`: fast_scratch(columns) bytes of the worker's own, on a line of 64.
+  void (*linear)(const LinearArgs&, int begin, int end, uint8_t* scratch);  // output blocks
+};
+
+constexpr int kMaxFastRows = 512;   // rows that share one unpacking of the weights; what is more is done after them
+constexpr int kFastColumns = 512;   // columns in one stretch: the activations of all rows for it stay in L2
+constexpr int kFastBlocks = 16;     // blocks that take their turns at one stretch; shares of so many cost the least
+
+// The weights of two blocks for one stretch, and the sums: of two blocks, or where there are more stretches of all.
+constexpr size_t fast_scratch(int columns) {
+  const bool one = columns <= kFastColumns;
+  const size_t tiles = one ? size_t(columns + 31) / 32 : kFastColumns / 32;
+  return tiles * 2 * 1024 + size_t(kMaxFastRows) * 16 * sizeof(float) * (one ? 2 : kFastBlocks);
+}
 
 constexpr size_t attention_scratch(size_t context, int head_dim) {
   const size_t padded = size_t(head_dim + 15) / 16 * 16;

@@ -33,6 +33,13 @@ static inline uint16_t f32_to_bf16(float x) {
   return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// The same, but what is subnormal becomes a zero of its sign, as AMX and AVX512-BF16 have it.
+static inline uint16_t f32_to_bf16_flushed(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x), size = bits & 0x7fffffffu;
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+  return uint16_t(size > 0x7f800000u ? quiet : size < 0x00800000u ? (bits >> 16) & 0x8000u : rounded);
+}
+
 template <class T>
 static inline T load_as(const void* p) {
   T value;

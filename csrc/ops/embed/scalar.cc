@@ -15,7 +15,7 @@ static int code(const uint8_t* block, const Layout& l, int lane, int k) {
   return low;
 }
 
-static void gather(const uint8_t* row, BlockType type, int lane, int columns, float* out) {
+void gather(const uint8_t* row, BlockType type, int lane, int columns, float* out) {
   const Layout l = layout(type);
   for (int k0 = 0; k0 < columns; k0 += l.columns, row += l.bytes) {
     const int count = std::min(l.columns, columns - k0);
