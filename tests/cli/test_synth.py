@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from vai.burn.synth import SHAPES, synthesize
+from vai.burn.synth import SHAPES, TYPES, synthesize
 from vai.rom.registry import Name, Registry
 
 Vai = Callable[..., subprocess.CompletedProcess[str]]
@@ -25,6 +26,12 @@ def test_a_model_grows_by_file_and_by_name(vai: Vai, registry: Registry, tmp_pat
     assert vai("synth", "--grow", "small", "--shape", "tiny-256", tmp_path / "b.gguf").returncode == 0
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     assert "no model 'other'" in vai("synth", "--grow", "other", "--shape", "tiny", tmp_path / "c.gguf").stderr
+
+
+def test_every_shape_and_every_type_is_in_the_help(vai: Vai) -> None:
+    told = set(re.findall(r"[\w.+-]*\w", vai("synth", "--help").stdout))
+    assert set(SHAPES) <= told
+    assert set(TYPES) <= told
 
 
 def test_arguments_that_do_not_go_together_are_explained(vai: Vai, tmp_path: Path) -> None:

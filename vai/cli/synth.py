@@ -22,8 +22,10 @@ from vai.cli.output import size
 def synth(words: tuple[str, ...], seed: int | None, source: str | None, shape: str | None) -> None:
     """Write a GGUF file of SHAPE with random weights of TYPE to PATH; or a trained model, grown.
 
-    A model of random weights speaks nonsense, at the true cost of a real one. Shapes are tiny, tiny-qwen2, tiny-256,
-    qwen2-0.5b, qwen2-1.5b, deepseek-coder-1.3b and deepseek-coder-6.7b; types are F32, F16, BF16, Q8_0, Q4_0, Q4_1,
+    A model of random weights speaks nonsense, at the true cost of a real one. Shapes are qwen2-0.5b, qwen2-1.5b,
+    qwen3-0.6b, qwen3-30b-a3b-4-layers, deepseek-coder-1.3b, deepseek-coder-6.7b and, for tests of each family, tiny,
+    tiny-256, tiny-qwen2, tiny-qwen3, tiny-gemma2, tiny-gemma3, tiny-mistral, tiny-phi3, tiny-longrope, tiny-phi4,
+    tiny-yarn, tiny-mixtral, tiny-qwen2moe and tiny-qwen3moe; types are F32, F16, BF16, Q8_0, Q4_0, Q4_1,
     Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4, Q2_K, Q3_K, IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS,
     IQ3_S, TQ1_0, TQ2_0 and, mixed as people's files are, Q4_K_M, Q5_K_M and Q4_0+Q6_K. One seed gives the same file
     everywhere.

@@ -57,7 +57,7 @@ def trace(name: str, rows: int, context: int, as_json: bool) -> None:
     are computed in a fast kind, a chunk of that, too.
 
     Each line: the operations of the Program that it came from (by number), median time of five steps, bytes of the
-    image that it read and at what speed, multiply-adds, and SHARE, the part of that time which this machine's ceiling
+    image that it read (at most, where rows choose experts) and at what speed, multiply-adds, and SHARE, the part of that time which this machine's ceiling
     would have taken: reading or multiplying, whichever is slower. Then the stages of a first short request, in an
     engine of its own. Nothing else should run meanwhile.
     """
@@ -185,13 +185,14 @@ def _line(line: PlanLine, seconds: float, rows: int, ceiling: Rates) -> Report:
     where there is no such ceiling.
     """
     products, rate = line.products * rows, getattr(ceiling, line.unit)
-    least = max(line.image_bytes / ceiling.read, products / rate) if rate else 0.0
+    read = min(line.image_bytes * rows, line.most_bytes)
+    least = max(read / ceiling.read, products / rate) if rate else 0.0
     return {
         "kind": line.kind,
         "text": line.text,
         "origin": list(line.origin),
         "seconds": seconds,
-        "image_bytes": line.image_bytes,
+        "image_bytes": read,
         "products": products,
         "share": least / seconds if line.products and rate and seconds > 0 else None,
     }

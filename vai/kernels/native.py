@@ -241,6 +241,7 @@ class _Instruction:
     blocks: int = 0
     text: str = ""
     image_bytes: int = 0
+    most_bytes: int = 0  # of the image, where rows do not all read the same
     products: int = 0  # multiply-adds with weights for one row
     routing: _Routing | None = None
     copies: int = 1
@@ -255,7 +256,8 @@ class _Instruction:
 
     def described(self) -> PlanLine:
         unit = "int8" if "packed" in self.areas else "bf16" if "narrow" in self.areas else "f32"
-        return PlanLine(self.kind, self.text, tuple(self.lines), self.image_bytes, self.products, unit, self.outputs)
+        most = max(self.image_bytes, self.most_bytes)
+        return PlanLine(self.kind, self.text, tuple(self.lines), self.image_bytes, most, self.products, unit, self.outputs)
 
     def __str__(self) -> str:
         origin = ",".join(str(line) for line in self.lines)
@@ -352,6 +354,7 @@ class _Fuser:
             text=_of(op.weight, stored, part.rows) + (f" times {op.scale:g}" if op.scale != 1 else ""),
             image_bytes=row_bytes,
         )
+        self._made[-1].most_bytes = stored.bytes
 
     def _norm(self, index: int, op: RmsNorm) -> None:
         x = self._views[op.x]
@@ -644,6 +647,7 @@ class _Fuser:
             image_bytes=stored.bytes // (stored.rows // BLOCK_ROWS) * read,
             routing=routing,
         )
+        self._made[-1].most_bytes = stored.bytes
         self._made[-1].products = BLOCK_ROWS * read * stored.columns
 
     def _expert_rows(self, index: int, op: ExpertLinear, group: int) -> _Slot:

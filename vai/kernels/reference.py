@@ -774,7 +774,7 @@ class ReferencePlan:
     def describe(self, kind: str = "exact") -> list[PlanLine]:
         """An operation each, the same for every kind; what they read is not told apart."""
         kinds = [type(op).__name__.lower() for op in self._program.ops]
-        return [PlanLine(kind, "", (line,), 0, 0, "f32", False) for line, kind in enumerate(kinds, 1)]
+        return [PlanLine(kind, "", (line,), 0, 0, 0, "f32", False) for line, kind in enumerate(kinds, 1)]
 
     def lines(self) -> list[str]:
         return [str(op) for op in self._program.ops]
