@@ -37,6 +37,11 @@ void bind_isa(nb::module_& m) {
         const char* wrong = vai::self_test(*isa, *vai::built_isas().front());
         return wrong ? wrong : "";
       }
+    for (const vai::Fast* fast : vai::built_fasts())
+      if (fast->name == name) {
+        const char* wrong = vai::self_test(*fast, *vai::built_fasts().front());
+        return wrong ? wrong : "";
+      }
     return "it was not built";
   }, nb::arg("name"));
   m.def("fasts", [] {

@@ -1,19 +1,151 @@
 #include "core/fast.h"
 
+#include <cmath>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "core/selftest.h"
+#include "vai/scalar_types.h"
+
 namespace vai {
 
 void linear_fast_portable(const LinearArgs&, int, int, uint8_t*);
-
 static const Fast kPortable{"portable", linear_fast_portable};
+#if defined(__x86_64__)
+void linear_fast_amx(const LinearArgs&, int, int, uint8_t*);
+static const Fast kAmx{"amx", linear_fast_amx};
+#endif
 
-const std::vector<const Fast*>& available_fasts() {
-  static const std::vector<const Fast*> fasts{&kPortable};
+const std::vector<const Fast*>& built_fasts() {
+  static const std::vector<const Fast*> fasts{
+      &kPortable,
+#if defined(__x86_64__)
+      &kAmx,
+#endif
+  };
   return fasts;
 }
 
-const std::vector<RefusedFast>& refused_fasts() {
-  static const std::vector<RefusedFast> refused;
-  return refused;
+namespace {
+
+#if defined(__x86_64__)
+// Tiles are lent to a process that asks for them (Linux: Documentation/arch/x86/xstate.rst), to all its threads and children.
+bool tiles_granted() {
+#if defined(__linux__)
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
 }
+
+bool tiles_promised() {
+  for (bool has : {bool(__builtin_cpu_supports("avx512f")), bool(__builtin_cpu_supports("avx512bw")),
+                   bool(__builtin_cpu_supports("avx512vl")), bool(__builtin_cpu_supports("avx512dq")),
+                   bool(__builtin_cpu_supports("avx512vnni")), bool(__builtin_cpu_supports("avx512bf16"))})
+    if (!has) return false;
+  unsigned a, b, c, d;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile)) return false;
+  constexpr unsigned kTileState = 3u << 17;  // of what the operating system saves; readable, as AVX-512 is there
+  asm("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  return (a & kTileState) == kTileState && tiles_granted();
+}
+#endif
+
+// What the processor says it has, and the operating system supports.
+bool promised(const Fast& fast) {
+#if defined(__x86_64__)
+  if (&fast == &kAmx) return tiles_promised();
+#endif
+  return &fast == &kPortable;
+}
+
+// ---- the self-test
+
+constexpr int kRows = 19, kColumns = kWideGroup, kBlocks = 3, kOutputs = 16 * kBlocks;
+constexpr size_t kWeightBytes = kBlocks * size_t(kColumns / 32) * 1024;  // BF16, the largest
+
+// Static: a forked child of a process with threads must not allocate.
+struct Case {
+  float x[kRows * kColumns], found[2][kRows * kOutputs];
+  alignas(64) uint8_t rows[kRows * narrow_bytes(kColumns)], weights[kWeightBytes], scratch[fast_scratch(kColumns)];
+};
+Case test;
+
+void fill() {
+  uint32_t state = 1;
+  auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 8; };
+  for (float& x : test.x) x = (float(next() & 0xffff) - 32768.0f) * 0.0001f;
+  // Whatever these are read as, they are finite: a byte below 0x40 is the upper one of any float.
+  for (auto& byte : test.weights) byte = uint8_t(next() & 0x3f);
+  narrow({test.x, kColumns, kColumns, test.rows}, 0, kRows);
+}
+
+// Two orders of additions, each of which is off by up to 2^-24 of what it adds up, for every addition.
+bool near(const LinearArgs& a) {
+  float weights[kColumns];
+  for (int n = 0; n < kOutputs; ++n) {
+    gather(a.weight.block(n / 16), a.weight.type, n % 16, kColumns, weights);
+    for (int m = 0; m < kRows; ++m) {
+      double size = 0;
+      for (int k = 0; k < kColumns; ++k) size += std::fabs(double(test.x[m * kColumns + k]) * double(weights[k]));
+      const double apart = double(test.found[0][m * kOutputs + n]) - double(test.found[1][m * kOutputs + n]);
+      if (!(std::fabs(apart) <= 4 * kColumns * 0x1p-24 * size)) return false;
+    }
+  }
+  return true;
+}
+
+bool right(const Fast& fast, const Fast& portable) {
+#if defined(__x86_64__)
+  if (&fast == &kAmx) tiles_granted();  // or not: then the first tile ends the child
+#endif
+  fill();
+  for (int type = 0; type < kBlockTypes; ++type) {
+    if (!has_fast(BlockType(type))) continue;
+    LinearArgs a{};
+    a.weight = {test.weights, BlockType(type), kColumns, 0, 1};
+    a.rows = kRows, a.narrow = test.rows, a.ldo = kOutputs;
+    a.out = test.found[0], portable.linear(a, 0, kBlocks, test.scratch);
+    a.out = test.found[1], fast.linear(a, 0, kBlocks, test.scratch);
+    if (!near(a)) return false;
+  }
+  return true;
+}
+
+struct Found {
+  std::vector<const Fast*> available;
+  std::vector<RefusedFast> refused;
+};
+
+const Found& find() {
+  static const Found found = [] {
+    Found made;
+    for (const Fast* fast : built_fasts()) {
+      if (!promised(*fast)) continue;
+      const char* wrong = fast == &kPortable ? nullptr : self_test(*fast, kPortable);
+      if (wrong)
+        made.refused.push_back({fast, wrong});
+      else
+        made.available.push_back(fast);
+    }
+    return made;
+  }();
+  return found;
+}
+
+}  // namespace
+
+const char* self_test(const Fast& fast, const Fast& portable) {
+  return tried_in_a_child([&] { return right(fast, portable); }, "it computes other sums than the portable implementation");
+}
+
+const std::vector<const Fast*>& available_fasts() { return find().available; }
+const std::vector<RefusedFast>& refused_fasts() { return find().refused; }
 
 }  // namespace vai

@@ -73,28 +73,32 @@ void run(const Isa& isa, Outputs& out) {
   isa.probabilities({in.x, kColumns, 0.7f, out.probabilities}, &out.maximum);
 }
 
-// In the child: what it will exit with.
-char verdict(const Isa& isa, const Isa& portable) {
+bool equal(const Isa& isa, const Isa& portable) {
+  fill();
+  run(portable, found[0]);
+  run(isa, found[1]);
+  return std::memcmp(&found[0], &found[1], sizeof(Outputs)) == 0;
+}
+
+// In the child: the answer it will give.
+char answer_of(const std::function<bool()>& verdict) {
   for (int signal : {SIGILL, SIGSEGV, SIGBUS, SIGFPE, SIGTRAP}) std::signal(signal, SIG_DFL);
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, nullptr);
   const rlimit no_core{0, 0};
   setrlimit(RLIMIT_CORE, &no_core);
-  fill();
-  run(portable, found[0]);
-  run(isa, found[1]);
-  return std::memcmp(&found[0], &found[1], sizeof(Outputs)) == 0 ? 'y' : 'n';
+  return verdict() ? 'y' : 'n';
 }
 
 }  // namespace
 
-const char* self_test(const Isa& isa, const Isa& portable) {
+const char* tried_in_a_child(const std::function<bool()>& verdict, const char* wrong) {
   int ends[2];
   if (pipe(ends) != 0) return "it cannot be tried: the process has no descriptors left";
   const pid_t child = fork();
   if (child == 0) {
-    const char answer = verdict(isa, portable);
+    const char answer = answer_of(verdict);
     _exit(write(ends[1], &answer, 1) == 1 ? 0 : 1);
   }
   close(ends[1]);
@@ -108,7 +112,11 @@ const char* self_test(const Isa& isa, const Isa& portable) {
   while (waitpid(child, nullptr, 0) < 0 && errno == EINTR) {
   }
   if (answer == 'y') return nullptr;
-  return answer == 'n' ? "it computes other bits than the portable implementation" : "its instructions end the process";
+  return answer == 'n' ? wrong : "its instructions end the process";
+}
+
+const char* self_test(const Isa& isa, const Isa& portable) {
+  return tried_in_a_child([&] { return equal(isa, portable); }, "it computes other bits than the portable implementation");
 }
 
 }  // namespace vai
