@@ -23,10 +23,11 @@ ROWS = 43  # whole tiles of rows and a rest
 MODELS = (
     ("tiny", "Q4_0"),
     ("tiny-qwen2", "Q8_0"),
-    ("tiny-gemma2", "Q4_K"),
+    ("tiny-gemma2", "Q4_1"),
+    ("tiny-256", "Q4_K"),
     ("tiny-qwen3moe", "Q5_0"),
     ("tiny", "BF16"),
-    ("tiny", "Q3_K"),
+    ("tiny-256", "Q3_K"),
 )
 
 
@@ -64,7 +65,7 @@ def step(program: Program, first: int, end: int, kind: str) -> StepArgs:
 
 
 def computed(plan: Plan, program: Program, cuts: tuple[int, ...]) -> tuple[Pool, NDArray[np.uint32]]:
-    """Pages after ROWS fast rows, in steps that end at `cuts`, and the bits of the logits of an exact row behind them."""
+    """Pages after ROWS fast rows, in steps that end at `cuts`, and the bits of an exact row's logits behind them."""
     pool = pool_of(program, ROWS + 1)
     for first, end in zip((0, *cuts), (*cuts, ROWS), strict=True):
         plan.forward(step(program, first, end, "fast"), pool)
@@ -132,7 +133,7 @@ def test_a_fast_kind_that_is_not_there_is_refused_by_name(burned: Burned) -> Non
 
 
 def test_both_kinds_share_a_workspace_that_is_known_beforehand(burned: Burned) -> None:
-    image = burned("tiny", "Q4_K")
+    image = burned("tiny-256", "Q4_K")
     program = program_of(image)
     sizes = {
         fast: table.workspace_bytes(program, image.table, max_rows=64, max_sequences=4, threads=2, fast=fast)

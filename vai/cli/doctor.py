@@ -151,7 +151,7 @@ def _machine(found: Report) -> None:
         if isa in found["implementations"].values()
     ]
     rows += [(f"  {isa}", f"promised, but not used: {reason}") for isa, reason in found["refused"].items()]
-    rows += [("Fast kind", f"prompts are computed by {found['fast']}" if found["fast"] else "none: they are computed as all else is")]
+    rows += [("Fast kind", f"{found['fast']}, for prompts" if found["fast"] else "none: prompts are exact as all else")]
     rows += [(f"  {name}", f"promised, but not used: {reason}") for name, reason in found["refused_fasts"].items()]
     table(("MACHINE", ""), rows)
 
@@ -182,8 +182,9 @@ def _kernels(found: Report) -> None:
     table((f"LINEAR ({threads} threads)", "1 ROW", "SHARE", "128 ROWS", "SHARE"), rows)
     if found["fast_linear"]:
         click.echo()
-        fast = [(each["type"], _tops(each["multiply"]), f"{each['multiply_share']:.0%}") for each in found["fast_linear"]]
-        table((f"FAST LINEAR ({threads} threads)", "512 ROWS", "SHARE OF TILES"), fast)
+        fast = found["fast_linear"]
+        rows = [(each["type"], _tops(each["multiply"]), f"{each['multiply_share']:.0%}") for each in fast]
+        table((f"FAST LINEAR ({threads} threads)", "512 ROWS", "SHARE OF TILES"), rows)
     click.echo(f"Slow, unpacked weight by weight and not measured: {', '.join(found['slow'])}")
 
 

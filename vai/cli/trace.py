@@ -27,8 +27,8 @@ Report = dict[str, Any]
 
 
 class Rates(NamedTuple):
-    """The ceilings beside a sample: bytes/s of reading the image, multiply-adds/s of integers, of floats and in tiles (0:
-    the machine has none).
+    """The ceilings beside a sample: bytes/s of reading the image, multiply-adds/s of integers, of floats and in tiles
+    (0: the machine has none).
     """
 
     read: float
@@ -57,9 +57,9 @@ def trace(name: str, rows: int, context: int, as_json: bool) -> None:
     are computed in a fast kind, a chunk of that, too.
 
     Each line: the operations of the Program that it came from (by number), median time of five steps, bytes of the
-    image that it read (at most, where rows choose experts) and at what speed, multiply-adds, and SHARE, the part of that time which this machine's ceiling
-    would have taken: reading or multiplying, whichever is slower. Then the stages of a first short request, in an
-    engine of its own. Nothing else should run meanwhile.
+    image that it read (at most, where rows choose experts) and at what speed, multiply-adds, and SHARE, the part of
+    that time which this machine's ceiling would have taken: reading or multiplying, whichever is slower. Then the
+    stages of a first short request, in an engine of its own. Nothing else should run meanwhile.
     """
     settings = config.load()
     digest = Registry(settings.root, settings.names).find(name)

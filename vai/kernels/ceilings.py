@@ -171,13 +171,17 @@ def _linear(type_: str, workers: table.Workers, isa: str, buffer: NDArray[np.uin
 
 def _fast(type_: str, workers: table.Workers, isa: str, buffer: NDArray[np.uint8], ceiling: Ceiling) -> Fast:
     rate = ceiling.bf16.median if ceiling.bf16 else 0.0
-    outputs = min(max(int(rate * 0.01 / (MAX_ROWS * COLUMNS)) // BLOCK_ROWS, workers.threads) * BLOCK_ROWS, MOST_OUTPUTS)
+    ten_milliseconds = int(rate * 0.01 / (MAX_ROWS * COLUMNS))
+    outputs = min(max(ten_milliseconds // BLOCK_ROWS, workers.threads) * BLOCK_ROWS, MOST_OUTPUTS)
     plan = table.lower_linear(
         type_, outputs, COLUMNS, buffer.data, max_rows=MAX_ROWS, workers=workers, isa=isa, fast=table.fast(None)
     )
     amount = MAX_ROWS * outputs * COLUMNS
-    sample = lambda: amount / _seconds(plan, MAX_ROWS, "fast")  # noqa: E731 - as its neighbours in _linear
-    return Fast(type_, *_in_turns(sample, _multiplying(workers, isa, "bf16")))
+
+    def layer() -> float:
+        return amount / _seconds(plan, MAX_ROWS, "fast")
+
+    return Fast(type_, *_in_turns(layer, _multiplying(workers, isa, "bf16")))
 
 
 def _seconds(plan: Plan, rows: int, kind: str = "exact") -> float:

@@ -256,8 +256,8 @@ class _Instruction:
 
     def described(self) -> PlanLine:
         unit = "int8" if "packed" in self.areas else "bf16" if "narrow" in self.areas else "f32"
-        most = max(self.image_bytes, self.most_bytes)
-        return PlanLine(self.kind, self.text, tuple(self.lines), self.image_bytes, most, self.products, unit, self.outputs)
+        read = self.image_bytes, max(self.image_bytes, self.most_bytes)
+        return PlanLine(self.kind, self.text, tuple(self.lines), *read, self.products, unit, self.outputs)
 
     def __str__(self) -> str:
         origin = ",".join(str(line) for line in self.lines)

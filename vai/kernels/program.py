@@ -164,8 +164,8 @@ class PlanLine(NamedTuple):
 
     origin: the Program's operations it came from, counted from 1 · image_bytes: what it reads of the image at one row ·
     most_bytes: what it reads at however many, where each may read another token's row or other experts ·
-    products: multiply-adds with weights for one row · unit: of what, "int8", "f32" or "bf16" · outputs: whether its rows
-    are those asked for, not all.
+    products: multiply-adds with weights for one row · unit: of what, "int8", "f32" or "bf16" · outputs: whether its
+    rows are those asked for, not all.
     """
 
     kind: str

@@ -15,8 +15,14 @@ uint64_t multiply_bf16_amx(int rounds) {
     config[48 + tile] = 16;
   }
   asm volatile("ldtilecfg %0" ::"m"(config) : "memory");  // gcc 12's intrinsic tells of 8 of the 64 bytes
-  _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3);
-  _tile_zero(4), _tile_zero(5), _tile_zero(6), _tile_zero(7);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
   for (int i = 0; i < rounds; ++i) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
