@@ -183,8 +183,8 @@ def _kernels(found: Report) -> None:
     if found["fast_linear"]:
         click.echo()
         fast = found["fast_linear"]
-        rows = [(each["type"], _tops(each["multiply"]), f"{each['multiply_share']:.0%}") for each in fast]
-        table((f"FAST LINEAR ({threads} threads)", "512 ROWS", "SHARE OF TILES"), rows)
+        shares = [(each["type"], _tops(each["multiply"]), f"{each['multiply_share']:.0%}") for each in fast]
+        table((f"FAST LINEAR ({threads} threads)", "512 ROWS", "SHARE OF TILES"), shares)
     click.echo(f"Slow, unpacked weight by weight and not measured: {', '.join(found['slow'])}")
 
 
