@@ -95,7 +95,8 @@ def sizes(x: Floats, w: Floats) -> NDArray[np.float64]:
 def judge(fast: str, found: Floats, expected: Floats, x: Floats, w: Floats) -> None:
     """Two orders of n additions are apart by at most 2 n 2^-24 of the sum of the sizes, where nothing overflows."""
     if fast == "portable":
-        return same(found, expected)
+        same(found, expected)
+        return
     size, additions = sizes(x, w), x.shape[1] + x.shape[1] // 32 + 4
     bound = 2 * additions * (2.0**-24 * size + SMALLEST)
     safe = size < 2.0**127
@@ -173,15 +174,21 @@ def layer_with_all(rng: np.random.Generator, type: str) -> tuple[Rom, list[Op]]:
 
 def near(fast: str, found: Floats, expected: Floats) -> None:
     if fast == "portable":
-        return same(found, expected)
+        same(found, expected)
+        return
     np.testing.assert_allclose(found, expected, rtol=2.0**-14, atol=float(np.nanmax(np.abs(expected))) * 2.0**-14)
 
 
 @pytest.mark.parametrize("type", ["Q4_0", "Q6_K", "BF16"])
 @pytest.mark.parametrize(
     "added",
-    [{"bias": "w.bias"}, {"residual": "r"}, {"addend": "a"}, {"softcap": 3.0}]
-    + [{"bias": "w.bias", "residual": "r", "addend": "a", "softcap": 2.0}],
+    [
+        {"bias": "w.bias"},
+        {"residual": "r"},
+        {"addend": "a"},
+        {"softcap": 3.0},
+        {"bias": "w.bias", "residual": "r", "addend": "a", "softcap": 2.0},
+    ],
     ids=lambda added: "-".join(added),
 )
 def test_what_is_added_is_added_as_in_the_exact_kind(
@@ -232,7 +239,7 @@ def rounded(exact: Fraction) -> Fraction:
     """To 24 bits, half to even; below the smallest normal number, then, zero. Of what does not overflow."""
     if exact == 0:
         return exact
-    size, exponent = abs(exact), 0
+    size = abs(exact)
     exponent = size.numerator.bit_length() - size.denominator.bit_length()
     if size < Fraction(2) ** exponent:
         exponent -= 1
@@ -251,7 +258,7 @@ def in_fractions(a: Floats, w: Floats) -> float:
     return float(out)
 
 
-@pytest.mark.parametrize(("low", "high"), [(-2, 2), (-70, -56), (-64, -62), (-40, 40), (-63, 63)])
+@pytest.mark.parametrize(("low", "high"), [(-2, 2), (-70, -56), (-64, -62), (-40, 40), (-63, 60)])
 def test_every_product_joins_its_sum_in_one_rounding(
     fast: str, pools: list[table.Workers], low: int, high: int
 ) -> None:
@@ -268,8 +275,9 @@ def test_every_product_joins_its_sum_in_one_rounding(
     exact = np.array([[in_fractions(a, b) for b in w] for a in x], np.float32)
     found = reference.fast_linear(x, w)
     np.testing.assert_array_equal(found, exact)
-    if (low >= -64 and high <= -60) or high == -56:
-        assert (exact == 0).any() and (exact != 0).any()  # some are flushed, some are not
+    if high < 0:  # what was flushed is missing
+        whole = np.array([[(a * b).sum() for b in w.astype(np.float64)] for a in x.astype(np.float64)])
+        assert (np.abs(exact - whole) > 2.0**-140).any()
     rom = Rom(
         activations("x.weight", x)
         | one("w.weight", "BF16", 16, 64, pack_float((w.view(np.uint32) >> 16).astype(np.uint16), 32, 2))
