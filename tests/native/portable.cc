@@ -181,11 +181,11 @@ void plan_on_threads() {
   Workers workers(3);
   Workspace workspace(kCopied + kRows * kOutputs * 4);
   Plan plan(workers, isa, nullptr, image.data(), kTable + kWeights, workspace, {kRows, kRows, 16, 4096, KvType::kF32, {}});
-  plan.embed({0, int(BlockType::kF32), 16, kColumns, 0, 1}, 1.0f, {0, kColumns}, {false, false});
-  plan.norm({0, kColumns}, 1, kColumns, {}, 0, {}, {}, kPacked, {}, {false, true});
+  plan.embed({0, int(BlockType::kF32), 16, kColumns, 0, 1}, 1.0f, {0, kColumns}, {false, false, 1});
+  plan.norm({0, kColumns}, 1, kColumns, {}, 0, {}, {}, kPacked, {}, {false, true, 1});
   plan.linear({kTable, int(BlockType::kQ4_0), kOutputs, kColumns, 0, 1}, kOutputs / 16, {}, kPacked, {}, {}, {}, {}, {}, {kOut, kOutputs},
-              false, 0, 0.0f, {false, true});
-  plan.rows({kOut, kOutputs}, kOutputs, {kCopied, kOutputs}, {true, true});
+              false, 0, 0.0f, {false, true, 1});
+  plan.rows({kOut, kOutputs}, kOutputs, {kCopied, kOutputs}, {true, true, 1});
   plan.result({kCopied, kOutputs}, kOutputs, true);
   std::vector<int32_t> tokens(kRows), positions(kRows);
   for (int i = 0; i < kRows; ++i) tokens[size_t(i)] = i % 16, positions[size_t(i)] = i;
