@@ -64,10 +64,10 @@ class System:
         return status.pool_used == 0 and not any(model.running or model.waiting for model in status.models)
 
 
-def start_engine(root: Path) -> subprocess.Popen[bytes]:
+def start_engine(root: Path, *more: str) -> subprocess.Popen[bytes]:
     path = root / "run/engine.sock"
     argv = [sys.executable, "-m", "vai.engine.service", "--root", str(root), "--socket", str(path)]
-    argv += ["--lock", str(root / "run/engine.lock"), "--threads", "1", "--kv-bytes", str(64 << 20)]
+    argv += ["--lock", str(root / "run/engine.lock"), "--threads", "1", "--kv-bytes", str(64 << 20), *more]
     with open(root.parent / "engine.log", "ab") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=log)
 

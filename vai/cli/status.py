@@ -100,11 +100,12 @@ def _rest(found: dict[str, Any]) -> list[str]:
     if found["absent"]:
         lines.append("Named, not in memory: " + ", ".join(name["name"] for name in found["absent"]))
     if (engine := found["engine"]) is not None:
+        fast = f" and {engine['fast']}" if engine["fast"] else ""
         busy = sum(model["running"] + model["waiting"] for model in engine["models"])
         lines.append(
             f"Scratchpad: {size(engine['pool_used'])} of {size(engine['pool_bytes'])} used, "
             f"{size(engine['pool_cached'])} cached, {size(engine['pool_free'])} free, {busy} requests "
-            f"({engine['isa']}, {engine['threads']} threads, KV {engine['kv_type']})"
+            f"({engine['isa']}{fast}, {engine['threads']} threads, KV {engine['kv_type']})"
         )
         if engine["adopted_pages"] or engine["pool_pinned"]:
             lines.append(

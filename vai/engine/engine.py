@@ -40,6 +40,7 @@ class Engine:
         threads: int,
         pool: NDArray[np.uint8],
         isa: str | None = None,
+        fast: str | None = None,
         kv_type: str = "bf16",
         backend: str = "native",
         max_rows: int = MAX_ROWS,
@@ -49,16 +50,19 @@ class Engine:
     ) -> None:
         """`pool`: see scratchpad.pages.map_pool; the engine alone writes it. `isa`: force a lower instruction set.
 
+        `fast`: what computes the pages of prompts in the fast kind, one of table.fasts(); None: all pages are exact.
+
         `max_rows`: of one step, at most MAX_ROWS.
 
         `mask_patience`: seconds that a constrained request waits for the mask of its next token before it ends.
         `clock`: seconds, which decide about turns, chunks and guesses, never about tokens.
         """
         self._began = time.perf_counter()
-        for name, reason in table.refused():
+        for name, reason in [*table.refused(), *table.refused_fasts()]:
             log.warning("The %s kernels are not used, though the processor promises them: %s.", name, reason)
         self._threads = threads
         self._isa = isa
+        self._fast = fast
         self._kv_type = kv_type
         self._max_rows = max_rows
         self._arrivals = 0
@@ -69,6 +73,7 @@ class Engine:
             workers=table.make_workers(threads, root / "run" / "cores.lock"),
             backend=backend,
             isa=isa,
+            fast=fast,
             kv_type=kv_type,
             max_rows=max_rows,
             max_sequences=max_sequences,
@@ -189,6 +194,7 @@ class Engine:
             pool_pinned=self._scheduler.retention.pinned_bytes,
             adopted_pages=self._scheduler.cache.adopted,
             kv_type=self._kv_type,
+            fast=self._fast,
             models=[self._model_status(entry) for entry in self._bank.entries()],
         )
 

@@ -49,7 +49,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     The pool is pages in use (`pool_used`), pages that the prefix cache keeps until their room is needed
     (`pool_cached`), and the rest (`pool_free`). Of the first two, `pool_pinned` are kept at a client's wish.
-    `adopted_pages` were sealed by an engine before this one. `kv_type`: how all pages store keys and values.
+    `adopted_pages` were sealed by an engine before this one. `kv_type`: how all pages store keys and values. `fast`:
+    what computes the fast ones; None: all are exact.
     """
 
     pid: int
@@ -68,6 +69,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     native_seconds: float = 0.0
     host_seconds: float = 0.0
     kv_type: str = "bf16"
+    fast: str | None = None
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", kw_only=True):

@@ -49,6 +49,7 @@ class Bank:
         workers: table.Workers,
         backend: str,
         isa: str | None,
+        fast: str | None,
         kv_type: str,
         max_rows: int,
         max_sequences: int,
@@ -57,6 +58,7 @@ class Bank:
         self._workers = workers
         self._backend = backend
         self._isa = isa
+        self._fast = fast
         self._kv_type = kv_type
         self._max_rows = max_rows
         self._max_sequences = max_sequences
@@ -93,6 +95,7 @@ class Bank:
                 max_sequences=self._max_sequences,
                 workers=self._workers,
                 isa=self._isa,
+                fast=self._fast,
             )
         except BaseException:
             image.close()
@@ -102,6 +105,8 @@ class Bank:
         )
         name = fingerprint(image.weights, program, self._kv_type)
         seconds = time.perf_counter() - began
-        entry = Entry(digest, program, plan, owners, seconds, image.weights, name, workers=self._workers)
+        entry = Entry(
+            digest, program, plan, owners, seconds, image.weights, name, workers=self._workers, fast=plan.fast
+        )
         self._entries[digest] = (entry, image)
         return entry

@@ -52,6 +52,7 @@ from vai.engine.port import (
     read_message,
 )
 from vai.errors import BadRequest, Overloaded, Unavailable, VaiError, WrongVersion
+from vai.kernels import table
 from vai.kernels.program import KV_TYPES
 from vai.request import Output, Request
 from vai.rom import segment
@@ -314,6 +315,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--kv-type", choices=KV_TYPES, default="bf16", help="how keys and values are stored")
     parser.add_argument("--pool-fd", type=int, help="inherited descriptor of the scratchpad's memory")
     parser.add_argument("--isa", choices=("scalar", "avx2", "avx512"), help="force a lower instruction set")
+    parser.add_argument(
+        "--fast", choices=("off", "portable", "amx"), help="what may compute prompts; default: the best"
+    )
     return parser
 
 
@@ -348,7 +352,8 @@ def make_engine(args: argparse.Namespace) -> Engine:
     An image that cannot be attached is logged, and refused when asked for.
     """
     pool = open_pool(args.root, args.pool_fd, args.kv_bytes)
-    engine = Engine(args.root, threads=args.threads, pool=pool, isa=args.isa, kv_type=args.kv_type)
+    fast = table.fast(args.fast)
+    engine = Engine(args.root, threads=args.threads, pool=pool, isa=args.isa, fast=fast, kv_type=args.kv_type)
     for path in sorted((args.root / "images").glob("*.rom")):
         try:
             engine.attach(path.stem)

@@ -34,11 +34,12 @@ class LLM:
     """A resident model answered by an engine in this process, over the shared bytes: no copy of the weights is made.
 
     name: a name, a digest, or its first 8 digits. root, names, threads, kv_bytes, kv_type ("bf16", "f32" or
-    "q8_0"), isa: default to the configuration of this process. draft: a smaller resident model with the same tokenizer
-    that guesses tokens ahead; the answers are the same without. deterministic: what requests are that do not say (see
-    `request.Request`). One thread uses it at a time; a forked child cannot use it at all. A context manager.
+    "q8_0"), isa, fast ("off", "portable", "amx"): default to the configuration of this process. draft: a smaller
+    resident model with the same tokenizer that guesses tokens ahead; the answers are the same without. deterministic:
+    what requests are that do not say (see `request.Request`). One thread uses it at a time; a forked child cannot use
+    it at all. A context manager.
     Raises ModelNotFound, Unavailable, NotEnoughRoom, BadRequest for a draft model that cannot be, NotSupported for an
-    unknown KV type.
+    unknown KV type or fast kind.
     """
 
     def __init__(
@@ -51,10 +52,12 @@ class LLM:
         kv_bytes: int | None = None,
         kv_type: str | None = None,
         isa: str | None = None,
+        fast: str | None = None,
         draft: str | None = None,
         deterministic: bool = False,
     ) -> None:
         from vai.engine.engine import Engine
+        from vai.kernels import table
         from vai.scratchpad.pages import map_pool
 
         settings = config.load()
@@ -81,6 +84,7 @@ class LLM:
                 threads=threads or settings.threads,
                 pool=pool,
                 isa=isa or settings.isa,
+                fast=table.fast(fast or settings.fast),
                 kv_type=kv_type or settings.kv_type,
             )
             undo.callback(self._engine.close)
