@@ -382,11 +382,12 @@ void Plan::run(const Step& step) {
 // alone a worker may lose its core for milliseconds. Who computes a block does not change its bits.
 void Plan::multiply(int worker, const Instruction& instruction, const LinearArgs& args) {
   const int count = workers_.count();
+  const int least = args.narrow ? kFastBlocks / (args.gated ? 2 : 1) : 2;  // what is done at once: tiles have two blocks
   for (int i = 0; i < count; ++i) {
     const int owner = (worker + i) % count;
     const int end = share_begin(instruction.units, owner + 1, count);
     const int share = end - share_begin(instruction.units, owner, count);
-    const int piece = std::max(2, ((share + kPieces - 1) / kPieces + 1) & ~1);  // even, for tiles of two blocks
+    const int piece = std::max(least, ((share + kPieces - 1) / kPieces + least - 1) / least * least);
     std::atomic<int>& next = instruction.cursors[owner].next;
     for (int at; (at = next.fetch_add(piece, std::memory_order_relaxed)) < end;) {
       if (args.narrow)

@@ -368,7 +368,7 @@ struct Fast {
 
 constexpr int kMaxFastRows = 512;   // rows that share one unpacking of the weights; what is more is done after them
 constexpr int kFastColumns = 512;   // columns in one stretch: the activations of all rows for it stay in L2
-constexpr int kFastBlocks = 16;     // blocks that take their turns at one stretch; shares of so many cost the least
+constexpr int kFastBlocks = 16;     // stored blocks that take their turns at one stretch; shares of so many cost the least
 
 // The weights of two blocks for one stretch, and the sums: of two blocks, or where there are more stretches of all.
 constexpr size_t fast_scratch(int columns) {
