@@ -52,16 +52,23 @@ class HeadNorm:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """output [M, N] = x [M, K] times `weight` [N, K] transposed, in the exact kind; then + addend, + bias, + residual.
+    """output [M, N] = x [M, K] times `weight` [N, K] transposed = acc; then + addend, + bias, + residual.
 
     With a `softcap` that is not 0, last of all softcap * tanh(y / softcap).
 
-    Block types quantize x to int8 per row and group (rom.image.BlockType.group); acc = +0, then for each group in
-    ascending order acc = acc + (float(isum) * (dw * da)), isum being the exact sum of the codes' products, times their
-    factors where there are (Q6_K, IQ4_XS); a code of IQ4_NL, IQ4_XS or MXFP4 counts as its table's entry, and MXFP4's
-    dw is 2^(e - 128). Q4_1, Q5_1: acc = acc + (float(isum) * (dw * da) + float(asum) * (m * da)), asum being the sum
-    of x's codes. Q4_K, Q5_K: acc = acc + (float(isum) * (dw * da) - float(asum) * (dmin * da)), asum being that times
-    the minimums' factors. Float types, and raw blocks dequantized: acc = acc + (x[k] * w[n, k]) for ascending k.
+    In the exact kind block types quantize x to int8 per row and group (rom.image.BlockType.group); acc = +0, then for
+    each group in ascending order acc = acc + (float(isum) * (dw * da)), isum being the exact sum of the codes'
+    products, times their factors where there are (Q6_K, IQ4_XS); a code of IQ4_NL, IQ4_XS or MXFP4 counts as its
+    table's entry, and MXFP4's dw is 2^(e - 128). Q4_1, Q5_1: acc = acc + (float(isum) * (dw * da) + float(asum) * (m *
+    da)), asum being the sum of x's codes. Q4_K, Q5_K: acc = acc + (float(isum) * (dw * da) - float(asum) * (dmin *
+    da)), asum being that times the minimums' factors. Float types, and raw blocks dequantized: acc = acc + (x[k] * w[n,
+    k]) for ascending k.
+
+    In the fast kind F16 and F32 are multiplied as in the exact one. Any other weight is dequantized as Embed does it,
+    and it and x are rounded to bfloat16, half to even. acc = +0, then for each group of 32 columns in ascending order
+    acc = acc + (e + o), e being the sum of x[k] * w[n, k] over its even columns and o over its odd ones, from +0 in
+    ascending order, each product joining its sum in one rounding. Columns past K are zeros. Whatever is subnormal,
+    before or after a step of this, is a zero of its sign. So Intel's TDPBF16PS has it.
     """
 
     output: str
