@@ -100,7 +100,7 @@ async def test_an_engine_process_stores_what_it_is_told_to(
 ) -> None:
     root, _, digests = tiny_root
     (asked,) = requests(digests["tiny"])
-    client = EngineClient(start_engine(root, "--kv-type", "q8_0").socket)
+    client = EngineClient(start_engine(root, "--kv-type", "q8_0", "--fast", "off").socket)
     try:
         tokens = [token async for output in client.generate(asked) for token in output.tokens]
         assert (await client.status()).kv_type == "q8_0"
@@ -112,7 +112,7 @@ async def test_an_engine_process_stores_what_it_is_told_to(
 def test_an_llm_stores_what_it_is_told_to(tiny_root: Root, make_engine: Make) -> None:
     root, names, digests = tiny_root
     (asked,) = requests(digests["tiny"])
-    with LLM("tiny", root=root, names=names, threads=1, kv_bytes=SLAB, kv_type="q8_0") as llm:
+    with LLM("tiny", root=root, names=names, threads=1, kv_bytes=SLAB, kv_type="q8_0", fast="off") as llm:
         answer = llm.generate(asked.tokens, replace(SAMPLED, stop_ids=()))
     expected = run(make_engine(root, kv_type="q8_0"), [asked])[0]["0"][0]
     assert tuple(answer.token_ids) == expected[: len(answer.token_ids)]

@@ -138,3 +138,17 @@ def test_prompts_run_to_the_same_bits_where_only_their_windows_fit(wide: tuple[P
     both = make_engine(root, slabs=3, max_rows=32)
     assert told(both, digest, prompts, cache=False) == expected  # beside each other
     assert one.status().models[0].preemptions == both.status().models[0].preemptions == 0
+
+
+def test_fast_pages_are_the_same_where_windows_free_what_is_behind_them(
+    model: tuple[Path, str], make_engine: Make
+) -> None:
+    root, digest = model
+    prompts = [[(61 * i * i + 17 * i + seed) % SHAPES[SHAPE].vocabulary for i in range(260)] for seed in (1, 2)]
+    alone = [told(make_engine(root, slabs=2, fast="portable"), digest, [prompt])[0] for prompt in prompts]
+    exact = told(make_engine(root, slabs=2), digest, prompts)
+    assert all(left != right for left, right in zip(alone, exact, strict=True))
+    engine = make_engine(root, slabs=2, max_rows=23, fast="portable")
+    for how in ({}, {}, {"cache": False}):  # computed, found, and computed again
+        assert told(engine, digest, prompts, **how) == alone
+    assert told(engine, digest, prompts, deterministic=True) == exact
