@@ -411,6 +411,22 @@ def test_prompts_of_both_kinds_get_on_beside_each_other() -> None:
     }
 
 
+def test_a_short_prompt_does_not_wait_for_long_steps_of_the_other_kind() -> None:
+    bench, entry = Bench(slabs=32, max_rows=512), model()
+    long = bench.submit(entry, tokens(4000), 1)
+    while len(bench.batches) < 3:
+        timed(bench)
+    assert bench.batches[-1].rows == 512
+    short, came, begun = bench.submit(entry, tokens(20, 1), 1), bench.now, len(bench.batches)
+    while short not in bench.finished:
+        timed(bench)
+    assert bench.now - came < 2 * STEP_WHILE_STREAMING
+    assert [batch.fast for batch in bench.batches[begun:]] in ([True, False], [False])
+    timed(bench)
+    timed(bench)
+    assert bench.batches[-1].rows == 512 and long not in bench.finished
+
+
 def test_a_chunk_ends_where_the_kind_changes() -> None:
     bench = Bench(slabs=16, max_rows=512)
     for deterministic in (False, True):  # so that the speeds are known

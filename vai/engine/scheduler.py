@@ -7,8 +7,8 @@ and prompts fill the rest of the step, most of it in order of rank (age, less a 
 portions.py), as many of their tokens as the model computes in STEP_WHILE_STREAMING (or STEP, where nobody waits for the
 next token): fewer behind a long context than at a beginning (worth.py).
 
-A step is of one kind (kinds.py). Where a model has rows of both, its steps take turns: a fast one, in which prompts get
-on and nobody else, then an exact one with every decoding sequence in it.
+A step is of one kind (kinds.py). Where a model has rows of both, its steps are short and take turns: a fast one, in
+which prompts get on and nobody else, then an exact one with every decoding sequence in it.
 
 Pages come from one pool for all models. A full page goes into the prefix cache, where every request that begins the
 same finds it; when nobody reads it any more it stays until its room is needed. Requests are admitted in order of rank
@@ -364,7 +364,7 @@ class Scheduler:
         worth = queue.fast_worth if batch.fast else queue.worth
         prompts = self._prompts(queue, batch.fast) if most else []
         needs = [Prompt(sequence.rows_ahead()[1], sequence.priority, sequence.computed) for sequence in prompts]
-        room = self._prompt_work(worth, batch.rows, batch.reads())
+        room = self._prompt_work(queue, worth, batch.rows, batch.reads())
         for sequence, count in zip(prompts, portions(needs, room, most, worth.slope), strict=True):
             if sequence.windows:
                 count = min(count, sequence.rows_with_pages())
@@ -393,18 +393,23 @@ class Scheduler:
         """What may join the rows of the decoding sequences in the next step: prompts, and guesses."""
         prompting = [each for each in queue.running if not (each.kinds and each.rows_ahead()[0])]
         prompts = sum(max(0, each.uncomputed - 1) for each in prompting)
-        rows = min(prompts, int(self._prompt_work(queue.worth, len(ready), 0)), self._max_rows - len(ready))
+        rows = min(prompts, int(self._prompt_work(queue, queue.worth, len(ready), 0)), self._max_rows - len(ready))
         left = (self._max_rows - len(ready)) // (2 if prompts else 1)
         return Room(rows, min(left, self._max_sequences - len(queue.running)))
 
-    def _prompt_work(self, worth: Worth, decoding: int, reads: int) -> float:
+    def _prompt_work(self, queue: ModelQueue, worth: Worth, decoding: int, reads: int) -> float:
         """How much work prompts may add to `decoding` rows, whose contexts have `reads` tokens, in this step.
+
+        A step is short where rows of the other kind wait for it, too.
 
         Never less than those rows are without their contexts, or many streams would leave a first token next to
         nothing on a machine that decodes them no faster than the budget.
         """
         streaming = any(each.uncomputed <= 1 for other in self._queues.values() for each in other.running)
-        seconds = STEP_WHILE_STREAMING if streaming else STEP
+        both = (
+            not streaming and queue.entry.fast is not None and len({each.rows_ahead()[0] for each in queue.running}) > 1
+        )
+        seconds = STEP_WHILE_STREAMING if streaming or both else STEP
         return max(seconds * worth.speed - decoding - worth.slope * reads, SMALLEST_CHUNK, decoding)
 
     # Pages
