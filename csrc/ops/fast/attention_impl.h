@@ -1,0 +1,154 @@
+// Paged attention in the fast kind: queries, keys, weights and values in bfloat16, multiplied in tiles (sums.h says how), the
+// rest as in the exact kind. A unit is what it is there.
+//
+// Scores are sums over the head's elements, mixtures sums over the tokens of a chunk of kAttentionChunk, counted from position
+// 0: a token that a query does not see has the weight +0 there, which changes no sum. Values behind the last token of a tile
+// are not read: what stands there may be no number.
+#pragma once
+
+#include <cstring>
+
+#include "ops/attention/attention_impl.h"
+
+namespace vai {
+namespace {
+
+constexpr int kTile = 32;  // queries, tokens or elements that are multiplied at once, in tiles of 16
+constexpr int kTileElements = 512, kPairElements = 2 * kTileElements;
+static_assert(kTile == kFastQueries);
+
+// Two neighbouring rows of 16 elements as a row of a tile: [16][2]. What is subnormal counts as zero, as AMX reads it.
+inline void pair_rows(const uint16_t* even, const uint16_t* odd, uint16_t* out) {
+  auto normal = [](uint16_t x) { return uint16_t(x & 0x7f80 ? x : x & 0x8000); };
+  for (int i = 0; i < 16; ++i) out[2 * i] = normal(even[i]), out[2 * i + 1] = normal(odd[i]);
+}
+
+// The keys of a page's 32 tokens as tiles: for each 32 elements two of [16 pairs][16 tokens][2].
+template <KvType T>
+void pack_keys(const Pages& pages, int sequence, int position, int kv_head, int width, uint16_t* out) {
+  const int head_dim = pages.head_dim;
+  for (int half = 0; half < 2; ++half) {
+    const uint8_t* const scales = pages.keys(sequence, position + 16 * half, kv_head);
+    const uint8_t* const keys = scales + scale_bytes<T>(head_dim, 16);
+    for (int d = 0; d < width; d += 2) {
+      uint16_t rows[2][16] = {};
+      for (int odd = 0; odd < 2 && d + odd < head_dim; ++odd) {
+        const uint8_t* const row = keys + size_t(d + odd) * 16 * kKvBytes<T>;
+        if constexpr (T == KvType::kBf16)
+          std::memcpy(rows[odd], row, sizeof rows[odd]);
+        else
+          for (int i = 0; i < 16; ++i)
+            rows[odd][i] = f32_to_bf16_flushed(load_kv_one<T>(row + i) *
+                                               load_kv_one<KvType::kBf16>(scales + (d + odd) / kKvGroup * 32 + i * 2));
+      }
+      pair_rows(rows[0], rows[1], out + size_t(d / kTile * 2 + half) * kTileElements + size_t(d % kTile) * 16);
+    }
+  }
+}
+
+// The values of a page's tokens as tiles, zeros from token `end` on: for each 32 elements two of [16 pairs][16 elements][2],
+// `step` apart.
+template <KvType T>
+void pack_values(const Pages& pages, int sequence, int position, int kv_head, int width, int end, uint16_t* out, size_t step) {
+  const int head_dim = pages.head_dim;
+  const uint8_t* const scales = pages.values(sequence, position, kv_head);
+  const uint8_t* const values = scales + scale_bytes<T>(head_dim, kPageTokens);
+  for (int t = 0; t < kPageTokens; t += 2)
+    for (int d = 0; d < width; d += 16) {
+      uint16_t rows[2][16] = {};
+      const int count = head_dim - d < 16 ? (head_dim > d ? head_dim - d : 0) : 16;
+      for (int odd = 0; odd < 2 && position + t + odd < end; ++odd) {
+        const size_t token = size_t(t + odd);
+        const uint8_t* const row = values + (token * size_t(head_dim) + size_t(d)) * kKvBytes<T>;
+        if constexpr (T == KvType::kBf16) {
+          std::memcpy(rows[odd], row, size_t(count) * 2);
+        } else {
+          const float scale = load_kv_one<KvType::kBf16>(scales + scale_bytes<T>(head_dim, token) + d / kKvGroup * 2);
+          for (int i = 0; i < count; ++i) rows[odd][i] = f32_to_bf16_flushed(load_kv_one<T>(row + i) * scale);
+        }
+      }
+      pair_rows(rows[0], rows[1], out + size_t(d / kTile) * step + size_t(d % kTile / 16) * kTileElements + size_t(t) * 16);
+    }
+}
+
+// `Tiles::multiply(rows, a, lda, b, groups, c, ldc)`: c [rows][32] = a [rows][32 * groups] times b, for each group two tiles of
+// [16 pairs][16 columns][2].
+//
+// Up to 32 queries of one sequence and KV head; `first` and `end` ascend.
+template <class V, class Tiles, KvType T>
+void attend_fast(const AttentionArgs& a, int sequence, int kv_head, int queries, const Query* query, uint8_t* memory) {
+  const int head_dim = a.pages.head_dim, width = (head_dim + kTile - 1) / kTile * kTile, longest = query[queries - 1].end;
+  const int begin = query[0].first / kPageTokens * kPageTokens;  // nothing before it is read
+  const size_t context = (a.context + kPageTokens - 1) / kPageTokens * kPageTokens;
+  auto* const s = reinterpret_cast<float*>(memory);  // [32][context], as fast_attention_scratch counts
+  float *const o = s + kTile * context, *const chunk = o + kTile * width;  // [32][width] each
+  auto* const q = reinterpret_cast<uint16_t*>(chunk + kTile * width);       // [32][width]
+  uint16_t* const weights = q + kTile * width;                              // [32][kAttentionChunk]
+  uint16_t* const panel = weights + kTile * kAttentionChunk;                // what is multiplied with, as tiles
+
+  std::memset(q, 0, size_t(kTile * width) * 2);
+  for (int i = 0; i < queries; ++i)
+    for (int d = 0; d < head_dim; ++d) q[i * width + d] = f32_to_bf16_flushed(query[i].q[d]);
+  for (int t = begin; t < longest; t += kPageTokens) {
+    pack_keys<T>(a.pages, sequence, t, kv_head, width, panel);
+    Tiles::multiply(queries, q, size_t(width), panel, width / kTile, s + t, context);
+  }
+  float l[kTile] = {};
+  for (int i = 0; i < queries; ++i) {
+    float* const own = s + size_t(i) * context;
+    for (int t = begin; t < (longest + 15) / 16 * 16; t += V::kLanes) V::store(own + t, V::mul(V::load(own + t), V::set1(a.scale)));
+    if (a.softcap != 0.0f) cap_scores<V>(own, begin, (longest + 15) / 16 * 16, a.softcap);
+    soften<V>(own, query[i].first, query[i].end);
+  }
+  for (int i = 0; i < kTile * width; ++i) o[i] = 0.0f;
+  std::memset(weights, 0, size_t(kTile * kAttentionChunk) * 2);
+  for (int c = begin / kAttentionChunk * kAttentionChunk; c < longest; c += kAttentionChunk) {
+    const int from = c > begin ? c : begin, to = longest - c < kAttentionChunk ? longest : c + kAttentionChunk;
+    const int pages = (to - from + kPageTokens - 1) / kPageTokens;
+    for (int p = 0; p < pages; ++p)
+      pack_values<T>(a.pages, sequence, from + p * kPageTokens, kv_head, width, longest, panel + size_t(p) * kPairElements,
+                     size_t(pages) * kPairElements);
+    for (int i = 0; i < queries; ++i) {
+      const auto [_, out, first, end] = query[i];
+      uint16_t* const row = weights + size_t(i) * kAttentionChunk;
+      const float* const own = s + size_t(i) * context;
+      for (int t = from; t < from + pages * kPageTokens; ++t) row[t - from] = t >= first && t < end ? f32_to_bf16_flushed(own[t]) : 0;
+      const int seen = end < to ? end : to, seen_from = from > (first & ~15) ? from : first & ~15;
+      if (seen > seen_from) l[i] = l[i] + chunk_sum<V>(own + seen_from, seen - seen_from);
+    }
+    for (int d = 0; d < width; d += kTile)
+      Tiles::multiply(queries, weights, kAttentionChunk, panel + size_t(d / kTile * pages) * kPairElements, pages, chunk + d,
+                      size_t(width));
+    for (int i = 0; i < queries * width; ++i) o[i] = o[i] + chunk[i];
+  }
+  for (int i = 0; i < queries; ++i)
+    for (int d = 0; d < head_dim; ++d) query[i].out[d] = o[i * width + d] / l[i];
+}
+
+template <class V, class Tiles, KvType T>
+void attention_fast_unit(const AttentionArgs& a, int unit, uint8_t* scratch) {
+  const RowTile tile = a.tiles[unit / a.pages.kv_heads];
+  const int kv_head = unit % a.pages.kv_heads, shared = a.heads / a.pages.kv_heads, queries = tile.rows * shared;
+  for (int i = 0; i < queries; i += kTile) {
+    Query query[kTile];
+    const int count = queries - i < kTile ? queries - i : kTile;
+    for (int j = 0; j < count; ++j) {
+      const size_t row = size_t(tile.first + (i + j) / shared);
+      const size_t column = size_t(kv_head * shared + (i + j) % shared) * size_t(a.pages.head_dim);
+      const int end = a.positions[row] + 1;
+      query[j] = {a.q + row * a.ldq + column, a.out + row * a.ldo + column, a.window && end > a.window ? end - a.window : 0, end};
+    }
+    attend_fast<V, Tiles, T>(a, a.sequence_of_row[tile.first], kv_head, count, query, scratch);
+  }
+}
+
+template <class V, class Tiles>
+void attention_fast(const AttentionArgs& a, int unit, uint8_t* scratch) {
+  if (a.pages.type == KvType::kBf16)
+    attention_fast_unit<V, Tiles, KvType::kBf16>(a, unit, scratch);
+  else
+    attention_fast_unit<V, Tiles, KvType::kQ8_0>(a, unit, scratch);
+}
+
+}  // namespace
+}  // namespace vai
