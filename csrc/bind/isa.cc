@@ -55,6 +55,7 @@ void bind_isa(nb::module_& m) {
     return refused;
   });
   m.def("narrow_bytes", [](int columns) { return vai::narrow_bytes(columns); });
+  m.def("fast_attention_scratch", [](size_t context, int head_dim) { return vai::fast_attention_scratch(context, head_dim); });
   m.def("fast_scratch", [](int columns) { return vai::fast_scratch(columns); });
   m.def("attention_scratch", [](size_t context, int head_dim) { return vai::attention_scratch(context, head_dim); });
 }

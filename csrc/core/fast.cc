@@ -14,10 +14,12 @@
 namespace vai {
 
 void linear_fast_portable(const LinearArgs&, int, int, uint8_t*);
-static const Fast kPortable{"portable", linear_fast_portable};
+void attention_fast_portable(const AttentionArgs&, int, uint8_t*);
+static const Fast kPortable{"portable", linear_fast_portable, attention_fast_portable};
 #if defined(__x86_64__)
 void linear_fast_amx(const LinearArgs&, int, int, uint8_t*);
-static const Fast kAmx{"amx", linear_fast_amx};
+void attention_fast_amx(const AttentionArgs&, int, uint8_t*);
+static const Fast kAmx{"amx", linear_fast_amx, attention_fast_amx};
 #endif
 
 const std::vector<const Fast*>& built_fasts() {

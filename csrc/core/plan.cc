@@ -25,8 +25,6 @@ constexpr int kPieces = 8;
 
 int share_begin(int units, int worker, int count) { return int(int64_t(units) * worker / count); }
 
-// How many rows of one sequence a unit of attention takes.
-int rows_of_tile(int queries_per_row) { return std::max(1, kAttentionQueries / queries_per_row); }
 
 }  // namespace
 
@@ -199,14 +197,16 @@ void Plan::attention(Place q, Place out, int group, int layer, int heads, float 
   const int kept = shape_.groups[size_t(group)].window;
   require(window >= 0 && softcap >= 0.0f && (kept == 0 || (window > 0 && window <= kept)), "a window wider than its group's");
   require(!where.outputs && heads > 0 && heads % p.kv_heads == 0, "heads that do not share evenly");
-  const size_t context = size_t(shape_.context + 15) / 16 * 16, floats = attention_scratch(context, p.head_dim);
+  const bool fast = fast_ && p.type != KvType::kF32;  // who keeps binary32 wants them multiplied
+  const size_t context = size_t(shape_.context + 15) / 16 * 16;
   AttentionArgs a{p,       place(q, heads * p.head_dim, false), q.width, place(out, heads * p.head_dim, false), out.width, heads, scale,
-                  nullptr, sequence_of_row_.data(),             nullptr, context, window, softcap};
+                  nullptr, sequence_of_row_.data(),             nullptr, context, window, softcap,
+                  std::max(1, (fast ? kFastQueries : kAttentionQueries) / (heads / p.kv_heads))};
   add(a, where, group);
   Instruction& instruction = instructions_.back();
   instruction.next = &counters_.emplace_back(0);
-  tiles_[rows_of_tile(heads / p.kv_heads)];
-  take_scratch(scratch, floats * sizeof(float));
+  tiles_[a.tile_rows];
+  take_scratch(scratch, fast ? fast_attention_scratch(context, p.head_dim) : attention_scratch(context, p.head_dim) * sizeof(float));
 }
 
 Routing Plan::routing(Routed r) const {
@@ -359,7 +359,7 @@ void Plan::bind(const Step& s) {
     } else if (auto* attention = std::get_if<AttentionArgs>(&instruction.args)) {
       attention->positions = s.positions;
       set_pages(attention->pages);
-      attention->tiles = tiles_.at(rows_of_tile(attention->heads / attention->pages.kv_heads)).data();
+      attention->tiles = tiles_.at(attention->tile_rows).data();
       instruction.next->store(0, std::memory_order_relaxed);
     } else if (std::holds_alternative<ExpertLinearArgs>(instruction.args)) {
       instruction.next->store(0, std::memory_order_relaxed);
@@ -453,10 +453,15 @@ void Plan::work(int worker, const Step& s) {
       if constexpr (std::is_same_v<A, LinearArgs>) {
         if (rows > 0) multiply(worker, instruction, a);
       } else if constexpr (std::is_same_v<A, AttentionArgs>) {
-        const auto& tiles = tiles_.at(rows_of_tile(a.heads / a.pages.kv_heads));
+        const auto& tiles = tiles_.at(a.tile_rows);
         const int units = int(tiles.size()) * a.pages.kv_heads;
-        float* scratch = reinterpret_cast<float*>(instruction.scratch + size_t(worker) * instruction.scratch_bytes);
-        for (int u; (u = instruction.next->fetch_add(1, std::memory_order_relaxed)) < units;) isa_.attention(a, u, scratch);
+        uint8_t* scratch = instruction.scratch + size_t(worker) * instruction.scratch_bytes;
+        for (int u; (u = instruction.next->fetch_add(1, std::memory_order_relaxed)) < units;) {
+          if (fast_ && a.pages.type != KvType::kF32)
+            fast_->attention(a, u, scratch);
+          else
+            isa_.attention(a, u, reinterpret_cast<float*>(scratch));
+        }
       } else if constexpr (std::is_same_v<A, SortArgs>) {
         if (worker == 0) sort_rows(a.routing, rows);
       } else if constexpr (std::is_same_v<A, ExpertLinearArgs>) {

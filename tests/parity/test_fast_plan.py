@@ -36,20 +36,21 @@ def program_of(image: Image) -> Program:
 
 
 def lowered(image: Image, *, threads: int = 2, **options: object) -> Plan:
-    arguments = {"max_rows": 64, "max_sequences": 4, "workers": table.make_workers(threads), "fast": "portable"}
+    arguments = {"max_rows": 64, "kv_type": "bf16", "max_sequences": 4, "workers": table.make_workers(threads), "fast": "portable"}
     return table.lower(program_of(image), image, **{**arguments, **options})
 
 
-def pool_of(program: Program, tokens: int) -> Pool:
+def pool_of(program: Program, tokens: int, kv_type: str = "bf16") -> Pool:
+    """Pages of NaNs, all of them."""
     pages = -(-tokens // PAGE_TOKENS)
-    return np.zeros(sum(pages * group.page_bytes("bf16") for group in program.groups), np.uint8)
+    return np.full(sum(pages * group.page_bytes(kv_type) for group in program.groups), 0xFF, np.uint8)
 
 
-def step(program: Program, first: int, end: int, kind: str) -> StepArgs:
+def step(program: Program, first: int, end: int, kind: str, kv_type: str = "bf16") -> StepArgs:
     """Tokens [first, end) of the one sequence; the last one's logits, of an exact step."""
     pages, tables, offset = -(-end // PAGE_TOKENS), [], 0
     for group in program.groups:
-        size = group.page_bytes("bf16")
+        size = group.page_bytes(kv_type)
         tables.append(offset + np.arange(pages, dtype=np.int64)[None] * size)
         offset += -(-(ROWS + 1) // PAGE_TOKENS) * size
     positions = np.arange(first, end, dtype=np.int32)
@@ -66,10 +67,10 @@ def step(program: Program, first: int, end: int, kind: str) -> StepArgs:
 
 def computed(plan: Plan, program: Program, cuts: tuple[int, ...]) -> tuple[Pool, NDArray[np.uint32]]:
     """Pages after ROWS fast rows, in steps that end at `cuts`, and the bits of an exact row's logits behind them."""
-    pool = pool_of(program, ROWS + 1)
+    pool = pool_of(program, ROWS + 1, plan.kv_type)
     for first, end in zip((0, *cuts), (*cuts, ROWS), strict=True):
-        plan.forward(step(program, first, end, "fast"), pool)
-    logits = plan.forward(step(program, ROWS, ROWS + 1, "exact"), pool)
+        plan.forward(step(program, first, end, "fast", plan.kv_type), pool)
+    logits = plan.forward(step(program, ROWS, ROWS + 1, "exact", plan.kv_type), pool)
     return pool, logits.copy().view(np.uint32)
 
 
@@ -79,6 +80,16 @@ def test_the_native_plan_has_the_bits_of_the_reference(burned: Burned, shape: st
     program = program_of(image)
     pages, logits = computed(lowered(image), program, ())
     expected, right = computed(lowered(image, backend="reference"), program, ())
+    np.testing.assert_array_equal(pages, expected)
+    np.testing.assert_array_equal(logits, right)
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
+def test_pages_of_every_type_have_the_bits_of_the_reference(burned: Burned, kv_type: str) -> None:
+    image = burned("tiny-gemma2", "Q4_0")
+    program = program_of(image)
+    pages, logits = computed(lowered(image, kv_type=kv_type), program, (20,))
+    expected, right = computed(lowered(image, kv_type=kv_type, backend="reference"), program, (20,))
     np.testing.assert_array_equal(pages, expected)
     np.testing.assert_array_equal(logits, right)
 
@@ -110,9 +121,10 @@ def test_fast_rows_are_other_bits_than_exact_ones_and_near_them(burned: Burned) 
 def test_weights_that_bfloat16_would_shorten_are_computed_exactly(burned: Burned, type: str) -> None:
     image = burned("tiny", type)
     program = program_of(image)
-    plan, pool = lowered(image), pool_of(program, ROWS + 1)
-    plan.forward(step(program, 0, ROWS, "exact"), pool)
-    np.testing.assert_array_equal(computed(plan, program, ())[0][: pool.size // 2], pool[: pool.size // 2])
+    plan, pool = lowered(image, kv_type="f32"), pool_of(program, ROWS + 1, "f32")  # so is attention over such pages
+    plan.forward(step(program, 0, ROWS, "exact", "f32"), pool)
+    plan.forward(step(program, ROWS, ROWS + 1, "exact", "f32"), pool)
+    np.testing.assert_array_equal(computed(plan, program, ())[0], pool)
 
 
 def test_a_plan_without_a_fast_kind_refuses_its_steps(burned: Burned) -> None:

@@ -542,7 +542,10 @@ class _Fuser:
         if self._scratch is None:
             context = -(-self._shape.context // BLOCK_ROWS) * BLOCK_ROWS
             head_dim = max(group.head_dim for group in self._program.groups)
-            self._scratch = _Slot(4 * self._shape.threads * _native.attention_scratch(context, head_dim))
+            bytes_ = 4 * _native.attention_scratch(context, head_dim)
+            if self._fast:
+                bytes_ = max(bytes_, _native.fast_attention_scratch(context, head_dim))
+            self._scratch = _Slot(self._shape.threads * bytes_)
         out = self._new(op.output, op.heads * op.head_dim, outputs=False)
         extra = [f"{name} {getattr(op, name):g}" for name in ("window", "softcap") if getattr(op, name)]
         self._add(

@@ -577,6 +577,42 @@ def attend(
 
 
 @np.errstate(all="ignore")
+def attend_fast(
+    q: Floats,
+    positions: NDArray[np.int32],
+    k: Floats,
+    v: Floats,
+    scale: float,
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
+    first: int = 0,
+) -> Floats:
+    """`attend` in the fast kind: scores and mixtures are products of narrowed numbers, as `fast_linear` sums them.
+
+    Mixtures are summed over the tokens of a chunk, from its first on. `first` is a multiple of 32.
+    """
+    rows, heads, head_dim = q.shape
+    shared = np.arange(heads) // (heads // len(k))
+    scores = np.stack([fast_linear(q[:, head], k[shared[head]]) for head in range(heads)])
+    scores *= _F(scale)
+    if softcap:
+        scores = softcapped(scores, softcap)
+    tokens, reach = first + np.arange(k.shape[1]), window or math.inf
+    visible = (tokens <= positions[:, None]) & (tokens > positions[:, None] - reach)
+    top = np.where(visible, scores, _F(-np.inf)).max(axis=2)
+    weights = np.where(visible, exp(scores - top[:, :, None]), _F(0))
+    total, out = np.zeros((heads, rows), np.float32), np.zeros((heads, rows, head_dim), np.float32)
+    chunks = tokens // ATTENTION_CHUNK
+    for chunk in np.unique(chunks):
+        mine = chunks == chunk
+        total += sum_r16(weights[:, :, mine])
+        for head in range(heads):
+            out[head] += fast_linear(weights[head][:, mine], v[shared[head]][mine].T)
+    return (out / total[:, :, None]).transpose(1, 0, 2)
+
+
+@np.errstate(all="ignore")
 def silu_glu(gate: Floats, up: Floats) -> Floats:
     return (gate / (_F(1) + exp(-gate))) * up
 
@@ -855,6 +891,7 @@ class ReferencePlan:
         pages = _Pages(pool, self._program.groups[op.group], op.layer, self.kv_type)
         heads = q.reshape(len(q), op.heads, op.head_dim)
         out = np.empty_like(heads)
+        attended = attend_fast if step.kind == "fast" and self.kv_type != "f32" else attend
         for sequence, table in enumerate(step.block_tables[op.group]):
             first, end = int(step.seq_start[sequence]), int(step.seq_start[sequence + 1])
             tokens = int(step.context[sequence]) + end - first
@@ -865,7 +902,7 @@ class ReferencePlan:
                 positions = step.positions[rows]
                 begin = _behind(op.window, int(positions[0]))
                 seen = slice(begin - behind, int(positions[-1]) + 1 - behind)
-                out[rows] = attend(
+                out[rows] = attended(
                     heads[rows],
                     positions,
                     k[:, seen],

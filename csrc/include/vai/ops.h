@@ -250,6 +250,7 @@ struct AttentionArgs {
   size_t context;        // capacity of a score row, a multiple of 16
   int window;            // tokens a row sees, its own the last; 0: all
   float softcap;         // scores are softcap * tanh(score / softcap); 0: as they are
+  int tile_rows = 0;     // most rows of a tile
 };
 
 constexpr int kMaxExperts = 1024;
@@ -358,13 +359,17 @@ struct Isa {
   bool (*probabilities)(const ProbabilitiesArgs&, float* maximum);
 };
 
-// One implementation of linear layers in the fast kind: bfloat16 times bfloat16, summed in binary32 (ops/fast/portable.cc says
-// in which order), the rest as in the exact kind. Any rows, any output blocks.
+// One implementation of the fast kind: bfloat16 times bfloat16, summed in binary32 (ops/fast/sums.h says in which order), the
+// rest as in the exact kind.
 struct Fast {
   const char* name;
-  // `scratch`: fast_scratch(columns) bytes of the worker's own, on a line of 64.
-  void (*linear)(const LinearArgs&, int begin, int end, uint8_t* scratch);  // output blocks
+  // Any rows, any output blocks. `scratch`: fast_scratch(columns) bytes of the worker's own, on a line of 64.
+  void (*linear)(const LinearArgs&, int begin, int end, uint8_t* scratch);
+  // Of pages that are not kF32. `scratch`: fast_attention_scratch(context, head_dim) bytes, as above.
+  void (*attention)(const AttentionArgs&, int unit, uint8_t* scratch);
 };
+
+constexpr int kFastQueries = 32;  // queries that share one reading of K and V
 
 constexpr int kMaxFastRows = 512;   // rows that share one unpacking of the weights; what is more is done after them
 constexpr int kFastColumns = 512;   // columns in one stretch: the activations of all rows for it stay in L2
@@ -375,6 +380,11 @@ constexpr size_t fast_scratch(int columns) {
   const bool one = columns <= kFastColumns;
   const size_t tiles = one ? size_t(columns + 31) / 32 : kFastColumns / 32;
   return tiles * 2 * 1024 + size_t(kMaxFastRows) * 16 * sizeof(float) * (one ? 2 : kFastBlocks);
+}
+
+constexpr size_t fast_attention_scratch(size_t context, int head_dim) {
+  const size_t tokens = (context + kPageTokens - 1) / kPageTokens * kPageTokens, padded = size_t(head_dim + 31) / 32 * 32;
+  return kFastQueries * (4 * tokens + 8 * padded + 2 * padded + 2 * kAttentionChunk) + 2 * kAttentionChunk * padded;
 }
 
 constexpr size_t attention_scratch(size_t context, int head_dim) {
