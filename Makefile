@@ -33,7 +33,7 @@ test: lint
 
 # The portable path as a program of its own (tests/native/portable.cc): under sanitizers, and on another processor.
 PORTABLE := tests/native/portable.cc csrc/core/plan.cc csrc/core/workers.cc csrc/core/lease.cc \
-	csrc/ops/fast/portable.cc csrc/ops/fast/narrow.cc $(filter-out csrc/ops/ceilings/%,$(wildcard csrc/ops/*/scalar.cc))
+	csrc/ops/fast/narrow.cc $(wildcard csrc/ops/fast/*portable.cc) $(filter-out csrc/ops/ceilings/%,$(wildcard csrc/ops/*/scalar.cc))
 PORTABLE_FLAGS := -std=c++20 -g -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -Icsrc -Icsrc/include -pthread
 
 build/portable-%: $(PORTABLE) $(wildcard csrc/core/*.h csrc/include/vai/*.h csrc/ops/*/*.h)

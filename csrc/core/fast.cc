@@ -1,5 +1,6 @@
 #include "core/fast.h"
 
+#include <algorithm>
 #include <cmath>
 
 #if defined(__x86_64__)
@@ -71,11 +72,15 @@ bool promised(const Fast& fast) {
 
 constexpr int kRows = 19, kColumns = kWideGroup, kBlocks = 3, kOutputs = 16 * kBlocks;
 constexpr size_t kWeightBytes = kBlocks * size_t(kColumns / 32) * 1024;  // BF16, the largest
+constexpr int kHeads = 4, kHeadDim = 48, kMixed = kHeads * kHeadDim, kTokens = 2 * kPageTokens;
+constexpr size_t kPage = 2 * kPageTokens * 2 * kHeadDim, kAttentionBytes = fast_attention_scratch(kTokens, kHeadDim);
 
 // Static: a forked child of a process with threads must not allocate.
 struct Case {
   float x[kRows * kColumns], found[2][kRows * kOutputs];
-  alignas(64) uint8_t rows[kRows * narrow_bytes(kColumns)], weights[kWeightBytes], scratch[fast_scratch(kColumns)];
+  float mixed[2][kRows * kMixed];
+  alignas(64) uint8_t rows[kRows * narrow_bytes(kColumns)], weights[kWeightBytes], pages[2 * kPage];
+  alignas(64) uint8_t scratch[std::max(fast_scratch(kColumns), kAttentionBytes)];
 };
 Case test;
 
@@ -85,6 +90,7 @@ void fill() {
   for (float& x : test.x) x = (float(next() & 0xffff) - 32768.0f) * 0.0001f;
   // Whatever these are read as, they are finite: a byte below 0x40 is the upper one of any float.
   for (auto& byte : test.weights) byte = uint8_t(next() & 0x3f);
+  for (auto& byte : test.pages) byte = uint8_t(next() & 0x3f);
   narrow({test.x, kColumns, kColumns, test.rows}, 0, kRows);
 }
 
@@ -103,6 +109,27 @@ bool near(const LinearArgs& a) {
   return true;
 }
 
+// A mixture is a mean of values of less than 2, whose weights may each be rounded to one or the other of two neighbours.
+bool mixes(const Fast& fast, const Fast& portable) {
+  static const int64_t table[2] = {0, kPage};
+  static int32_t positions[kRows], sequences[kRows];
+  static const RowTile tile{0, kRows / kHeads};
+  for (int m = 0; m < kRows; ++m) positions[m] = kTokens - kRows + m;
+  for (int form = 0; form < 2; ++form) {
+    AttentionArgs a{};
+    a.pages = {test.pages, table, 2, 0, 1, kHeadDim, form ? KvType::kQ8_0 : KvType::kBf16};
+    a.q = test.x, a.ldq = kColumns, a.ldo = kMixed, a.heads = kHeads, a.scale = 0.2f;
+    a.positions = positions, a.sequence_of_row = sequences, a.tiles = &tile, a.context = kTokens;
+    if (form) a.window = 20, a.softcap = 3.0f;
+    a.out = test.mixed[0], portable.attention(a, 0, test.scratch);
+    a.out = test.mixed[1], fast.attention(a, 0, test.scratch);
+    const float least = form ? 256.0f : 2.0f;  // codes of up to 127 times such a scale
+    for (int i = 0; i < tile.rows * kMixed; ++i)
+      if (!(std::fabs(test.mixed[0][i] - test.mixed[1][i]) <= least * 0x1p-7f)) return false;
+  }
+  return true;
+}
+
 bool right(const Fast& fast, const Fast& portable) {
 #if defined(__x86_64__)
   if (&fast == &kAmx) tiles_granted();  // or not: then the first tile ends the child
@@ -117,7 +144,7 @@ bool right(const Fast& fast, const Fast& portable) {
     a.out = test.found[1], fast.linear(a, 0, kBlocks, test.scratch);
     if (!near(a)) return false;
   }
-  return true;
+  return mixes(fast, portable);
 }
 
 struct Found {

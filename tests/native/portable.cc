@@ -17,6 +17,7 @@ int row_block_scalar(int);
 void norm_scalar(const NormArgs&, int, int);
 void linear_scalar(const LinearArgs&, int, int);
 void linear_fast_portable(const LinearArgs&, int, int, uint8_t*);
+void attention_fast_portable(const AttentionArgs&, int, uint8_t*);
 void glu_scalar(const GluArgs&, int, int);
 void attention_scalar(const AttentionArgs&, int, float*);
 bool probabilities_scalar(const ProbabilitiesArgs&, float*);
@@ -153,6 +154,10 @@ void attention_over_pages() {
       a.tiles = tiles, a.context = 80;
       Guarded<float> scratch(attention_scratch(a.context, width));
       for (int unit = 0; unit < 2 * kKvHeads; ++unit) attention_scalar(a, unit, scratch.data());
+      note(out.data(), 3 * out_width);
+      if (type == KvType::kF32) continue;
+      Guarded<uint8_t> tiles(fast_attention_scratch(a.context, width));
+      for (int unit = 0; unit < 2 * kKvHeads; ++unit) attention_fast_portable(a, unit, tiles.data());
       note(out.data(), 3 * out_width);
     }
 }
