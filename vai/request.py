@@ -59,9 +59,9 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 class Speculate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Whether tokens are guessed ahead, so that a step can verify several: the answer is the same, and sooner there.
 
-    `kind`: "ngram" guesses what followed the last tokens where they stood before, in prompt or answer; "draft" asks the
-    resident image `draft`, a smaller model with the same vocabulary. At most `max_tokens` are guessed at a time, fewer
-    or none where more would not pay.
+    `kind`: "ngram" guesses what followed the last tokens where they stood before, in prompt or answer; "draft" does,
+    too, while that mostly stands, and otherwise asks the resident image `draft`, a smaller model with the same
+    vocabulary. At most `max_tokens` are guessed at a time, fewer or none where more would not pay.
     """
 
     kind: Literal["off", "ngram", "draft"] = "off"

@@ -410,15 +410,24 @@ def submit(bench: Bench, prompt: list[int], count: int, speculate: Speculate, dr
     return request.id
 
 
-def drive(bench: Bench, cost: Callable[[Batch], float], drawn: Callable[[int], int] | None = None) -> Tally:
-    """Run to the end with steps that take `cost`, and tokens that are what the model says, or `drawn` at a position."""
+def drive(
+    bench: Bench,
+    cost: Callable[[Batch], float],
+    drawn: Callable[[int], int] | None = None,
+    drafted: Callable[[int], int] | None = None,
+) -> Tally:
+    """Run to the end with steps that take `cost`, and tokens that are what the model says, or `drawn` at a position.
+
+    `drafted`: what a draft model says in its place.
+    """
     while bench.scheduler.has_work():
         batch = bench.scheduler.pick()
         assert batch is not None
         bench.batches.append(batch)
         tokens = [int(row.argmax()) for row in bench.runner.forward(batch)]
         if drawn is not None:
-            tokens = [drawn(len(place.sequence.tokens) + len(place.ahead)) for place in batch.places]
+            say = drafted if batch.drafting and drafted is not None else drawn
+            tokens = [say(len(place.sequence.tokens) + len(place.ahead)) for place in batch.places]
         bench.now += cost(batch)
         bench.scheduler.commit(batch, [Draw(token, None) for token in tokens])
         for output in bench.scheduler.take_outputs():
@@ -453,6 +462,41 @@ def test_a_draft_model_that_is_right_and_quick_makes_most_of_the_answer() -> Non
     assert bench.answers[request] == answer(list(range(150)), 300)
     assert tally.accepted > 200
     assert tally.accepted == tally.guessed
+
+
+def test_a_draft_model_that_is_often_wrong_is_not_asked_where_the_text_repeats_itself() -> None:
+    bench, luck = Bench(slabs=64), random.Random(3)
+    period = [7, 1, 9, 4, 2, 8]
+    submit(bench, period * 8, 600, Speculate(kind="draft", draft="b" * 64), draft="b")
+    tally = drive(
+        bench,
+        lambda batch: 0.005 if batch.drafting else 0.05,
+        lambda position: period[position % 6],
+        lambda position: period[position % 6] if luck.random() < 0.5 else 0,
+    )
+    assert tally.accepted > 500
+    assert tally.accepted > 0.9 * tally.guessed
+    assert sum(batch.drafting for batch in bench.batches) < len(bench.batches) / 4
+
+
+def test_a_draft_model_that_is_right_is_asked_where_lookups_are_mostly_wrong() -> None:
+    noise = random.Random(1).choices(range(4), k=1000)
+    bench = Bench(slabs=64)
+    request = submit(bench, noise[:40], 300, Speculate(kind="draft", draft="b" * 64), draft="b")
+    tally = drive(bench, lambda batch: 0.005 if batch.drafting else 0.05, lambda position: noise[position])
+    assert bench.answers[request] == noise[40:340]
+    assert tally.accepted > 200
+    assert tally.accepted > 0.9 * tally.guessed
+
+
+def test_lookups_go_on_while_a_draft_model_does_not_pay() -> None:
+    noise, period = random.Random(2).sample(range(250), k=120), [7, 1, 9, 4, 2, 8]
+    text = [*noise, *period * 60]
+    bench = Bench(slabs=64)
+    submit(bench, text[:20], 400, Speculate(kind="draft", draft="b" * 64), draft="b")
+    tally = drive(bench, lambda batch: 0.05, lambda position: text[position])  # the draft model is as slow
+    assert tally.accepted > 200
+    assert sum(batch.drafting for batch in bench.batches) < len(bench.batches) / 4
 
 
 def test_a_short_answer_to_a_long_prompt_is_not_worth_a_draft_model() -> None:

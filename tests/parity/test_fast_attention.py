@@ -98,6 +98,7 @@ def test_fast_attention_is_near_the_exact_one(fast: str) -> None:
     page = prog.groups[0].page_bytes("bf16")
     plan = table.lower(prog, rom, workers=table.make_workers(1), max_rows=64, max_sequences=64, fast=fast)
     args = step(np.random.default_rng(3).integers(0, 64, 60), tables=[np.arange(2, dtype=np.int64)[None] * page])
-    exact, quick = (plan.forward(of_kind(args, kind), np.zeros(2 * page, np.uint8)).copy() for kind in ("exact", "fast"))
-    # A score is 0.3 times 64 products of size 2, each off by up to 2^-8: by 0.02 if they are as they come, so is a weight.
+    pool = np.zeros(2 * page, np.uint8)
+    exact, quick = (plan.forward(of_kind(args, kind), pool).copy() for kind in ("exact", "fast"))
+    # A score is 0.3 times 64 products of size 2, each off by up to 2^-8: together by 0.02 or so, and so is a weight.
     assert 0 < np.linalg.norm(exact - quick) < np.linalg.norm(exact) / 16

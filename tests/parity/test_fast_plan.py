@@ -36,7 +36,7 @@ def program_of(image: Image) -> Program:
 
 
 def lowered(image: Image, *, threads: int = 2, **options: object) -> Plan:
-    arguments = {"max_rows": 64, "kv_type": "bf16", "max_sequences": 4, "workers": table.make_workers(threads), "fast": "portable"}
+    arguments = {"max_rows": 64, "max_sequences": 4, "workers": table.make_workers(threads), "fast": "portable"}
     return table.lower(program_of(image), image, **{**arguments, **options})
 
 

@@ -11,7 +11,8 @@ Where guesses come from: `Lookup`, what followed the last tokens where they stoo
 draft model that runs ahead in a sequence of its own, its shadow, with pages from the same pool. It draws like the
 request itself (seed, position, filters, penalties), so that of two models that agree the draws agree too. Its steps
 are part of the turn of the model that asks for them, which is charged for them; its pages are the first to go when
-requests need them.
+requests need them. It is not asked where the tokens stood before, for as long as more of what is looked up stands than
+of what it guesses.
 
 How many tokens are guessed is decided for all sequences of a step together (`share`), from the seconds that steps have
 taken (`Pace`) and the share of each request's guesses that stood: none where they do not pay.
@@ -158,6 +159,15 @@ class Guesser:
         """Of a guess to stand if those before it do."""
         return self._stood / self._trials
 
+    @property
+    def source(self) -> Guesser:
+        """Whose guesses those of this round are."""
+        return self
+
+    def look_up(self, tokens: List[int], most: int) -> list[int]:
+        """At most `most` guesses at what follows `tokens`, from them alone; they only grow between calls."""
+        raise NotImplementedError
+
     def judge(self, guesses: int, stood: int) -> None:
         """So many guesses were verified, of which the first `stood` stood."""
         self._trials = FORGET * self._trials + stood + (stood < guesses)
@@ -179,16 +189,19 @@ class Lookup(Guesser):
         self._ngrams = NgramIndex() if ngrams is None else ngrams
 
     def look_up(self, tokens: List[int], most: int) -> list[int]:
-        """At most `most` guesses at what follows `tokens`, which have only grown since the last call."""
         return self._ngrams.go_on(tokens, most)
 
 
 class Ahead(Guesser):
-    """Guesses of the draft model `entry`, which computes the request in `shadow`."""
+    """Guesses of the draft model `entry`, which computes the request in `shadow`, or of `lookup` in its place."""
 
-    def __init__(self, sequence: Sequence, entry: Entry, usual: float = CHANCE) -> None:
+    def __init__(self, sequence: Sequence, entry: Entry, usual: float = CHANCE, lookup: Lookup | None = None) -> None:
         super().__init__(usual)
         self.entry = entry
+        self.lookup = Lookup() if lookup is None else lookup
+        self.looked_up = False  # this round's guesses are
+        self.resting = False  # in this round the draft model is not asked
+        self._silent = False  # nor the lookup
         self.since = sequence.made  # tokens that were there when the shadow had nothing
         self._agreed = len(sequence.tokens)  # tokens that the shadow surely has
         twin = replace(
@@ -201,6 +214,22 @@ class Ahead(Guesser):
             page_kinds=None,  # of the request's own pages: a shadow's are exact
         )
         self.shadow = Sequence(twin, entry, arrival=sequence.arrival, limit=0, now=0.0)
+
+    @property
+    def source(self) -> Guesser:
+        return self.lookup if self.looked_up else self
+
+    def begin(self) -> None:
+        """A round begins."""
+        self.resting, self._silent = bool(self.rest), bool(self.lookup.rest)
+        self.rest -= self.resting
+        self.lookup.rest -= self._silent
+
+    def look_up(self, tokens: List[int], most: int) -> list[int]:
+        """None where what the draft model guesses is likelier to stand."""
+        if self._silent or (self.chance > self.lookup.chance and not self.resting):
+            return []
+        return self.lookup.look_up(tokens, most)
 
     @property
     def behind(self) -> int:
@@ -255,7 +284,7 @@ class Speculation:
         self._pages = pages
         self._max_rows = max_rows
         self._guessers: dict[Sequence, Guesser] = {}
-        self._ngrams: dict[Sequence, NgramIndex] = {}  # of those whose guesses are looked up
+        self._ngrams: dict[Sequence, NgramIndex] = {}
         self._paces: dict[str, Pace] = {}
         self._usual: dict[tuple[str, str | None], float] = {}  # model and draft model -> chance of a guess to stand
         self._tallies: dict[str, Tally] = {}
@@ -275,7 +304,7 @@ class Speculation:
         """
         left = max(batch.rows, PIECE)
         for sequence in batch.sequences:
-            if sequence.guesses and sequence.draft is None:
+            if sequence.guesses:
                 left -= self._ngrams.setdefault(sequence, NgramIndex()).read(sequence.tokens, left)
 
     def take(self, batch: Batch, draws: List[Drawn]) -> None:
@@ -304,8 +333,9 @@ class Speculation:
         standing = kept(guesses, [draw for _, draw in own])
         if guesses:
             stood = len(standing) - 1
-            self._guessers[sequence].judge(len(guesses), stood)
-            pair, trials = _pair(sequence), stood + (stood < len(guesses))
+            source, trials = self._guessers[sequence].source, stood + (stood < len(guesses))
+            source.judge(len(guesses), stood)
+            pair = _pair(sequence.entry, source)
             usual = self._usual.get(pair, CHANCE)
             self._usual[pair] = max(LEAST, usual + LEARN * (stood - trials * usual))
             tally = self.tally(sequence.entry.digest)
@@ -369,9 +399,12 @@ class Speculation:
         mine = []
         for sequence in ready:
             guesser = self._guesser(sequence)
-            if guesser is not None and guesser.rest and not begun:
+            if isinstance(guesser, Ahead) and not begun:
+                guesser.begin()
+            elif guesser is not None and guesser.rest and not begun:
                 guesser.rest -= 1
-            elif guesser is not None:
+                continue
+            if guesser is not None:
                 mine.append((sequence, guesser))
         if not mine:
             return None
@@ -405,11 +438,11 @@ class Speculation:
         """Who guesses for a request; None for nobody."""
         found = self._guessers.get(sequence)
         if found is None and sequence.guesses:
-            usual = self._usual.get(_pair(sequence), CHANCE)
-            if sequence.draft is None:
-                found = Lookup(usual, self._ngrams.setdefault(sequence, NgramIndex()))
-            else:
-                found = Ahead(sequence, sequence.draft, usual)
+            model, draft = sequence.entry.digest, sequence.draft
+            ngrams = self._ngrams.setdefault(sequence, NgramIndex())
+            found = lookup = Lookup(self._usual.get((model, None), CHANCE), ngrams)
+            if draft is not None:
+                found = Ahead(sequence, draft, self._usual.get((model, draft.digest), CHANCE), lookup)
             self._guessers[sequence] = found
         return found
 
@@ -419,13 +452,14 @@ class Speculation:
         """Decide how much each request guesses in this round, beside all that are `ready`."""
         offers, found = [], []
         for sequence, guesser in mine:
-            guesses = _most(sequence, guesser)
-            looked_up: list[int] = []
-            if isinstance(guesser, Lookup) and guesses:
-                looked_up = _until_stop(guesser.look_up(sequence.tokens, guesses), sequence.stop_ids)
-                guesses = len(looked_up)
-            draft = guesser.entry.digest if isinstance(guesser, Ahead) else None
-            offers.append(Offer(guesser.chance, guesses, draft))
+            most, draft = _most(sequence), None
+            looked_up = _until_stop(guesser.look_up(sequence.tokens, most), sequence.stop_ids) if most else []
+            guesses = len(looked_up)
+            if isinstance(guesser, Ahead):
+                guesser.looked_up = bool(looked_up)
+                if not looked_up and not guesser.resting:
+                    guesses, draft = _most(sequence, guesser), guesser.entry.digest
+            offers.append(Offer(guesser.source.chance, guesses, draft))
             found.append(looked_up)
         if not any(offer.most for offer in offers):
             return
@@ -439,7 +473,7 @@ class Speculation:
         for (_, guesser), count, offer, looked_up in zip(mine, shares, offers, found, strict=True):
             guesser.wanted, guesser.draft = count, looked_up[:count]
             if offer.most and not count:
-                guesser.decline()
+                guesser.source.decline()
 
     def _draft(self, entry: Entry, behind: List[tuple[Sequence, Ahead]], picked_at: float) -> Batch | None:
         """One step of a draft model for all of `behind` that have it, or None where there is nothing to compute."""
@@ -461,11 +495,11 @@ class Speculation:
     ) -> Batch | None:
         """A chunk of what a shadow is behind, if that pays; at most one before each step of the model itself."""
         for sequence, ahead in mine:
-            if not isinstance(ahead, Ahead):
+            if not isinstance(ahead, Ahead) or ahead.resting:
                 continue
             ahead.follow(sequence.tokens)
             self._pages.seal(ahead.shadow)
-            if ahead.behind <= CATCH_UP or entry.digest in self._caught_up:
+            if ahead.behind <= CATCH_UP or entry.digest in self._caught_up or ahead.look_up(sequence.tokens, 1):
                 continue
             if not self._pages.spare(ahead.shadow, ahead.shadow.computed):
                 continue
@@ -506,18 +540,18 @@ class Speculation:
         return self._paces.setdefault(image, Pace())
 
 
-def _pair(sequence: Sequence) -> tuple[str, str | None]:
-    return sequence.entry.digest, None if sequence.draft is None else sequence.draft.digest
+def _pair(entry: Entry, source: Guesser) -> tuple[str, str | None]:
+    return entry.digest, source.entry.digest if isinstance(source, Ahead) else None
 
 
-def _most(sequence: Sequence, guesser: Guesser, *, caught_up: bool = False) -> int:
-    """How many guesses could be of use; none for a shadow that is too far behind."""
+def _most(sequence: Sequence, ahead: Ahead | None = None, *, caught_up: bool = False) -> int:
+    """How many guesses could be of use, of a draft model if there is one; none for a shadow that is too far behind."""
     length = len(sequence.tokens)
     most = min(sequence.request.speculate.max_tokens, sequence.limit - length - 1)
-    if isinstance(guesser, Ahead):
-        if guesser.behind > CATCH_UP and not caught_up:
+    if ahead is not None:
+        if ahead.behind > CATCH_UP and not caught_up:
             return 0
-        most = min(most, guesser.entry.program.context - length)
+        most = min(most, ahead.entry.program.context - length)
     return max(most, 0)
 
 
