@@ -545,17 +545,22 @@ def attend(
     window: int = 0,
     softcap: float = 0.0,
     first: int = 0,
+    fast: bool = False,
 ) -> Floats:
     """Causal attention of one sequence: q [M, heads, d] at ascending positions, k and v [kv_heads, tokens, d].
 
-    Those tokens begin at position `first`, a multiple of 16.
+    Those tokens begin at position `first`, a multiple of 16. `fast`: scores and mixtures are products as `fast_linear`
+    sums them, mixtures over the tokens of a chunk from its first on; `first` then is a multiple of 32.
     """
     rows, heads, head_dim = q.shape
     shared = np.arange(heads) // (heads // len(k))  # the KV head of each query head
     k, v = k[shared], v[shared]
-    scores = np.zeros((heads, rows, k.shape[1]), np.float32)
-    for d in range(head_dim):
-        scores += q[:, :, d].T[:, :, None] * k[:, None, :, d]
+    if fast:
+        scores = np.stack([fast_linear(q[:, head], k[head]) for head in range(heads)])
+    else:
+        scores = np.zeros((heads, rows, k.shape[1]), np.float32)
+        for d in range(head_dim):
+            scores += q[:, :, d].T[:, :, None] * k[:, None, :, d]
     scores *= _F(scale)
     if softcap:
         scores = softcapped(scores, softcap)
@@ -567,48 +572,16 @@ def attend(
     total, out = np.zeros((heads, rows), np.float32), np.zeros((heads, rows, head_dim), np.float32)
     chunks = tokens // ATTENTION_CHUNK
     for chunk in np.unique(chunks):
-        mixed = np.zeros_like(out)
-        for t in np.flatnonzero(chunks == chunk):
-            seeing = slice(*np.searchsorted(positions, (tokens[t], tokens[t] + reach)))  # the rows that see the token
-            mixed[:, seeing] += weights[:, seeing, t, None] * v[:, None, t]
-        total += sum_r16(weights[:, :, chunks == chunk])
-        out += mixed
-    return (out / total[:, :, None]).transpose(1, 0, 2)
-
-
-@np.errstate(all="ignore")
-def attend_fast(
-    q: Floats,
-    positions: NDArray[np.int32],
-    k: Floats,
-    v: Floats,
-    scale: float,
-    *,
-    window: int = 0,
-    softcap: float = 0.0,
-    first: int = 0,
-) -> Floats:
-    """`attend` in the fast kind: scores and mixtures are products of narrowed numbers, as `fast_linear` sums them.
-
-    Mixtures are summed over the tokens of a chunk, from its first on. `first` is a multiple of 32.
-    """
-    rows, heads, head_dim = q.shape
-    shared = np.arange(heads) // (heads // len(k))
-    scores = np.stack([fast_linear(q[:, head], k[shared[head]]) for head in range(heads)])
-    scores *= _F(scale)
-    if softcap:
-        scores = softcapped(scores, softcap)
-    tokens, reach = first + np.arange(k.shape[1]), window or math.inf
-    visible = (tokens <= positions[:, None]) & (tokens > positions[:, None] - reach)
-    top = np.where(visible, scores, _F(-np.inf)).max(axis=2)
-    weights = np.where(visible, exp(scores - top[:, :, None]), _F(0))
-    total, out = np.zeros((heads, rows), np.float32), np.zeros((heads, rows, head_dim), np.float32)
-    chunks = tokens // ATTENTION_CHUNK
-    for chunk in np.unique(chunks):
         mine = chunks == chunk
+        if fast:
+            mixed = np.stack([fast_linear(weights[head][:, mine], v[head][mine].T) for head in range(heads)])
+        else:
+            mixed = np.zeros_like(out)
+            for t in np.flatnonzero(mine):
+                seeing = slice(*np.searchsorted(positions, (tokens[t], tokens[t] + reach)))  # the rows that see it
+                mixed[:, seeing] += weights[:, seeing, t, None] * v[:, None, t]
         total += sum_r16(weights[:, :, mine])
-        for head in range(heads):
-            out[head] += fast_linear(weights[head][:, mine], v[shared[head]][mine].T)
+        out += mixed
     return (out / total[:, :, None]).transpose(1, 0, 2)
 
 
@@ -891,7 +864,7 @@ class ReferencePlan:
         pages = _Pages(pool, self._program.groups[op.group], op.layer, self.kv_type)
         heads = q.reshape(len(q), op.heads, op.head_dim)
         out = np.empty_like(heads)
-        attended = attend_fast if step.kind == "fast" and self.kv_type != "f32" else attend
+        fast = step.kind == "fast" and self.kv_type != "f32"
         for sequence, table in enumerate(step.block_tables[op.group]):
             first, end = int(step.seq_start[sequence]), int(step.seq_start[sequence + 1])
             tokens = int(step.context[sequence]) + end - first
@@ -902,7 +875,7 @@ class ReferencePlan:
                 positions = step.positions[rows]
                 begin = _behind(op.window, int(positions[0]))
                 seen = slice(begin - behind, int(positions[-1]) + 1 - behind)
-                out[rows] = attended(
+                out[rows] = attend(
                     heads[rows],
                     positions,
                     k[:, seen],
@@ -911,6 +884,7 @@ class ReferencePlan:
                     window=op.window,
                     softcap=op.softcap,
                     first=begin,
+                    fast=fast,
                 )
         return out.reshape(q.shape)
 

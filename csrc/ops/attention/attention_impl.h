@@ -295,31 +295,34 @@ void attend(const AttentionArgs& a, int sequence, int kv_head, int queries, cons
     for (int d = 0; d < width; ++d) query[i].out[d] = o[i][d] / l[i];
 }
 
-template <class V, KvType T>
-void attention_unit(const AttentionArgs& a, int unit, float* scratch) {
+// Calls part(sequence, kv_head, queries, query) for the queries of a unit, at most kMost at once.
+template <int kMost, class Part>
+void each_queries(const AttentionArgs& a, int unit, Part&& part) {
   const RowTile tile = a.tiles[unit / a.pages.kv_heads];
   const int kv_head = unit % a.pages.kv_heads, shared = a.heads / a.pages.kv_heads, queries = tile.rows * shared;
-  for (int i = 0; i < queries; i += kAttentionQueries) {
-    Query query[kAttentionQueries];
-    const int count = queries - i < kAttentionQueries ? queries - i : kAttentionQueries;
+  for (int i = 0; i < queries; i += kMost) {
+    Query query[kMost];
+    const int count = queries - i < kMost ? queries - i : kMost;
     for (int j = 0; j < count; ++j) {
       const size_t row = size_t(tile.first + (i + j) / shared);
       const size_t column = size_t(kv_head * shared + (i + j) % shared) * size_t(a.pages.head_dim);
       const int end = a.positions[row] + 1;
       query[j] = {a.q + row * a.ldq + column, a.out + row * a.ldo + column, a.window && end > a.window ? end - a.window : 0, end};
     }
-    attend<V, T>(a, a.sequence_of_row[tile.first], kv_head, count, query, scratch);
+    part(a.sequence_of_row[tile.first], kv_head, count, query);
   }
 }
 
 template <class V>
 void attention(const AttentionArgs& a, int unit, float* scratch) {
-  if (a.pages.type == KvType::kBf16)
-    attention_unit<V, KvType::kBf16>(a, unit, scratch);
-  else if (a.pages.type == KvType::kQ8_0)
-    attention_unit<V, KvType::kQ8_0>(a, unit, scratch);
-  else
-    attention_unit<V, KvType::kF32>(a, unit, scratch);
+  each_queries<kAttentionQueries>(a, unit, [&](int sequence, int kv_head, int queries, const Query* query) {
+    if (a.pages.type == KvType::kBf16)
+      attend<V, KvType::kBf16>(a, sequence, kv_head, queries, query, scratch);
+    else if (a.pages.type == KvType::kQ8_0)
+      attend<V, KvType::kQ8_0>(a, sequence, kv_head, queries, query, scratch);
+    else
+      attend<V, KvType::kF32>(a, sequence, kv_head, queries, query, scratch);
+  });
 }
 
 }  // namespace

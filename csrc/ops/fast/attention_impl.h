@@ -125,29 +125,14 @@ void attend_fast(const AttentionArgs& a, int sequence, int kv_head, int queries,
     for (int d = 0; d < head_dim; ++d) query[i].out[d] = o[i * width + d] / l[i];
 }
 
-template <class V, class Tiles, KvType T>
-void attention_fast_unit(const AttentionArgs& a, int unit, uint8_t* scratch) {
-  const RowTile tile = a.tiles[unit / a.pages.kv_heads];
-  const int kv_head = unit % a.pages.kv_heads, shared = a.heads / a.pages.kv_heads, queries = tile.rows * shared;
-  for (int i = 0; i < queries; i += kTile) {
-    Query query[kTile];
-    const int count = queries - i < kTile ? queries - i : kTile;
-    for (int j = 0; j < count; ++j) {
-      const size_t row = size_t(tile.first + (i + j) / shared);
-      const size_t column = size_t(kv_head * shared + (i + j) % shared) * size_t(a.pages.head_dim);
-      const int end = a.positions[row] + 1;
-      query[j] = {a.q + row * a.ldq + column, a.out + row * a.ldo + column, a.window && end > a.window ? end - a.window : 0, end};
-    }
-    attend_fast<V, Tiles, T>(a, a.sequence_of_row[tile.first], kv_head, count, query, scratch);
-  }
-}
-
 template <class V, class Tiles>
 void attention_fast(const AttentionArgs& a, int unit, uint8_t* scratch) {
-  if (a.pages.type == KvType::kBf16)
-    attention_fast_unit<V, Tiles, KvType::kBf16>(a, unit, scratch);
-  else
-    attention_fast_unit<V, Tiles, KvType::kQ8_0>(a, unit, scratch);
+  each_queries<kFastQueries>(a, unit, [&](int sequence, int kv_head, int queries, const Query* query) {
+    if (a.pages.type == KvType::kBf16)
+      attend_fast<V, Tiles, KvType::kBf16>(a, sequence, kv_head, queries, query, scratch);
+    else
+      attend_fast<V, Tiles, KvType::kQ8_0>(a, sequence, kv_head, queries, query, scratch);
+  });
 }
 
 }  // namespace
