@@ -1,6 +1,6 @@
 """Which arithmetic each page of a prompt is computed in: a kind belongs to a page.
 
-A fast page costs a third where the machine has the tiles for it, and holds other bits than an exact one. What is drawn
+A fast page costs less where the machine has the tiles for it, and holds other bits than an exact one. What is drawn
 from is always exact: the page that holds the last prompt token, and every later one. Of the pages before it, those that
 the prefix cache has, of either kind, stay what they are; the rest are fast where that pays, unless the request is
 deterministic. This is decided once, when a request comes, and then kept: whatever was taken from the cache and is gone
