@@ -90,13 +90,7 @@ def test_an_interrupted_load_leaves_nothing(registry: Registry, checkpoint: Path
     with open(registry.root / "run/room.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the burner has to wait for it
         argv = [sys.executable, "-m", "vai", "load", str(checkpoint), "--name", "m"]
-        with subprocess.Popen(
-            argv,
-            env=environment,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-        ) as process:
+        with subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, start_new_session=True) as process:
             while not registry.names():
                 assert process.poll() is None
             os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
