@@ -156,8 +156,8 @@ void attention_over_pages() {
       for (int unit = 0; unit < 2 * kKvHeads; ++unit) attention_scalar(a, unit, scratch.data());
       note(out.data(), 3 * out_width);
       if (type == KvType::kF32) continue;
-      Guarded<uint8_t> tiles(fast_attention_scratch(a.context, width));
-      for (int unit = 0; unit < 2 * kKvHeads; ++unit) attention_fast_portable(a, unit, tiles.data());
+      Guarded<uint8_t> room(fast_attention_scratch(a.context, width));
+      for (int unit = 0; unit < 2 * kKvHeads; ++unit) attention_fast_portable(a, unit, room.data());
       note(out.data(), 3 * out_width);
     }
 }
