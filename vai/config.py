@@ -2,7 +2,8 @@
 
 Variables: VAI_ROOT (where images live), VAI_HOST, VAI_PORT, VAI_API_KEY, VAI_THREADS, VAI_KV (bytes of scratchpad,
 or with a suffix K, M, G), VAI_KV_TYPE (how keys and values are stored), VAI_ISA (force a lower instruction set),
-VAI_FAST (what prompts may be computed with: off, portable, amx; otherwise what the machine has and gains by),
+VAI_FAST (what prompts may be computed with: off, portable, amx; otherwise what the machine has and gains by, or with
+VAI_ISA nothing),
 VAI_PATIENCE (seconds to wait for an engine that is away, 0 gives answers up), XDG_DATA_HOME (names), XDG_STATE_HOME
 (logs).
 """
@@ -79,7 +80,7 @@ def load(env: Mapping[str, str] | None = None) -> Config:
     isa = env.get("VAI_ISA") or None
     if isa is not None and isa not in ISAS:
         raise BadRequest(f"VAI_ISA={isa} is not known; choose one of {', '.join(ISAS)}.")
-    fast = env.get("VAI_FAST") or None
+    fast = env.get("VAI_FAST") or ("off" if isa else None)  # who asks for less does not want tiles
     if fast is not None and fast not in FASTS:
         raise BadRequest(f"VAI_FAST={fast} is not known; choose one of {', '.join(FASTS)}.")
     kv_type = env.get("VAI_KV_TYPE") or "bf16"

@@ -99,8 +99,9 @@ struct CopyArgs {
 
 class Plan {
  public:
-  // `fast`: whose linear layers it has instead of the exact ones where a weight's type allows it; null: none.
-  Plan(Workers& workers, const Isa& isa, const Fast* fast, const uint8_t* data, size_t data_bytes, Workspace& workspace, PlanShape shape);
+  // `fast`: whose linear layers and attention it has where the types of weights and pages allow it; null: exact ones alone.
+  Plan(Workers& workers, const Isa& isa, const Fast* fast, const uint8_t* data, size_t data_bytes, Workspace& workspace,
+       PlanShape shape);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
@@ -115,7 +116,8 @@ class Plan {
   // Exactly one of `x` and `records`, as the weight's type wants, or `narrow` for the fast kind, and then `scratch`: byte offset
   // of the workers' scratch, one after the other. `blocks`: output blocks of 16 columns.
   void linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records, std::optional<size_t> narrow,
-              std::optional<size_t> scratch, std::optional<Vector> bias, std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated, int act, float softcap, Where where);
+              std::optional<size_t> scratch, std::optional<Vector> bias, std::optional<Place> addend, std::optional<Place> residual,
+              Place out, bool gated, int act, float softcap, Where where);
   void glu(Place gate, Place up, int act, int columns, Place out, Where where);
   void angles(std::vector<double> frequencies, float magnitude, size_t out, Where where);
   void rope(Place x, Place out, int heads, int head_dim, int pairs, bool neox, size_t angles, Where where);

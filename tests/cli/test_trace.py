@@ -13,7 +13,9 @@ Vai = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.mark.parametrize("isa", ["scalar", ""])
 def test_every_operation_of_the_program_is_in_a_timed_line(vai: Vai, loaded: str, isa: str) -> None:
-    done = vai("trace", loaded, "--rows", "20", "--context", "5", "--json", VAI_THREADS="2", VAI_ISA=isa)
+    done = vai(
+        "trace", loaded, "--rows", "20", "--context", "5", "--json", VAI_THREADS="2", VAI_ISA=isa, VAI_FAST="off"
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [(step["kind"], step["rows"]) for step in found["steps"]] == [("decode", 1), ("prefill", 20)]

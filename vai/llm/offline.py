@@ -84,7 +84,7 @@ class LLM:
                 threads=threads or settings.threads,
                 pool=pool,
                 isa=isa or settings.isa,
-                fast=table.fast(fast or settings.fast),
+                fast=table.fast(fast or ("off" if isa else settings.fast)),
                 kv_type=kv_type or settings.kv_type,
             )
             undo.callback(self._engine.close)
