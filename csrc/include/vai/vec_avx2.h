@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "vai/ops.h"
 #include "vai/scalar_types.h"
 
 // Loops over the registers of a tile: unrolled, or the registers become memory.
@@ -23,6 +24,21 @@ struct Avx2Vec {
   static constexpr int kRegisters = 16;
   static constexpr bool kPanels = true;
   static int row_block(int rows) { return rows < kMaxRows ? rows : kMaxRows; }
+  // Whether unpacking once for all rows costs less than for each row block: where it takes more than three instructions for
+  // two lines (Q4_K's three with its scales), and there are three row blocks at least. Halves are widened for two.
+  static bool panels_pay(BlockType type, int rows) {
+    switch (type) {
+      case BlockType::kF16:
+      case BlockType::kBF16:
+      case BlockType::kF32: return rows > kMaxRows;
+      case BlockType::kQ5_K:
+      case BlockType::kQ6_K:
+      case BlockType::kIQ4_NL:
+      case BlockType::kIQ4_XS: return rows > 2 * kMaxRows;
+      case BlockType::kQ4_K: return rows > 8 * kMaxRows;
+      default: return false;
+    }
+  }
 
   using F = __m256;
   using I = __m256i;
@@ -172,6 +188,13 @@ struct Avx2Vec {
     return add_dwords(acc, sums);
   }
   static I dot8_end(Dot8 acc) { return acc; }
+
+  // Of lines that are unpacked, four columns each.
+  static I magnitude(I a) { return _mm256_abs_epi8(a); }
+  static I products(I w, I a) { return _mm256_maddubs_epi16(w, a); }
+  static I signed_products(I magnitude, I value, I a) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(a, value)), _mm256_set1_epi16(1));
+  }
 
   // |a| x sign(w, a): 2*127*127 = 32258 fits 16 bits once, so each product is widened; w is never -128.
   static constexpr int kWideZero = 0;

@@ -3,13 +3,14 @@
 // adds what is to be added and stores. Neither depends on how rows and blocks were grouped.
 #pragma once
 
+#include "codes.h"
+#include "panels.h"
 #include "vai/math.h"
 #include "vai/ops.h"
 
 namespace vai {
 namespace {
 
-constexpr int kScratchWidth = 32;      // outputs of two blocks
 constexpr int kRowsPerPass = 128;      // rows that share one pass over the weights: their activations stay in L2
 constexpr int kPanelColumns = 256;     // of float weights that are made binary32 at once
 constexpr int kRowsBoundByMemory = 16; // up to here the weights are the cost
@@ -27,23 +28,6 @@ struct TileArgs {
   bool resume;  // float types: go on from what `out` holds
 };
 
-// The codes of nibble line i of a group: its own four bits, and above them those that line `above` has for it. Once the
-// loop over i is unrolled one case is left.
-template <class V, int kBits>
-inline __attribute__((always_inline)) typename V::Nibbles codes_of(const uint8_t* line, const typename V::I& above, int i) {
-  const typename V::Nibbles w = V::nibbles(line);
-  if constexpr (kBits == 5) {
-    if (i == 0) return V::template join<4, 3, 0x10>(w, above);
-    if (i == 1) return V::template join<2, 1, 0x10>(w, above);
-    if (i == 2) return V::template join<0, -1, 0x10>(w, above);
-    return V::template join<-2, -3, 0x10>(w, above);
-  } else if constexpr (kBits == 6) {
-    return i == 0 ? V::template join<4, 2, 0x30>(w, above) : V::template join<0, -2, 0x30>(w, above);
-  } else {
-    return w;
-  }
-}
-
 // The weights of columns k and k + 1 in a line of F16 or BF16.
 template <class V, BlockType T>
 inline __attribute__((always_inline)) void float_pairs(const uint8_t* line, typename V::F& even, typename V::F& odd) {
@@ -51,19 +35,6 @@ inline __attribute__((always_inline)) void float_pairs(const uint8_t* line, type
     V::f16_pairs(line, even, odd);
   else
     V::bf16_pairs(line, even, odd);
-}
-
-// How the codes of the types that have a table are multiplied: IQ4's as signed bytes (V::kWideZero), MXFP4's raised by 16,
-// to 4..28, so that the bounds of five-bit codes hold.
-constexpr bool is_wide(BlockType t) { return t == BlockType::kIQ4_NL || t == BlockType::kIQ4_XS; }
-alignas(16) constexpr int8_t kMxfp4Raised[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
-
-template <class V, BlockType T>
-inline __attribute__((always_inline)) auto table_of() {
-  if constexpr (is_wide(T))
-    return V::wide(kIq4Values);
-  else
-    return V::small(kMxfp4Raised);
 }
 
 // Groups of 32: a scale for each, and for Q4_1 and Q5_1 a minimum beside it.
@@ -193,32 +164,6 @@ __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
     VAI_UNROLL for (int r = 0; r < R; ++r)
       VAI_UNROLL for (int j = 0; j < NB; ++j)
         VAI_UNROLL for (int h = 0; h < H; ++h) V::store(out + r * kScratchWidth + j * 16 + h * W, acc[r][j][h]);
-}
-
-// The 6-bit scales and minimums of Q4_K and Q5_K as bytes: [8 groups][16 rows] of each.
-template <class V>
-void six_bit_scales(const uint8_t* block, int8_t* scales, int8_t* minimums) {
-  using I = typename V::I;
-  const I low = V::iset1(0x0f0f0f0f), high = V::iset1(0x30303030);
-  for (int i = 0; i < 64; i += 4 * V::kLanes) {
-    const I first = V::load_line(block + 64 + i), second = V::load_line(block + 128 + i), above = V::load_line(block + 192 + i);
-    auto join = [&](I four, I two) { return V::ior(V::iand(four, low), V::iand(two, high)); };
-    V::store_line(scales + i, join(first, V::template shifted<4>(above)));
-    V::store_line(scales + 64 + i, join(second, above));
-    V::store_line(minimums + i, join(V::template shifted<-4>(first), V::template shifted<2>(above)));
-    V::store_line(minimums + 64 + i, join(V::template shifted<-4>(second), V::template shifted<-2>(above)));
-  }
-}
-
-// The 6-bit scales of IQ4_XS less 32, as signed bytes: [8 groups][16 rows].
-inline void signed_six_bits(const uint8_t* block, int8_t* scales) {
-  const uint8_t *high = block + 32, *low = block + 64;
-  for (int g = 0; g < 4; ++g)
-    for (int n = 0; n < 16; ++n) {
-      const int four = low[g * 16 + n], first = high[g % 2 * 16 + n] >> g / 2 * 2, second = high[g % 2 * 16 + n] >> (g / 2 * 2 + 4);
-      scales[g * 16 + n] = int8_t(((four & 15) | (first & 3) << 4) - 32);
-      scales[64 + g * 16 + n] = int8_t((four >> 4 | (second & 3) << 4) - 32);
-    }
 }
 
 // Groups of 256 with integer scales of 32 columns (Q4_K, Q5_K: and minimums; IQ4_XS) or of 16 (Q6_K): integers to the end.
@@ -542,7 +487,8 @@ void linear(const LinearArgs& a, int begin, int end) {
   const int per_pass = many ? kRowsPerPass / row_block * row_block : a.rows;
   const size_t row_bytes = a.weight.row_bytes();
   const size_t packed_bytes = a.packed ? packed_row_bytes(layout(a.weight.type).group, a.weight.columns) : 0;
-  const bool panels = is_raw(a.weight.type) || (V::kPanels && layout(a.weight.type).group == 0 && a.rows > V::kMaxRows);
+  bool panels = is_raw(a.weight.type);
+  if constexpr (V::kPanels) panels = panels || V::panels_pay(a.weight.type, a.rows);
   float scratch[kRowsPerPass * kScratchWidth];
   for (int m0 = 0; m0 < a.rows; m0 += per_pass) {
     const int m1 = a.rows - m0 < per_pass ? a.rows : m0 + per_pass;
@@ -554,7 +500,10 @@ void linear(const LinearArgs& a, int begin, int end) {
       t.columns = a.weight.columns;
       t.ldx = a.ldx;
       if (panels) {
-        float_rows<V>(a, m0, m1, t.weight, t.stride, blocks, scratch);
+        if constexpr (V::kPanels)
+          if (a.packed)
+            for (int j = 0; j < blocks; ++j) panel_rows<V>(a, m0, m1, t.weight + size_t(j) * t.stride, scratch + j * 16);
+        if (!a.packed) float_rows<V>(a, m0, m1, t.weight, t.stride, blocks, scratch);
         epilogue<V>(a, m0, m1 - m0, i, outputs, scratch);
         i += outputs;
         continue;
