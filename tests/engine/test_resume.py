@@ -124,7 +124,8 @@ async def test_the_next_engine_finds_the_pages_that_a_killed_one_had_sealed(
 ) -> None:
     """kill -9 in mid-answer to a long prompt: what follows computes the unsealed tail, to the same bits.
 
-    The whole pages of the prompt are of the fast kind, which the client is told once.
+    The whole pages of the prompt are of the fast kind, which the client is told once. What another conversation has
+    pinned before stays pinned.
     """
     root, _, digests = tiny_root
     pool = memory.create(4 * SLAB)
@@ -141,10 +142,16 @@ async def test_the_next_engine_finds_the_pages_that_a_killed_one_had_sealed(
     expected = run(make_engine(root, fast="portable"), request)
     assert [output.page_kinds for output in expected[:2]] == [b"\xff\xff\xff\x0f", None]
     client = EngineClient(engines[0].socket, patience=30)
+    pinned = replace(request, id="p", image=digests["tiny"], tokens=long[:70], session="p", retain=300)
     try:
+        few = [output async for output in client.generate(replace(pinned, sampling=replace(GREEDY, max_tokens=2)))]
+        before = (await client.status()).pool_pinned
         assert await killing(client, request, [40], next_engine) == expected
-        adopted = (await client.status()).adopted_pages
-        assert (900 + 40 - 32) // 32 <= adopted <= (900 + 80) // 32
+        status = await client.status()
+        assert status.pool_pinned == before > 0
+        assert (900 + 40 - 32) // 32 <= status.adopted_pages - 2 <= (900 + 80) // 32
+        assert await client.end_session("p") == 2 < len(few) + 1
+        assert (await client.status()).pool_pinned == 0
         again = [output async for output in client.generate(replace(request, id="again"))]
         other = [output async for output in client.generate(replace(request, id="o", image=digests["tiny"]))]
     finally:

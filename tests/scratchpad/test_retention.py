@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
-from vai.daemon.pool import SLAB, whole_bytes
+from vai.daemon.pool import HEADERS, SLAB, whole_bytes
 from vai.scratchpad import retention
+from vai.scratchpad.headers import LEARNED, MOST_LEARNED, RECORD, Pin
 from vai.scratchpad.pages import Owner, PagePool
 from vai.scratchpad.prefix import CachedPage, PrefixCache, page_key, root_key
 from vai.scratchpad.retention import Conversation, Name, Retention
@@ -74,6 +75,16 @@ class Cache:
                 break
             found += 1
         return found
+
+    def killed(self, *letters: str) -> Cache:
+        """The cache of the next engine, of which this one knew nothing."""
+        after = Cache(self.now, self.memory)
+        after.cache.adopt([(Owner(letter * 64, 0, PAGE),) for letter in letters or "a"])
+        return after
+
+    def evict_all(self) -> None:
+        while self.cache.evict(pinned=True):
+            pass
 
     def evict(self, count: int) -> None:
         for _ in range(count):
@@ -231,6 +242,174 @@ def test_the_end_of_a_conversation_frees_what_only_it_has_read_pinned_or_not() -
     assert cache.found([6, 7]) == cache.found([6, 7, 8], letter="b") == 0
     assert len(cache.cache) == 3
     assert cache.retention.pinned_bytes <= 2 * PAGE  # of the beginning that another conversation reads
+
+
+def test_a_pin_outlives_its_engine_and_not_its_time() -> None:
+    cache = Cache()
+    cache.request([1, 2, 3], session="s", retain=300)
+    cache.request([7, 8], retain=200)
+    cache.now += 100
+    cache.request([4, 5, 6])
+    after = cache.killed()
+    assert after.retention.pinned_bytes == 5 * PAGE
+    after.evict(3)
+    assert not after.cache.evict()
+    assert (after.found([1, 2, 3]), after.found([7, 8])) == (3, 2)
+    after.now += 99
+    again = after.killed()
+    assert again.retention.pinned_bytes == 5 * PAGE
+    again.now += 2
+    assert again.retention.pinned_bytes == 3 * PAGE
+    again.evict(2)
+    assert not again.cache.evict()
+    again.now += 100
+    assert again.killed().retention.pinned_bytes == again.retention.pinned_bytes == 0
+
+
+def test_a_session_that_goes_on_after_its_engine_has_one_share_for_what_it_pinned_before_and_after() -> None:
+    cache, share = Cache(), SLABS * 16 // 8
+    cache.request(range(share - 2), session="s", salt="x", retain=300)
+    cache.request(range(50, 50 + share), session="t", salt="x", retain=300)
+    cache.now += 10
+    after = cache.killed()
+    assert after.request(range(share + 4), session="s", salt="x", retain=300)[0] == share - 2
+    assert after.retention.pinned_bytes == 2 * share * PAGE  # the tenant's
+    after.request([90], session="u", salt="x", retain=300)
+    assert after.retention.pinned_bytes == 2 * share * PAGE
+    after.now += 291
+    assert after.retention.pinned_bytes == share * PAGE
+
+
+def test_the_end_of_a_session_after_its_engine_frees_what_it_pinned_and_what_came_behind() -> None:
+    cache, share = Cache(), SLABS * 16 // 8
+    cache.request([40, 41], session="s", letter="b", retain=300)
+    cache.request(range(share + 3), session="s", retain=300)  # more than may be pinned
+    cache.request([0, 1, 70], session="t", retain=300)
+    after = cache.killed("a", "b")
+    assert after.cache.end(Name("x", "s")) == 0
+    assert after.cache.end(Name("", "s")) == share + 3 - 2 + 2
+    assert (after.found(range(share)), after.found([0, 1, 70]), after.found([40], letter="b")) == (2, 3, 0)
+    assert after.retention.pinned_bytes == 3 * PAGE
+    assert after.killed("a", "b").retention.pinned_bytes == 3 * PAGE
+    assert after.cache.end(Name("", "t")) > 0
+
+
+def test_what_was_unpinned_is_not_pinned_for_the_next_engine_either() -> None:
+    cache = Cache()
+    cache.request([1, 2], session="s", retain=300)
+    page = next(iter(cache.cache._pages.values()))
+    held = cache.cache.take(page.key)  # by a request of the same session
+    assert cache.cache.end(Name("", "s")) == 1 and held is page
+    assert (cache.found([1, 2]), cache.killed().retention.pinned_bytes) == (1, 0)
+
+
+def pin_record(cache: Cache, number: int) -> tuple[CachedPage, Callable[..., None]]:
+    """A page, and what writes a pin behind its header that nothing is wrong with but what it says."""
+    page = list(cache.cache._pages.values())[number]
+
+    def write(until: float, tenant: bytes = b"t" * 16, session: bytes = b"s" * 16) -> None:
+        cache.pool.headers.pin(page.pages[0], PAGE, Pin(until, tenant, session))
+
+    return page, write
+
+
+@pytest.mark.parametrize("until", [float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 999.0, 1e300, 1000 + 86401])
+def test_a_pin_that_nobody_could_have_asked_for_is_none(until: float) -> None:
+    cache = Cache(1000.0)
+    cache.request([1, 2, 3])
+    pin_record(cache, 1)[1](1000 + 86399)
+    pin_record(cache, 0)[1](until)
+    after = cache.killed()
+    assert (len(after.cache), after.retention.pinned_bytes) == (3, PAGE)
+
+
+def test_pins_that_are_read_back_have_the_shares_of_any_other() -> None:
+    cache, pages = Cache(), SLABS * 16
+    for first in range(0, pages, 8):
+        cache.request(range(first, first + 8))
+    for number in range(pages):
+        pin_record(cache, number)[1](100.0)
+    assert cache.killed().retention.pinned_bytes == pages // 8 * PAGE
+    for number in range(pages):
+        pin_record(cache, number)[1](100.0, session=number.to_bytes(16, "little"))
+    assert cache.killed().retention.pinned_bytes == pages // 4 * PAGE
+    for number in range(pages):
+        pin_record(cache, number)[1](100.0, tenant=number.to_bytes(16, "little"))
+    after = cache.killed()
+    assert after.retention.pinned_bytes == pages // 2 * PAGE
+    while after.cache.evict(pinned=True):
+        pass
+    assert after.retention._pinned == after.retention._pinned_of == {}
+
+
+def test_a_pin_holds_for_the_page_it_was_made_for_and_no_other() -> None:
+    cache = Cache()
+    cache.request([1, 2], retain=300)
+    place = cache.pool.headers._place(next(iter(cache.cache._pages.values())).pages[0], PAGE)
+    assert place is not None
+    pin = cache.memory[place + 88 : place + RECORD].copy()
+    cache.evict_all()
+    cache.request([3, 4])  # in the same places
+    assert cache.memory[place : place + 88].any() and not cache.memory[place + 88 : place + RECORD].any()
+    cache.memory[place + 88 : place + RECORD] = pin
+    assert cache.killed().retention.pinned_bytes == 0
+
+
+def learned() -> Cache:
+    """A cache that knows: conversations of one model come back at once, those of the other after a minute."""
+    cache = Cache(1.0)
+    for number in range(40):
+        for letter, pause in (("a", 0.5), ("b", 60.0)):
+            cache.request([number], letter=letter)
+            cache.now += pause
+            cache.request([number, number], letter=letter, retain=0)
+    cache.evict_all()
+    return cache
+
+
+def test_what_was_learned_of_pauses_outlives_the_engine() -> None:
+    kept = []
+    for cache in (Cache(1.0), learned(), learned().killed("a", "b")):
+        cache.request([1, 2], letter="b")
+        cache.now += 1.0
+        cache.request([1, 2], letter="a")
+        cache.now += 30.0  # who would come back at once is not coming any more
+        cache.evict(2)
+        kept.append(cache.found([1, 2], letter="b"))
+    assert kept == [0, 2, 2]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nonsense_that_is_read_back_of_pauses_is_not_learned(seed: int) -> None:
+    draw, cache = random.Random(seed), learned()
+    image, (good, size) = "a" * 64, (retention._LEARNED, retention._LEARNED.size)
+    nonsense = [-1.0, float("nan"), float("inf"), -float("inf"), 1e30, draw.random()]
+    wrong = [0.0] * (size // 4)
+    wrong[draw.randrange(len(wrong))] = nonsense[seed % len(nonsense)]  # the last: more ended than got there, or none
+    bodies = [good.pack(*wrong), draw.randbytes(size), b"", draw.randbytes(size - 4), draw.randbytes(MOST_LEARNED)]
+    for body in bodies:
+        cache.pool.headers.learn(image, body)
+        after = cache.killed("a", "b")
+        chances = after.retention._chances.get((image, 1))
+        assert chances is None or all(0 < chance <= 1 for chance in chances)
+        after.request([1, 2])
+        after.evict(2)
+    torn = cache.memory[: SLABS * HEADERS].reshape(-1, HEADERS)[:, -LEARNED:]
+    torn[:, draw.randrange(8, 500)] ^= 1
+    assert cache.killed("a", "b").pool.headers.learned(["a" * 64, "b" * 64]) == {}
+
+
+def test_there_is_room_for_what_was_learned_of_one_image_a_slab() -> None:
+    cache = Cache()
+    for letter in "cabdef":
+        cache.pool.headers.learn(letter * 64, letter.encode())
+    after = PagePool(cache.memory).headers
+    assert after.learned(["c" * 64]) == {"c" * 64: b"c"}
+    after.learn("f" * 64, b"f")  # in the place of one that is not there any more
+    assert PagePool(cache.memory).headers.learned([letter * 64 for letter in "cf"]) == {
+        "c" * 64: b"c",
+        "f" * 64: b"f",
+    }
 
 
 @pytest.mark.parametrize("seed", range(4))

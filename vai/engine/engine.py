@@ -55,7 +55,8 @@ class Engine:
         `max_rows`: of one step, at most MAX_ROWS.
 
         `mask_patience`: seconds that a constrained request waits for the mask of its next token before it ends.
-        `clock`: seconds, which decide about turns, chunks and guesses, never about tokens.
+        `clock`: seconds, which decide about turns, chunks, guesses and pins, never about tokens; the machine's, as
+        the next engine over the same pool goes on with the pins.
         """
         self._began = time.perf_counter()
         for name, reason in [*table.refused(), *table.refused_fasts()]:
@@ -159,7 +160,8 @@ class Engine:
         self._bank.select(image)
 
     def adopt(self) -> None:
-        """Take over the pages that an engine before this one left in the pool, as far as they are of attached images.
+        """Take over the pages that an engine before this one left in the pool, as far as they are of attached images,
+        with their pins and what was learned of pauses.
 
         Before the first request.
         """

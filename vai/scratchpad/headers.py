@@ -1,18 +1,21 @@
 """Page headers: what a page holds, written beside the pages, so that the next engine can go on with them.
 
 The pool's first slabs have HEADERS bytes for each of the others: a record that says whose pages the slab is cut into,
-then one for each page. A page's record is cleared before its first write and written (sealed) after its last row, so
-whatever an engine leaves behind when it is killed, a record that is there tells the truth. One that is torn fails its
-check, and nothing that stands here is believed beyond its bounds: at worst a page is computed again.
+then one for each page, then room for what was learned of one image. A page's record is cleared before its first write
+and written (sealed) after its last row, so whatever an engine leaves behind when it is killed, a record that is there
+tells the truth. One that is torn fails its check, and nothing that stands here is believed beyond its bounds: at worst
+a page is computed again.
 
 Records, little-endian: cut = magic, image digest, group, bytes of a page. page = key, the key before it, generation,
-number in its chain, tokens. Each ends with the first 8 bytes of SHA-256 over the rest of it and its place.
+number in its chain, tokens. pin, right behind the page's = until when by the clock, digests of tenant and session.
+learned = magic, image digest, length, what only retention.py reads. Each ends with the first 8 bytes of SHA-256 over
+its place and the rest of it, a pin's also over the record of its page: it holds for no other.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -22,12 +25,27 @@ from numpy.typing import NDArray
 from vai.daemon.pool import HEADERS, SLAB, header_slabs
 from vai.kernels.program import PAGE_TOKENS
 
-_MAGIC = b"vai cut1"
+_MAGIC = b"vai cut2"
 _CUT = struct.Struct("<8s32sQQ")
 _PAGE = struct.Struct("<32s32sQII")
+_PIN = struct.Struct("<d16s16s")
+_LEARNED_MAGIC = b"vai wont"
+_LEARNED = struct.Struct("<8s32sI")
 _CHECK = 8
-RECORD = 96
-PAGES = HEADERS // RECORD - 1  # of a slab that have a record; smaller ones beyond that are never sealed
+_PIN_AT = _PAGE.size + _CHECK
+RECORD = _PIN_AT + _PIN.size + _CHECK
+LEARNED = 1024  # bytes at the end of the headers of a slab
+_LEARNED_AT = HEADERS - LEARNED
+MOST_LEARNED = LEARNED - _LEARNED.size - _CHECK
+PAGES = _LEARNED_AT // RECORD - 1  # of a slab that have a record; smaller ones beyond that are never sealed
+
+
+class Pin(NamedTuple):
+    """A page is kept until `until`, seconds of the engine's clock; `tenant` and `session`: 16 bytes that tell whose."""
+
+    until: float
+    tenant: bytes
+    session: bytes
 
 
 class Sealed(NamedTuple):
@@ -38,6 +56,7 @@ class Sealed(NamedTuple):
     before: bytes
     number: int
     generation: int
+    pin: Pin | None
 
 
 class PageHeaders:
@@ -49,6 +68,7 @@ class PageHeaders:
         self._first = len(self._bytes) // SLAB
         self._slabs = memory.nbytes // SLAB
         self._generation = 0
+        self._learned: dict[str, int] = {}  # image -> the slab whose headers have the room for what was learned of it
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -64,7 +84,7 @@ class PageHeaders:
     def forget(self, slab: int) -> None:
         """Nothing is known of a slab."""
         block = self._block(slab)
-        self._bytes[block : block + HEADERS] = bytes(HEADERS)
+        self._bytes[block : block + _LEARNED_AT] = bytes(_LEARNED_AT)
 
     def clear(self, page: int, page_bytes: int) -> None:
         """A page is about to be written."""
@@ -79,6 +99,40 @@ class PageHeaders:
         if place is not None:
             self._write(place, _PAGE.pack(key, before, self._generation, number, PAGE_TOKENS))
         return self._generation
+
+    def pin(self, page: int, page_bytes: int, pin: Pin | None) -> None:
+        """A sealed page is pinned from now on, or not any more."""
+        place = self._place(page, page_bytes)
+        if place is None:
+            return
+        body = bytes(_PIN.size) if pin is None else _PIN.pack(*pin)
+        self._write(place + _PIN_AT, body, bytes(self._bytes[place : place + _PAGE.size]))
+
+    def learn(self, image: str, body: bytes) -> None:
+        """Keep what was learned of an image, at most MOST_LEARNED bytes; of the images beyond one a slab, nothing."""
+        slab = self._learned.get(image)
+        if slab is None:
+            taken = {*self._learned.values()}
+            slab = next((slab for slab in range(self._first, self._slabs) if slab not in taken), None)
+            if slab is None:
+                return
+            self._learned[image] = slab
+        head = _LEARNED.pack(_LEARNED_MAGIC, bytes.fromhex(image), len(body))
+        self._write(self._block(slab) + _LEARNED_AT, head + body.ljust(MOST_LEARNED, b"\0"))
+
+    def learned(self, images: Collection[str]) -> dict[str, bytes]:
+        """What an engine before this one has learned of these images, as far as it can be read."""
+        found: dict[str, bytes] = {}
+        for slab in range(self._first, self._slabs):
+            body = self._read(self._block(slab) + _LEARNED_AT, LEARNED - _CHECK)
+            if body is None:
+                continue
+            magic, digest, size = _LEARNED.unpack_from(body)
+            image = digest.hex()
+            if magic == _LEARNED_MAGIC and image in images and image not in found and size <= MOST_LEARNED:
+                found[image] = body[_LEARNED.size : _LEARNED.size + size]
+                self._learned[image] = slab
+        return found
 
     def says(self, page: int, page_bytes: int, key: bytes, generation: int) -> bool:
         """Whether a page still is what it was when it was sealed."""
@@ -106,7 +160,17 @@ class PageHeaders:
                 continue
             key, before, generation, number, tokens = _PAGE.unpack(body)
             if tokens == PAGE_TOKENS and generation < 1 << 63:
-                found.append(Sealed(slab * SLAB + index * page_bytes, key, before, number, generation))
+                pin = self._read(self._block(slab) + (index + 1) * RECORD + _PIN_AT, _PIN.size, body)
+                found.append(
+                    Sealed(
+                        slab * SLAB + index * page_bytes,
+                        key,
+                        before,
+                        number,
+                        generation,
+                        None if pin is None else Pin(*_PIN.unpack(pin)),
+                    )
+                )
                 self._generation = max(self._generation, generation)
         return found
 
@@ -118,14 +182,15 @@ class PageHeaders:
         index = inside // page_bytes
         return self._block(slab) + (index + 1) * RECORD if index < PAGES else None
 
-    def _write(self, place: int, body: bytes) -> None:
-        self._bytes[place : place + len(body) + _CHECK] = body + _check(place, body)
+    def _write(self, place: int, body: bytes, of: bytes = b"") -> None:
+        """`of`: the body of the record that this one belongs to."""
+        self._bytes[place : place + len(body) + _CHECK] = body + _check(place, of + body)
 
-    def _read(self, place: int, size: int) -> bytes | None:
+    def _read(self, place: int, size: int, of: bytes = b"") -> bytes | None:
         """The body of a record; None where there is none, or its check is wrong."""
         record = bytes(self._bytes[place : place + size + _CHECK])
         body = record[:size]
-        return body if any(body) and record[size:] == _check(place, body) else None
+        return body if any(body) and record[size:] == _check(place, of + body) else None
 
 
 def _check(place: int, body: bytes) -> bytes:

@@ -10,16 +10,16 @@ go, and which of them goes first is a question of what it is worth (retention.py
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vai.kernels.program import KERNEL_ABI
-from vai.scratchpad.headers import Sealed
+from vai.scratchpad.headers import Pin, Sealed
 from vai.scratchpad.pages import Owner, PagePool
-from vai.scratchpad.retention import Conversation, Kept, Name, Retention
+from vai.scratchpad.retention import NOBODY, UNNAMED, Conversation, Identity, Kept, Name, Retention
 
 GONE = -1  # in the place of a page that is behind the window of its cache group
 _EXACT, _FAST = b"\0", b"\1"  # the kind of arithmetic that a page was computed in
@@ -96,15 +96,16 @@ class PrefixCache:
     def pause(self, conversation: Conversation, chain: Sequence[CachedPage], retain: float | None) -> None:
         """A request is over, of which `chain` were the pages. `retain`: seconds to pin them; 0: nobody comes back."""
         self._retention.pause(conversation, chain[-1].key if chain else None)
+        for image, learned in self._retention.take_learned():
+            self._pool.headers.learn(image, learned)
         if retain == 0:
-            self._retention.finish(conversation)
-            self._free_own(conversation)
+            self._finish(conversation)
         elif retain is not None:
-            self._retention.pin(chain, conversation.name, retain)
+            self._write_pins(self._retention.pin(chain, conversation.identity, retain))
 
     def end(self, name: Name) -> int:
         """Forget a session and free the pages that only it has read; how many."""
-        return sum(map(self._free_own, self._retention.close(name)))
+        return sum(map(self._finish, self._retention.close(name)))
 
     # Pages
 
@@ -151,6 +152,7 @@ class PrefixCache:
                     found.owners = (*found.owners[:group], owner, *found.owners[group + 1 :])
                     found.pages[group] = page
                     found.generations[group] = self._pool.headers.seal(page, owner.page_bytes, key, before, number)
+                    self._write_pins([found])
                 else:
                     self._pool.free(owner, [page])
             return found
@@ -216,6 +218,7 @@ class PrefixCache:
             found.setdefault((owner.image, sealed.key), {}).setdefault(owner, sealed)
         of_image = {owners[0].image: owners for owners in models if owners}
         chains: dict[tuple[str, bytes], int] = {}  # number of each page that is reached
+        pins: list[tuple[CachedPage, Pin]] = []  # the beginnings of chains first
         kept: set[tuple[Owner, int]] = set()
         for (image, key), parts in sorted(found.items(), key=lambda item: next(iter(item[1].values())).number):
             owners, first = of_image[image], next(iter(parts.values()))
@@ -224,13 +227,17 @@ class PrefixCache:
             if whole and reached and key not in self._pages:
                 chains[image, key] = first.number
                 kept.update((owner, parts[owner].offset) for owner in owners)
-                self._restored(key, owners, [parts[owner] for owner in owners])
+                page = self._restored(key, owners, [parts[owner] for owner in owners])
+                if first.pin is not None:
+                    pins.append((page, first.pin))
         for owner, sealed in handed_out:
             if (owner, sealed.offset) not in kept:
                 self._pool.free(owner, [sealed.offset])
-        for page in [page for key, page in self._pages.items() if key not in self._behind]:
-            self._name_chain(page)
-            self._retention.add(page)
+        for image, learned in self._pool.headers.learned(of_image).items():
+            self._retention.restore_learned(image, learned)
+        for page, pin in pins:
+            self._retention.restore_pin(page, Identity(pin.tenant, pin.session), pin.until)
+        self._name_chains()
         self.adopted = len(self._pages)
 
     # Within
@@ -245,20 +252,41 @@ class PrefixCache:
                 handed_out += [(owner, each) for each in sealed]
         return handed_out
 
-    def _restored(self, key: bytes, owners: tuple[Owner, ...], parts: Sequence[Sealed]) -> None:
+    def _restored(self, key: bytes, owners: tuple[Owner, ...], parts: Sequence[Sealed]) -> CachedPage:
         offsets, generations = tuple(part.offset for part in parts), tuple(part.generation for part in parts)
-        self._insert(CachedPage(key, parts[0].before, owners, offsets, generations))
+        page = CachedPage(key, parts[0].before, owners, offsets, generations)
+        self._insert(page)
         for owner in owners:
             self._pool.rest(owner)
+        return page
 
-    def _name_chain(self, leaf: CachedPage) -> None:
-        """Whose chain it was that ends here is not known any more: that of a conversation without a past."""
-        conversation = self._retention.stranger(leaf.owners[0].image, leaf.key)
-        page: CachedPage | None = leaf
-        while page is not None:
-            stem = page.conversation is not None
-            self._retention.read(page, conversation)
-            page = None if stem else self._pages.get(page.before)
+    def _name_chains(self) -> None:
+        """Say whose the chains are that were taken over. Where a session has pinned one, up to a last page, that and
+        what follows is its own; of the others nothing is known: each is that of a conversation without a past.
+        """
+        pinned = [(page, page.pinned_by) for page in self._pages.values() if page.pinned_by is not None]
+        inner = {(page.before, identity) for page, identity in pinned}
+        own = set()
+        for page, identity in pinned:
+            if identity.session != UNNAMED and (page.key, identity) not in inner:
+                self._name_chain(page, identity)
+                own.add(page)
+        for leaf in [page for key, page in self._pages.items() if key not in self._behind]:
+            if leaf.conversation is None:
+                self._name_chain(leaf, NOBODY, own)
+            self._retention.add(leaf)
+
+    def _name_chain(self, end: CachedPage, identity: Identity, own: Collection[CachedPage] = ()) -> None:
+        """Whose the pages are up to one; behind one of `own`, they are those of its conversation."""
+        pages, page = [end], self._pages.get(end.before)
+        while page is not None and page.conversation is None:
+            pages.append(page)
+            page = self._pages.get(page.before)
+        conversation = page.conversation if page is not None and page in own and not page.shared else None
+        if conversation is None:
+            conversation = self._retention.stranger(end.owners[0].image, end.key, identity)
+        for each in [*pages, *([] if page is None else [page])]:
+            self._retention.read(each, conversation)
 
     def _insert(self, page: CachedPage) -> None:
         self._pages[page.key] = page
@@ -289,8 +317,16 @@ class PrefixCache:
             self._pool.wake(owner)
             self._pool.free(owner, [offset])
 
-    def _free_own(self, conversation: Conversation) -> int:
-        """Free the pages that only this conversation has read and that nobody holds; how many."""
+    def _write_pins(self, pages: Iterable[Kept]) -> None:
+        """Have the headers say until when pages are pinned, and by whom, so that the next engine knows."""
+        for page in pages:
+            if isinstance(page, CachedPage) and page.pages[0] != GONE:
+                pin = None if page.pinned_by is None else Pin(page.pinned_until, *page.pinned_by)
+                self._pool.headers.pin(page.pages[0], page.owners[0].page_bytes, pin)
+
+    def _finish(self, conversation: Conversation) -> int:
+        """Forget a conversation, and free the pages that only it has read and that nobody holds; how many."""
+        self._write_pins(self._retention.finish(conversation))
         freed = 0
         while isinstance(page := self._retention.own_leaf(conversation), CachedPage):
             self._drop(page)

@@ -14,19 +14,25 @@ the longest unused.
 
 A client may know better: pages are pinned for the seconds it names, within a share of the pool. Of pins that are more,
 the beginning of the chain is kept. A pin holds against everything but a request that could not run otherwise.
+
+Pins and what was learned outlive the engine beside the pages (headers.py). Whoever pins is known there by digests, and
+what is read back is held to the bounds of what a client may ask for.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
+from hashlib import sha256
 from math import log2
 from typing import Generic, NamedTuple, TypeVar
 
 from vai.kernels.program import PAGE_TOKENS
+from vai.request import MAX_RETAIN
 
 SHORTEST = 1 / 64  # seconds: the end of the first span; every later one ends at twice the seconds of the one before
 SPANS = 24  # the last ends after 36 hours
@@ -40,6 +46,7 @@ UNKNOWN_SPEED = 1000.0  # tokens per second of a model that has not been measure
 RENEWED = 16  # pauses after which the chances of all are renewed
 STEPS = 2  # for each doubling of worth: what lies within one step goes in the order of the longest unused
 CONVERSATIONS = 4096  # that are remembered while they pause
+MOST_COUNTED = 1e4  # pauses that what is read back may be worth
 LEAST_SWEPT = 4 * CONVERSATIONS  # entries of a heap that may be out of date
 SESSION_SHARE = 1 / 8  # of the pool, pinned at most
 TENANT_SHARE = 1 / 4
@@ -48,6 +55,7 @@ PINNED_SHARE = 1 / 2  # by all together
 _ENDS = [SHORTEST * 2**span for span in range(SPANS)]
 _WIDTHS = [SHORTEST, *_ENDS[:-1]]
 _UNKNOWN = [CHANCE] * SPANS
+_LEARNED = struct.Struct(f"<{2 * SPANS * TOLD_APART}f")
 _Key = TypeVar("_Key")
 _Entry = TypeVar("_Entry", bound=tuple[object, ...])
 _Place = tuple[float, int, int, "Conversation"]  # worth but for the price, number of the pause, stamp
@@ -67,6 +75,10 @@ class Pauses:
         counts = zip(self.ended, self.lasted, prior, strict=True)
         return [min(1.0, (ended + PRIOR * chance) / (lasted + PRIOR)) for ended, lasted, chance in counts]
 
+    def add(self, others: Pauses) -> None:
+        self.ended = [own + other for own, other in zip(self.ended, others.ended, strict=True)]
+        self.lasted = [own + other for own, other in zip(self.lasted, others.lasted, strict=True)]
+
     def fade(self, factor: float) -> None:
         self.ended = [count * factor for count in self.ended]
         self.lasted = [count * factor for count in self.lasted]
@@ -77,6 +89,26 @@ class Name(NamedTuple):
 
     salt: str
     session: str
+
+    def identity(self) -> Identity:
+        """The digests that it is known by."""
+        tenant = _digest(b"tenant", self.salt)
+        return Identity(tenant, _digest(b"session" + tenant, self.session) if self.session else UNNAMED)
+
+
+class Identity(NamedTuple):
+    """A session as it can be written down, 16 bytes each. `session` is UNNAMED for conversations without a name."""
+
+    tenant: bytes
+    session: bytes
+
+
+UNNAMED = bytes(16)
+NOBODY = Identity(bytes(16), UNNAMED)
+
+
+def _digest(what: bytes, text: str) -> bytes:
+    return sha256(b"vai " + what + b"\0" + text.encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 class Conversation:
@@ -89,9 +121,9 @@ class Conversation:
 
     __slots__ = (
         "active",
+        "identity",
         "image",
         "leaves",
-        "name",
         "pause",
         "paused_at",
         "pauses",
@@ -102,9 +134,9 @@ class Conversation:
         "worth",
     )
 
-    def __init__(self, image: str, name: Name) -> None:
+    def __init__(self, image: str, identity: Identity) -> None:
         self.image = image
-        self.name = name
+        self.identity = identity
         self.active = 0
         self.paused_at = 0.0
         self.pauses: Pauses | None = None  # most conversations have one request
@@ -127,7 +159,7 @@ class Kept:
         self.conversation: Conversation | None = None  # the last that read it
         self.shared = False
         self.pinned_until = 0.0
-        self.pinned_by: Name | None = None
+        self.pinned_by: Identity | None = None
 
 
 class _Heap(Generic[_Entry]):
@@ -156,17 +188,18 @@ class Retention:
         self._alike: dict[tuple[str, int], Pauses] = {}  # by image and number of the pause, up to TOLD_APART
         self._chances: dict[tuple[str, int], list[float]] = {}  # to return in a span, the same way
         self._until_renewed = RENEWED
+        self._renewed = False  # since `take_learned`
         self._speeds: dict[str, float] = {}  # tokens of a prompt per second, by image
         self._serial = itertools.count()
         self._rankings: dict[str, _Heap[_Place]] = {}  # of each image
         self._edges: list[tuple[float, int, int, Conversation]] = []  # a heap: when a pause gets into its next span
-        self._sessions: dict[Name, dict[str, Conversation]] = {}  # by image
+        self._sessions: dict[Identity, dict[str, Conversation]] = {}  # by image
         self._tails: dict[bytes, Conversation] = {}
         self._paused: OrderedDict[Conversation, None] = OrderedDict()  # and remembered, the longest pause first
         self._pins = _Heap[tuple[float, int, Kept]](lambda pin: pin[2].pinned_until == pin[0])  # by the end
         self._pinned_leaves: dict[Kept, None] = {}
-        self._pinned: dict[Name, int] = {}  # bytes
-        self._pinned_of: dict[str, int] = {}  # bytes of a tenant
+        self._pinned: dict[Identity, int] = {}  # bytes
+        self._pinned_of: dict[bytes, int] = {}  # bytes of a tenant
 
     def measured(self, image: str, tokens_per_second: float) -> None:
         """How fast a model computes a prompt."""
@@ -180,14 +213,12 @@ class Retention:
         `keys` are those of its pages.
         """
         self._advance()
+        identity = name.identity()
         if name.session:
-            of_session = self._sessions.setdefault(name, {})
-            conversation = of_session.get(image)
-            if conversation is None:
-                conversation = of_session[image] = Conversation(image, name)
+            conversation = self._of_session(image, identity)
         else:
             known = (self._tails[key] for key in reversed(keys) if key in self._tails)
-            conversation = next(known, None) or Conversation(image, name)
+            conversation = next(known, None) or Conversation(image, identity)
         if conversation in self._paused:
             del self._paused[conversation]
             self._returned(conversation)
@@ -216,28 +247,33 @@ class Retention:
         self._expect_next_span(conversation)
         self._rank_anew(conversation)
 
-    def stranger(self, image: str, tail: bytes) -> Conversation:
-        """A conversation that pauses from now on and of which nothing is known but where its pages end."""
-        conversation = Conversation(image, Name("", ""))
-        conversation.active = 1
-        self.pause(conversation, tail)
+    def stranger(self, image: str, tail: bytes, identity: Identity = NOBODY) -> Conversation:
+        """A conversation that pauses from now on, of which nothing is known but where its pages end, and whose it is
+        where it has a name.
+        """
+        named = identity.session != UNNAMED
+        conversation = self._of_session(image, identity) if named else Conversation(image, identity)
+        if conversation not in self._paused:
+            conversation.active += 1
+            self.pause(conversation, tail)
         return conversation
 
     def close(self, name: Name) -> list[Conversation]:
-        """Forget a session; its conversations, whose pages nobody will ask for again."""
-        closed = list(self._sessions.pop(name, {}).values())
-        for conversation in closed:
-            self.finish(conversation)
-        return closed
+        """Forget a session; its conversations, which are to be finished: nobody will ask for their pages again."""
+        return list(self._sessions.pop(name.identity(), {}).values())
 
-    def finish(self, conversation: Conversation) -> None:
-        """Forget a conversation, its pins too. Pages that others have read too stay, as those of a stranger."""
+    def finish(self, conversation: Conversation) -> list[Kept]:
+        """Forget a conversation, its pins too; the pages that are not pinned any more.
+
+        Pages that others have read too stay, as those of a stranger.
+        """
         self._forget(conversation)
         conversation.pauses = None
-        pinned = [page for _, _, page in self._pins.entries if page.conversation is conversation]
-        for page in pinned:
-            if not page.shared:
-                self.unpin(page)
+        own = {page: None for _, _, page in self._pins.entries if page.conversation is conversation and not page.shared}
+        unpinned = [page for page in own if page.pinned_by is not None]
+        for page in unpinned:
+            self.unpin(page)
+        return unpinned
 
     def own_leaf(self, conversation: Conversation) -> Kept | None:
         """A page that may go and that no other conversation has read."""
@@ -287,23 +323,33 @@ class Retention:
         self._advance()
         return sum(self._pinned.values())
 
-    def pin(self, pages: Iterable[Kept], name: Name, seconds: float) -> None:
-        """Keep pages of a chain, the first ones first, as far as the shares of session, tenant and pins allow."""
+    def pin(self, pages: Iterable[Kept], identity: Identity, seconds: float) -> list[Kept]:
+        """Keep pages of a chain, the first ones first, as far as the shares of session, tenant and pins allow; those
+        whose pin is new.
+        """
         self._advance()
         until = self._clock() + seconds
+        pinned = []
         for page in pages:
             if page.pinned_until >= until:
                 continue
-            if page.pinned_by != name and not self._may_pin(name, page.bytes, page):
-                return
+            if page.pinned_by != identity and not self._may_pin(identity, page.bytes, page):
+                break
             leaf = page in self._pinned_leaves or (page.conversation is not None and page in page.conversation.leaves)
             self.remove(page)
-            self._account(page, -page.bytes)
-            page.pinned_by, page.pinned_until = name, until
-            self._account(page, page.bytes)
-            self._pins.push((until, next(self._serial), page))
+            self._pin(page, identity, until)
+            pinned.append(page)
             if leaf:
                 self.add(page)
+        return pinned
+
+    def restore_pin(self, page: Kept, identity: Identity, until: float) -> None:
+        """Pin a page that nobody has read yet as it was by an engine before this one: for no longer than anybody could
+        ask for now, and within the same shares.
+        """
+        now = self._clock()
+        if page.pinned_by is None and now < until <= now + MAX_RETAIN and self._may_pin(identity, page.bytes, page):
+            self._pin(page, identity, until)
 
     def unpin(self, page: Kept) -> None:
         """A page is like any other again."""
@@ -313,11 +359,46 @@ class Retention:
             self.remove(page)
             self.add(page)
 
+    # What outlives the engine
+
+    def take_learned(self) -> list[tuple[str, bytes]]:
+        """What is known of the pauses of each image's conversations, where it was renewed since the last call."""
+        if not self._renewed:
+            return []
+        self._renewed = False
+        learned = []
+        for image in {image for image, _ in self._alike}:
+            kinds = [self._alike.get((image, turns)) or Pauses() for turns in range(1, TOLD_APART + 1)]
+            counts = [count for pauses in kinds for count in (*pauses.ended, *pauses.lasted)]
+            learned.append((image, _LEARNED.pack(*counts)))
+        return learned
+
+    def restore_learned(self, image: str, learned: bytes) -> None:
+        """Go on with what an engine before this one knew of an image's conversations; nonsense changes nothing."""
+        if len(learned) != _LEARNED.size:
+            return
+        counts = _LEARNED.unpack(learned)
+        kinds = [counts[at : at + 2 * SPANS] for at in range(0, len(counts), 2 * SPANS)]
+        every = [each for kind in kinds for each in zip(kind[:SPANS], kind[SPANS:], strict=True)]
+        if not all(0 <= ended <= lasted <= MOST_COUNTED for ended, lasted in every):
+            return
+        for turns, kind in enumerate(kinds, 1):
+            pauses = self._alike[image, turns] = Pauses()
+            pauses.ended, pauses.lasted = list(kind[:SPANS]), list(kind[SPANS:])
+            self._common.add(pauses)
+        self._share()
+
     # Within
+
+    def _of_session(self, image: str, identity: Identity) -> Conversation:
+        of_session = self._sessions.setdefault(identity, {})
+        if image not in of_session:
+            of_session[image] = Conversation(image, identity)
+        return of_session[image]
 
     def _remember(self, conversation: Conversation) -> None:
         self._paused[conversation] = None
-        if conversation.tail is not None and not conversation.name.session:
+        if conversation.tail is not None and conversation.identity.session == UNNAMED:
             self._tails[conversation.tail] = conversation
         if len(self._paused) > CONVERSATIONS:
             self._forget(next(iter(self._paused)))
@@ -326,11 +407,11 @@ class Retention:
         self._paused.pop(conversation, None)
         if conversation.tail is not None and self._tails.get(conversation.tail) is conversation:
             del self._tails[conversation.tail]
-        of_session = self._sessions.get(conversation.name, {})
+        of_session = self._sessions.get(conversation.identity, {})
         if of_session.get(conversation.image) is conversation:
             del of_session[conversation.image]
             if not of_session:
-                del self._sessions[conversation.name]
+                del self._sessions[conversation.identity]
 
     def _advance(self) -> None:
         """Move pauses into the spans that they have reached by now, and end the pins that are over."""
@@ -424,19 +505,29 @@ class Retention:
         self._until_renewed -= 1
         if not self._until_renewed:
             self._until_renewed = RENEWED
-            self._common.fade(FADE_OF_ALL)
-            common = self._common.chances(_UNKNOWN)
-            for kind, pauses in self._alike.items():
+            self._renewed = True
+            for pauses in (self._common, *self._alike.values()):
                 pauses.fade(FADE_OF_ALL)
-                self._chances[kind] = pauses.chances(common)
+            self._share()
 
-    def _may_pin(self, name: Name, bytes: int, page: Kept) -> bool:
-        tenant = self._pinned_of.get(name.salt, 0)
-        if page.pinned_by is not None and page.pinned_by.salt == name.salt:
+    def _share(self) -> None:
+        common = self._common.chances(_UNKNOWN)
+        for kind, pauses in self._alike.items():
+            self._chances[kind] = pauses.chances(common)
+
+    def _pin(self, page: Kept, identity: Identity, until: float) -> None:
+        self._account(page, -page.bytes)
+        page.pinned_by, page.pinned_until = identity, until
+        self._account(page, page.bytes)
+        self._pins.push((until, next(self._serial), page))
+
+    def _may_pin(self, identity: Identity, bytes: int, page: Kept) -> bool:
+        tenant = self._pinned_of.get(identity.tenant, 0)
+        if page.pinned_by is not None and page.pinned_by.tenant == identity.tenant:
             tenant -= page.bytes
         others = sum(self._pinned_of.values()) - (page.bytes if page.pinned_by is not None else 0)
         return (
-            self._pinned.get(name, 0) + bytes <= SESSION_SHARE * self._size
+            self._pinned.get(identity, 0) + bytes <= SESSION_SHARE * self._size
             and tenant + bytes <= TENANT_SHARE * self._size
             and others + bytes <= PINNED_SHARE * self._size
         )
@@ -444,7 +535,7 @@ class Retention:
     def _account(self, page: Kept, bytes: int) -> None:
         if page.pinned_by is not None:
             _add(self._pinned, page.pinned_by, bytes)
-            _add(self._pinned_of, page.pinned_by.salt, bytes)
+            _add(self._pinned_of, page.pinned_by.tenant, bytes)
 
 
 def _stands(place: _Place) -> bool:
