@@ -55,7 +55,7 @@ class LongestUnused(Retention):
     def _worth(self, conversation: Conversation) -> float:
         return 1.0 if conversation.active else 0.0
 
-    def _price(self, image: str, place: object) -> float:
+    def _price(self, page: object) -> float:
         return 1.0
 
 

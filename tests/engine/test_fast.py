@@ -187,12 +187,20 @@ def test_an_engine_after_another_goes_on_in_the_same_kinds(
     while sum(len(own) > 3 for own in outputs.values()) < 3:
         for output in first.step():
             outputs[output.id].append(went_on[output.id].take(output))
+    cache, running = first._scheduler.cache, [first._scheduler.find(request.id) for request in columns]
+    for sequence in filter(None, running):
+        told = [page.fast for page in sequence.shared]
+        assert told == [bool(kind) for kind in sequence.kinds.ljust(len(told), b"\0")[: len(told)]]
+    kinds_of = {key: page.fast for key, page in cache._pages.items()}
+    assert {*kinds_of.values()} == {kind for _, kind in first._scheduler.retention._speeds} == {False, True}
     if not adopts:
         pool = np.full(64 << 20, 0xFF, np.uint8)
     second = Engine(tiny_root[0], threads=1, pool=pool, **PORTABLE)  # the first was not closed: it is as if killed
     for image in {request.image for request in columns}:
         second.attach(image)
     second.adopt()
+    taken_over = second._scheduler.cache._pages
+    assert {key: page.fast for key, page in taken_over.items()} == (kinds_of if adopts else {})
     rest, found = {}, {}
     for request in columns:
         if not went_on[request.id].over:

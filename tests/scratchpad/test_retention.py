@@ -43,12 +43,16 @@ class Cache:
         seconds: float = 0.0,
         letter: str = "a",
         page: int = PAGE,
+        fast: int = 0,
     ) -> tuple[int, Conversation]:
-        """A request whose pages each hold one of `tokens`, many times: how many were found, and whose it was."""
+        """A request whose pages each hold one of `tokens`, many times: how many were found, and whose it was.
+
+        The first `fast` pages are of the fast kind.
+        """
         owner = Owner(letter * 64, 0, page)
         keys = [root_key(letter, "bf16", salt)]
-        for token in tokens:
-            keys.append(page_key(keys[-1], [token] * 32))
+        for number, token in enumerate(tokens):
+            keys.append(page_key(keys[-1], [token] * 32, "portable" if number < fast else None))
         conversation = self.cache.resume(owner.image, Name(salt, session), keys[1:])
         chain: list[CachedPage] = []
         for key in keys[1:]:
@@ -60,17 +64,19 @@ class Cache:
         for number in range(hits, len(keys) - 1):
             while (pages := self.pool.allocate(owner, 1)) is None:
                 assert self.cache.evict(pinned=True)
-            chain.append(self.cache.put(keys[number + 1], keys[number], number, (owner,), tuple(pages)))
+            chain.append(
+                self.cache.put(keys[number + 1], keys[number], number, (owner,), tuple(pages), fast=number < fast)
+            )
         self.now += seconds
         self.cache.give(chain, conversation)
         self.cache.pause(conversation, chain, retain)
         return hits, conversation
 
-    def found(self, tokens: Iterable[int], salt: str = "", letter: str = "a") -> int:
+    def found(self, tokens: Iterable[int], salt: str = "", letter: str = "a", fast: int = 0) -> int:
         """How many pages of a chain are there, without a look that anybody remembers."""
         key, found = root_key(letter, "bf16", salt), 0
-        for token in tokens:
-            key = page_key(key, [token] * 32)
+        for number, token in enumerate(tokens):
+            key = page_key(key, [token] * 32, "portable" if number < fast else None)
             if key not in self.cache._pages:
                 break
             found += 1
@@ -165,6 +171,35 @@ def test_pages_that_cost_more_to_compute_for_each_byte_are_kept() -> None:
     cache.retention.measured("a" * 64, 20_000.0)  # by now it is quick
     cache.evict(1)
     assert (cache.found([1, 2], letter="a"), cache.found([1, 2], letter="b")) == (1, 1)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_page_is_weighed_with_the_speed_of_its_own_kind(killed: bool) -> None:
+    cache = Cache()
+    cache.retention.measured("a" * 64, 50.0)
+    cache.retention.measured("a" * 64, 1000.0, fast=True)
+    for number in range(retention.RENEWED):  # then what is known is written down
+        cache.request([number], retain=0)
+    cache.request([1, 2])
+    cache.request([3, 4], fast=2)
+    if killed:
+        cache = cache.killed()
+    cache.evict(2)
+    assert (cache.found([1, 2]), cache.found([3, 4], fast=2)) == (2, 0)
+    cache.retention.measured("a" * 64, 1e6)
+    cache.request([3, 4], fast=2)
+    cache.evict(2)
+    assert (cache.found([1, 2]), cache.found([3, 4], fast=2)) == (0, 2)
+
+
+def test_a_kind_that_was_not_measured_is_taken_to_be_as_fast_as_the_other() -> None:
+    cache = Cache()
+    cache.retention.measured("a" * 64, 50.0)
+    cache.retention.measured("b" * 64, 1000.0, fast=True)
+    cache.request([1, 2], fast=2)
+    cache.request([1, 2], letter="b")
+    cache.evict(2)
+    assert (cache.found([1, 2], fast=2), cache.found([1, 2], letter="b")) == (2, 0)
 
 
 def test_what_is_pinned_goes_last_until_its_time_is_over() -> None:
@@ -433,9 +468,9 @@ def test_accounts_are_right_whatever_conversations_do(seed: int) -> None:
         assert all(page.before in cache.cache._pages for page in pages if page.before not in ROOTS)
         assert cache.retention.pinned_bytes == sum(page.bytes for page in pages if page.pinned_by is not None)
         leaves = {page for page in pages if page.key not in cache.cache._behind}
-        assert leaves == {page for page in pages if page.conversation and page in page.conversation.leaves} | set(
-            cache.retention._pinned_leaves
-        )
+        assert leaves == {
+            page for page in pages if page.conversation and page in page.conversation.leaves[page.fast]
+        } | set(cache.retention._pinned_leaves)
     while cache.cache.evict(pinned=True):
         pass
     assert len(cache.cache) == cache.pool.used_bytes + cache.pool.cached_bytes == 0

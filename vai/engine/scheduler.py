@@ -299,11 +299,10 @@ class Scheduler:
         if not batch.fast:
             self._speculation.note(batch, seconds)
         if batch.rows > len(batch.places) and not batch.drafting:  # there are prompts in it
-            (queue.fast_worth if batch.fast else queue.worth).note(batch.rows, batch.reads(), seconds)
-            # Of a model with fast pages, most that would be computed again are: whoever computes few does so exactly.
-            speed = queue.fast_worth.speed or queue.worth.speed
-            if speed:
-                self.retention.measured(queue.entry.digest, speed)
+            worth = queue.fast_worth if batch.fast else queue.worth
+            worth.note(batch.rows, batch.reads(), seconds)
+            if worth.speed:
+                self.retention.measured(queue.entry.digest, worth.speed, fast=batch.fast)
         queue.passed_over_since = now
         self._turn_used += seconds
         return queue
@@ -505,7 +504,8 @@ class Scheduler:
                 break
             own = tuple(table[len(sequence.shared)] for table in sequence.block_table)
             before, number = sequence.last_key, len(sequence.shared)
-            sequence.share(self.cache.put(key, before, number, sequence.entry.owners, own))
+            fast = sequence.kinds[number : number + 1] == b"\1"
+            sequence.share(self.cache.put(key, before, number, sequence.entry.owners, own, fast=fast))
         self._leave_behind(sequence)
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:

@@ -7,9 +7,9 @@ tells the truth. One that is torn fails its check, and nothing that stands here 
 a page is computed again.
 
 Records, little-endian: cut = magic, image digest, group, bytes of a page. page = key, the key before it, generation,
-number in its chain, tokens. pin, right behind the page's = until when by the clock, digests of tenant and session.
-learned = magic, image digest, length, what only retention.py reads. Each ends with the first 8 bytes of SHA-256 over
-its place and the rest of it, a pin's also over the record of its page: it holds for no other.
+number in its chain, tokens, kind (1: fast). pin, right behind the page's = until when by the clock, digests of tenant
+and session. learned = magic, image digest, length, what only retention.py reads. Each ends with the first 8 bytes of
+SHA-256 over its place and the rest of it, a pin's also over the record of its page: it holds for no other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vai.kernels.program import PAGE_TOKENS
 
 _MAGIC = b"vai cut2"
 _CUT = struct.Struct("<8s32sQQ")
-_PAGE = struct.Struct("<32s32sQII")
+_PAGE = struct.Struct("<32s32sQIHH")
 _PIN = struct.Struct("<d16s16s")
 _LEARNED_MAGIC = b"vai wont"
 _LEARNED = struct.Struct("<8s32sI")
@@ -49,13 +49,14 @@ class Pin(NamedTuple):
 
 
 class Sealed(NamedTuple):
-    """A page as its record tells of it: `number` in its chain, after the page with the key `before`."""
+    """A page as its record tells of it: `number` in its chain, after the page with the key `before`, of a kind."""
 
     offset: int
     key: bytes
     before: bytes
     number: int
     generation: int
+    fast: bool
     pin: Pin | None
 
 
@@ -92,12 +93,12 @@ class PageHeaders:
         if place is not None:
             self._bytes[place : place + RECORD] = bytes(RECORD)
 
-    def seal(self, page: int, page_bytes: int, key: bytes, before: bytes, number: int) -> int:
+    def seal(self, page: int, page_bytes: int, key: bytes, before: bytes, number: int, *, fast: bool = False) -> int:
         """The last row of a page is written; its generation."""
         self._generation += 1
         place = self._place(page, page_bytes)
         if place is not None:
-            self._write(place, _PAGE.pack(key, before, self._generation, number, PAGE_TOKENS))
+            self._write(place, _PAGE.pack(key, before, self._generation, number, PAGE_TOKENS, fast))
         return self._generation
 
     def pin(self, page: int, page_bytes: int, pin: Pin | None) -> None:
@@ -158,8 +159,8 @@ class PageHeaders:
             body = self._read(self._block(slab) + (index + 1) * RECORD, _PAGE.size)
             if body is None:
                 continue
-            key, before, generation, number, tokens = _PAGE.unpack(body)
-            if tokens == PAGE_TOKENS and generation < 1 << 63:
+            key, before, generation, number, tokens, fast = _PAGE.unpack(body)
+            if tokens == PAGE_TOKENS and generation < 1 << 63 and fast <= 1:
                 pin = self._read(self._block(slab) + (index + 1) * RECORD + _PIN_AT, _PIN.size, body)
                 found.append(
                     Sealed(
@@ -168,6 +169,7 @@ class PageHeaders:
                         before,
                         number,
                         generation,
+                        fast == 1,
                         None if pin is None else Pin(*_PIN.unpack(pin)),
                     )
                 )

@@ -56,10 +56,17 @@ class CachedPage(Kept):
     __slots__ = ("before", "behind", "generations", "holders", "key", "owners", "pages")
 
     def __init__(
-        self, key: bytes, before: bytes, owners: tuple[Owner, ...], pages: tuple[int, ...], generations: tuple[int, ...]
+        self,
+        key: bytes,
+        before: bytes,
+        owners: tuple[Owner, ...],
+        pages: tuple[int, ...],
+        generations: tuple[int, ...],
+        *,
+        fast: bool,
     ) -> None:
-        """`before`: the key of the page before it. `generations`: of the headers of `pages`."""
-        super().__init__(sum(owner.page_bytes for owner in owners))
+        """`before`: the key of the page before it. `generations`: of the headers of `pages`. `fast`: its kind."""
+        super().__init__(sum(owner.page_bytes for owner in owners), fast=fast)
         self.key = key
         self.before = before
         self.owners = owners
@@ -137,12 +144,20 @@ class PrefixCache:
         self._free_behind(page, group)
 
     def put(
-        self, key: bytes, before: bytes, number: int, owners: tuple[Owner, ...], pages: tuple[int, ...]
+        self,
+        key: bytes,
+        before: bytes,
+        number: int,
+        owners: tuple[Owner, ...],
+        pages: tuple[int, ...],
+        *,
+        fast: bool = False,
     ) -> CachedPage:
         """Seal pages of the caller's that will not be written any more; the caller is a holder of what comes back.
 
-        `number` in its chain, behind the page with the key `before`. Where the key is there already, the pages given
-        are freed, and the answer is the one that everybody has.
+        `number` in its chain, behind the page with the key `before`. `fast`: the kind that it was computed in, which
+        its key tells apart. Where the key is there already, the pages given are freed, and the answer is the one that
+        everybody has.
         """
         found = self.take(key)
         if found is not None:
@@ -151,7 +166,9 @@ class PrefixCache:
                     found.behind[group] -= 1
                     found.owners = (*found.owners[:group], owner, *found.owners[group + 1 :])
                     found.pages[group] = page
-                    found.generations[group] = self._pool.headers.seal(page, owner.page_bytes, key, before, number)
+                    found.generations[group] = self._pool.headers.seal(
+                        page, owner.page_bytes, key, before, number, fast=fast
+                    )
                     self._write_pins([found])
                 else:
                     self._pool.free(owner, [page])
@@ -160,10 +177,10 @@ class PrefixCache:
         if damaged is not None:
             self._drop(damaged)
         generations = tuple(
-            self._pool.headers.seal(page, owner.page_bytes, key, before, number)
+            self._pool.headers.seal(page, owner.page_bytes, key, before, number, fast=fast)
             for owner, page in zip(owners, pages, strict=True)
         )
-        sealed = CachedPage(key, before, owners, pages, generations)
+        sealed = CachedPage(key, before, owners, pages, generations, fast=fast)
         sealed.holders = 1
         self._insert(sealed)
         return sealed
@@ -254,7 +271,7 @@ class PrefixCache:
 
     def _restored(self, key: bytes, owners: tuple[Owner, ...], parts: Sequence[Sealed]) -> CachedPage:
         offsets, generations = tuple(part.offset for part in parts), tuple(part.generation for part in parts)
-        page = CachedPage(key, parts[0].before, owners, offsets, generations)
+        page = CachedPage(key, parts[0].before, owners, offsets, generations, fast=parts[0].fast)
         self._insert(page)
         for owner in owners:
             self._pool.rest(owner)

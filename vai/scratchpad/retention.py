@@ -7,10 +7,10 @@ times seconds, computing again costs tokens times the seconds that its model tak
     (seconds per token / bytes per token) * max over T of P(it returns within T) / E[seconds held, at most T]
 
 seconds of computing saved per byte and second (the index of Gittins, 1979, for a reward that comes once), and the pages
-worth least go first. How long pauses last is learned: the chance to end in each of SPANS spans of doubling length, of
-each conversation, leaning on that of all as far as its own are few. A pause that goes on past what was usual is worth
-less, one that comes near it more. Where nothing is known the chance is the same in every span, and the order is that of
-the longest unused.
+worth least go first. Computing has a speed for each kind of page (exact, fast). How long pauses last is learned: the
+chance to end in each of SPANS spans of doubling length, of each conversation, leaning on that of all as far as its own
+are few. A pause that goes on past what was usual is worth less, one that comes near it more. Where nothing is known the
+chance is the same in every span, and the order is that of the longest unused.
 
 A client may know better: pages are pinned for the seconds it names, within a share of the pool. Of pins that are more,
 the beginning of the chain is kept. A pin holds against everything but a request that could not run otherwise.
@@ -47,6 +47,7 @@ RENEWED = 16  # pauses after which the chances of all are renewed
 STEPS = 2  # for each doubling of worth: what lies within one step goes in the order of the longest unused
 CONVERSATIONS = 4096  # that are remembered while they pause
 MOST_COUNTED = 1e4  # pauses that what is read back may be worth
+FASTEST = 1e9  # tokens per second that may be read back
 LEAST_SWEPT = 4 * CONVERSATIONS  # entries of a heap that may be out of date
 SESSION_SHARE = 1 / 8  # of the pool, pinned at most
 TENANT_SHARE = 1 / 4
@@ -55,10 +56,11 @@ PINNED_SHARE = 1 / 2  # by all together
 _ENDS = [SHORTEST * 2**span for span in range(SPANS)]
 _WIDTHS = [SHORTEST, *_ENDS[:-1]]
 _UNKNOWN = [CHANCE] * SPANS
-_LEARNED = struct.Struct(f"<{2 * SPANS * TOLD_APART}f")
+_LEARNED = struct.Struct(f"<2f{2 * SPANS * TOLD_APART}f")
 _Key = TypeVar("_Key")
 _Entry = TypeVar("_Entry", bound=tuple[object, ...])
-_Place = tuple[float, int, int, "Conversation"]  # worth but for the price, number of the pause, stamp
+_Kind = tuple[str, bool]  # image, and whether its fast pages are meant
+_Place = tuple[float, int, int, "Conversation", bool]  # worth but for the price, number of the pause, stamp, kind
 
 
 class Pauses:
@@ -115,8 +117,9 @@ class Conversation:
     """Requests that go on with each other's pages, for one model.
 
     `active`: requests under way; without any it pauses, since `paused_at`, by now in `span`; `pause` numbers the pauses
-    of all. `leaves`: pages of it that nobody holds and none depends on, the longest unused first. `worth`: what they
-    are worth but for their price, None where that has to be found again. `stamp` tells its place in the ranking.
+    of all. `leaves`: pages of it that nobody holds and none depends on, the longest unused first; exact ones, then fast
+    ones. `worth`: what they are worth but for their price, None where that has to be found again. `stamps` tell its
+    places in the rankings of both kinds.
     """
 
     __slots__ = (
@@ -128,7 +131,7 @@ class Conversation:
         "paused_at",
         "pauses",
         "span",
-        "stamp",
+        "stamps",
         "tail",
         "turns",
         "worth",
@@ -144,18 +147,19 @@ class Conversation:
         self.span = 0
         self.pause = 0
         self.worth: float | None = None
-        self.stamp = 0
+        self.stamps = [0, 0]
         self.tail: bytes | None = None  # the key of its last page
-        self.leaves: dict[Kept, None] = {}
+        self.leaves: tuple[dict[Kept, None], dict[Kept, None]] = ({}, {})
 
 
 class Kept:
-    """What retention knows of a page. `shared`: more than one conversation has read it."""
+    """What retention knows of a page. `fast`: its kind. `shared`: more than one conversation has read it."""
 
-    __slots__ = ("bytes", "conversation", "pinned_by", "pinned_until", "shared")
+    __slots__ = ("bytes", "conversation", "fast", "pinned_by", "pinned_until", "shared")
 
-    def __init__(self, bytes: int) -> None:
+    def __init__(self, bytes: int, *, fast: bool) -> None:
         self.bytes = bytes  # of memory
+        self.fast = fast
         self.conversation: Conversation | None = None  # the last that read it
         self.shared = False
         self.pinned_until = 0.0
@@ -189,9 +193,9 @@ class Retention:
         self._chances: dict[tuple[str, int], list[float]] = {}  # to return in a span, the same way
         self._until_renewed = RENEWED
         self._renewed = False  # since `take_learned`
-        self._speeds: dict[str, float] = {}  # tokens of a prompt per second, by image
+        self._speeds: dict[_Kind, float] = {}  # tokens of a prompt per second
         self._serial = itertools.count()
-        self._rankings: dict[str, _Heap[_Place]] = {}  # of each image
+        self._rankings: dict[_Kind, _Heap[_Place]] = {}
         self._edges: list[tuple[float, int, int, Conversation]] = []  # a heap: when a pause gets into its next span
         self._sessions: dict[Identity, dict[str, Conversation]] = {}  # by image
         self._tails: dict[bytes, Conversation] = {}
@@ -201,9 +205,9 @@ class Retention:
         self._pinned: dict[Identity, int] = {}  # bytes
         self._pinned_of: dict[bytes, int] = {}  # bytes of a tenant
 
-    def measured(self, image: str, tokens_per_second: float) -> None:
-        """How fast a model computes a prompt."""
-        self._speeds[image] = tokens_per_second
+    def measured(self, image: str, tokens_per_second: float, *, fast: bool = False) -> None:
+        """How fast a model computes the pages of a prompt that are of one kind."""
+        self._speeds[image, fast] = tokens_per_second
 
     # Conversations
 
@@ -277,7 +281,7 @@ class Retention:
 
     def own_leaf(self, conversation: Conversation) -> Kept | None:
         """A page that may go and that no other conversation has read."""
-        return next((page for page in conversation.leaves if not page.shared), None)
+        return next((page for leaves in conversation.leaves for page in leaves if not page.shared), None)
 
     # Pages
 
@@ -295,24 +299,25 @@ class Retention:
         if page.pinned_until:
             self._pinned_leaves[page] = None
             return
-        conversation.leaves[page] = None
-        if len(conversation.leaves) == 1:
-            self._rank(conversation)
+        leaves = conversation.leaves[page.fast]
+        leaves[page] = None
+        if len(leaves) == 1:
+            self._rank(conversation, page.fast)
 
     def remove(self, page: Kept) -> None:
         """A page may not go any more, or is gone. One that could not go before is fine."""
         self._pinned_leaves.pop(page, None)
         conversation = page.conversation
-        if conversation is not None and page in conversation.leaves:
-            del conversation.leaves[page]
+        if conversation is not None:
+            conversation.leaves[page.fast].pop(page, None)
 
     def victim(self, *, pinned: bool) -> Kept | None:
         """The page worth least, of those that may go; with `pinned`, where there is none, one that is pinned."""
         self._advance()
-        places = [(image, place) for image in [*self._rankings] if (place := self._first(image)) is not None]
+        places = [place for kind in [*self._rankings] if (place := self._first(kind)) is not None]
         if places:
-            _, place = min(places, key=lambda each: (self._price(*each) * each[1][0], each[1][1]))
-            return next(iter(place[3].leaves))
+            pages = [(next(iter(place[3].leaves[place[4]])), place) for place in places]
+            return min(pages, key=lambda each: (self._price(each[0]) * each[1][0], each[1][1]))[0]
         return next(iter(self._pinned_leaves), None) if pinned else None
 
     # Pins
@@ -335,7 +340,8 @@ class Retention:
                 continue
             if page.pinned_by != identity and not self._may_pin(identity, page.bytes, page):
                 break
-            leaf = page in self._pinned_leaves or (page.conversation is not None and page in page.conversation.leaves)
+            conversation = page.conversation
+            leaf = page in self._pinned_leaves or (conversation is not None and page in conversation.leaves[page.fast])
             self.remove(page)
             self._pin(page, identity, until)
             pinned.append(page)
@@ -362,7 +368,7 @@ class Retention:
     # What outlives the engine
 
     def take_learned(self) -> list[tuple[str, bytes]]:
-        """What is known of the pauses of each image's conversations, where it was renewed since the last call."""
+        """What is known of each image and its conversations' pauses, where it was renewed since the last call."""
         if not self._renewed:
             return []
         self._renewed = False
@@ -370,18 +376,22 @@ class Retention:
         for image in {image for image, _ in self._alike}:
             kinds = [self._alike.get((image, turns)) or Pauses() for turns in range(1, TOLD_APART + 1)]
             counts = [count for pauses in kinds for count in (*pauses.ended, *pauses.lasted)]
-            learned.append((image, _LEARNED.pack(*counts)))
+            speeds = (self._speeds.get((image, fast), 0.0) for fast in (False, True))
+            learned.append((image, _LEARNED.pack(*speeds, *counts)))
         return learned
 
     def restore_learned(self, image: str, learned: bytes) -> None:
-        """Go on with what an engine before this one knew of an image's conversations; nonsense changes nothing."""
+        """Go on with what an engine before this one knew of an image; nonsense changes nothing."""
         if len(learned) != _LEARNED.size:
             return
-        counts = _LEARNED.unpack(learned)
+        exact, fast, *counts = _LEARNED.unpack(learned)
         kinds = [counts[at : at + 2 * SPANS] for at in range(0, len(counts), 2 * SPANS)]
         every = [each for kind in kinds for each in zip(kind[:SPANS], kind[SPANS:], strict=True)]
         if not all(0 <= ended <= lasted <= MOST_COUNTED for ended, lasted in every):
             return
+        for each, speed in ((False, exact), (True, fast)):
+            if 0 < speed < FASTEST:
+                self._speeds[image, each] = speed
         for turns, kind in enumerate(kinds, 1):
             pauses = self._alike[image, turns] = Pauses()
             pauses.ended, pauses.lasted = list(kind[:SPANS]), list(kind[SPANS:])
@@ -430,7 +440,7 @@ class Retention:
                 self.unpin(page)
 
     def _expect_next_span(self, conversation: Conversation) -> None:
-        if conversation.span < SPANS - 1 and (conversation in self._paused or conversation.leaves):
+        if conversation.span < SPANS - 1 and (conversation in self._paused or any(conversation.leaves)):
             at = conversation.paused_at + _ENDS[conversation.span]
             heapq.heappush(self._edges, (at, next(self._serial), conversation.pause, conversation))
 
@@ -455,33 +465,35 @@ class Retention:
     def _rank_anew(self, conversation: Conversation) -> None:
         """What a conversation is worth has changed."""
         conversation.worth = None
-        if conversation.leaves:
-            self._rank(conversation)
+        for fast in (False, True):
+            if conversation.leaves[fast]:
+                self._rank(conversation, fast)
 
-    def _rank(self, conversation: Conversation) -> None:
-        """Give a conversation its place among those whose pages may go."""
+    def _rank(self, conversation: Conversation, fast: bool) -> None:
+        """Give a conversation its place among those whose pages of this kind may go."""
         if conversation.worth is None:
             conversation.worth = self._worth(conversation)
-        conversation.stamp = next(self._serial)
-        ranking = self._rankings.get(conversation.image)
+        stamp = conversation.stamps[fast] = next(self._serial)
+        ranking = self._rankings.get((conversation.image, fast))
         if ranking is None:
-            ranking = self._rankings[conversation.image] = _Heap(_stands)
-        ranking.push((conversation.worth, conversation.pause, conversation.stamp, conversation))
+            ranking = self._rankings[conversation.image, fast] = _Heap(_stands)
+        ranking.push((conversation.worth, conversation.pause, stamp, conversation, fast))
 
-    def _first(self, image: str) -> _Place | None:
-        """The place of the conversation of an image that is worth least; None where no page of it may go."""
-        places = self._rankings[image].entries
+    def _first(self, kind: _Kind) -> _Place | None:
+        """The place of the conversation whose pages of this kind are worth least; None where none of them may go."""
+        places = self._rankings[kind].entries
         while places:
             if _stands(places[0]):
                 return places[0]
             heapq.heappop(places)
-        del self._rankings[image]
+        del self._rankings[kind]
         return None
 
-    def _price(self, image: str, place: _Place) -> float:
-        """Seconds per byte to compute a page of a conversation again."""
-        page = next(iter(place[3].leaves))
-        return PAGE_TOKENS / self._speeds.get(image, UNKNOWN_SPEED) / page.bytes
+    def _price(self, page: Kept) -> float:
+        """Seconds per byte to compute a page of a conversation again, by the other kind where its own is not known."""
+        image = "" if page.conversation is None else page.conversation.image
+        other = self._speeds.get((image, not page.fast), UNKNOWN_SPEED)
+        return PAGE_TOKENS / self._speeds.get((image, page.fast), other) / page.bytes
 
     def _worth(self, conversation: Conversation) -> float:
         """Returns for each second of holding its pages."""
@@ -540,7 +552,7 @@ class Retention:
 
 def _stands(place: _Place) -> bool:
     """Whether a place in a ranking is still that of its conversation."""
-    return place[2] == place[3].stamp and bool(place[3].leaves)
+    return place[2] == place[3].stamps[place[4]] and bool(place[3].leaves[place[4]])
 
 
 def _add(account: dict[_Key, int], key: _Key, bytes: int) -> None:
