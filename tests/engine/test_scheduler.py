@@ -460,17 +460,27 @@ def test_prompts_are_cut_to_what_fits_the_time_of_a_step_while_others_stream() -
     assert streaming in bench.finished
 
 
-def test_a_prompt_gets_as_many_rows_as_there_are_streams_however_long_these_take() -> None:
+@pytest.mark.parametrize(
+    ("streams", "rate", "rows"),
+    [
+        pytest.param(48, 80, 48, id="as many as there are streams, however long these take"),
+        pytest.param(16, 200, 64, id="four times as many where that takes less than half a second"),
+        pytest.param(16, 120, 44, id="or as many as half a second has"),
+        pytest.param(2, 60, 16, id="a few, whoever streams"),
+    ],
+)
+def test_prompts_get_a_share_of_every_step(streams: int, rate: int, rows: int) -> None:
     bench = Bench(slabs=40, max_rows=512, max_sequences=64)
     a = model("a", PAGE // 16)
-    for _ in range(48):
-        bench.submit(a, [1], 50)
-    slow = STEP_WHILE_STREAMING / 40  # seconds a row
-    bench.step(slow)
+    for _ in range(streams):
+        bench.submit(a, [1] * 17, 50)
+    while not bench.batches or set(bench.batches[-1].counts) != {1} or len(bench.batches[-1].counts) < streams:
+        bench.step(1 / rate)
+    seen = len(bench.batches)
     bench.submit(a, [2] * 400, 1)
     for _ in range(3):
-        bench.step(slow)
-    assert [batch.counts[-1] for batch in bench.batches[1:]] == [48, 48, 48]
+        bench.step(1 / rate)
+    assert [batch.counts[-1] for batch in bench.batches[seen:]] == [rows] * 3
 
 
 def test_a_short_prompt_gets_its_first_token_while_a_long_one_is_computed() -> None:

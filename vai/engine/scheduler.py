@@ -51,6 +51,8 @@ MAX_WAITING = 1024  # requests that are not admitted yet
 MAX_WAITING_OF_ONE = 768  # of them, those of one model and tenant: nobody fills the queue alone
 STEP_WHILE_STREAMING = 0.15  # seconds of one step with prompt rows in it, as far as measured rates foretell
 STEP = 1.0
+PROMPT_SHARE = 4  # times as much prompt work as decoding rows a step may have beyond that
+STEP_WITH_SHARE = 0.5  # as far as it takes no longer
 
 
 class ModelQueue:
@@ -401,15 +403,17 @@ class Scheduler:
 
         A step is short where rows of the other kind wait for it, too.
 
-        Never less than those rows are without their contexts, or many streams would leave a first token next to
-        nothing on a machine that decodes them no faster than the budget.
+        Many streams would leave a first token next to nothing on a machine that decodes them no faster than the budget. So
+        it is PROMPT_SHARE times their rows where that takes no longer than STEP_WITH_SHARE, and never less than they are,
+        without their contexts.
         """
         streaming = any(each.uncomputed <= 1 for other in self._queues.values() for each in other.running)
         both = (
             not streaming and queue.entry.fast is not None and len({each.rows_ahead()[0] for each in queue.running}) > 1
         )
         seconds = STEP_WHILE_STREAMING if streaming or both else STEP
-        return max(seconds * worth.speed - decoding - worth.slope * reads, SMALLEST_CHUNK, decoding)
+        share = max(decoding, min(PROMPT_SHARE * decoding, STEP_WITH_SHARE * worth.speed - decoding))
+        return max(seconds * worth.speed - decoding - worth.slope * reads, SMALLEST_CHUNK, share)
 
     # Pages
 

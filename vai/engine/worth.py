@@ -10,7 +10,7 @@ from __future__ import annotations
 
 RENEW = 0.25  # weight of the newest step in a running mean
 STEEPEST = 1 / 32  # of all slopes: what a token of context can cost at most, in rows
-SMALLEST_CHUNK = 32  # work that a step may always have, and the size of the first, which tells the speed
+SMALLEST_CHUNK = 16  # work that a step may always have, and the size of the first, which tells the speed
 
 
 class Worth:
