@@ -403,9 +403,9 @@ class Scheduler:
 
         A step is short where rows of the other kind wait for it, too.
 
-        Many streams would leave a first token next to nothing on a machine that decodes them no faster than the budget. So
-        it is PROMPT_SHARE times their rows where that takes no longer than STEP_WITH_SHARE, and never less than they are,
-        without their contexts.
+        Many streams would leave a first token next to nothing on a machine that decodes them no faster than the
+        budget. So it is PROMPT_SHARE times their rows where that takes no longer than STEP_WITH_SHARE, and never less
+        than they are, without their contexts.
         """
         streaming = any(each.uncomputed <= 1 for other in self._queues.values() for each in other.running)
         both = (
