@@ -56,7 +56,7 @@ def byte_level_bpe(size: int, specials: Sequence[str]) -> Vocabulary:
             f"A vocabulary of {size:,} entries cannot be made; it takes {BYTES + len(specials):,} to {MAX_SIZE:,}."
         )
     count = size - BYTES - len(specials)
-    merges = _trained()[:count]
+    merges = list(_trained()[:count])
     tokens = [*byte_letters(), *(left + right for left, right in merges)]
     for left, right in _joined(merges, count - len(merges), set(tokens)):
         merges.append((left, right))
@@ -80,7 +80,8 @@ def _weighted() -> dict[str, int]:
     return weights
 
 
-def _trained() -> list[tuple[str, str]]:
+@cache
+def _trained() -> tuple[tuple[str, str], ...]:
     """Merges by falling frequency of the pair in the weighted words, until every word is one token."""
     weighted = _weighted()
     words, weights = [list(word) for word in weighted], list(weighted.values())
@@ -115,7 +116,7 @@ def _trained() -> list[tuple[str, str]]:
         if "".join(pair) not in made:  # another split may have made this token already
             made.add("".join(pair))
             merges.append(pair)
-    return merges
+    return tuple(merges)
 
 
 def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
