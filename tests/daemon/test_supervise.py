@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def living(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen([sys.executable, STANDIN, str(tmp_path), "engine"], stdout=subprocess.DEVNULL) as process:
         while roles.listener(roles.socket_path(tmp_path, "engine")) is None:
             assert process.poll() is None
+            time.sleep(0.002)
         yield process
         process.kill()
 

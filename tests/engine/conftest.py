@@ -74,6 +74,7 @@ class EngineProcess:
             with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
                 probe.connect(str(self.socket))
                 return
+            time.sleep(0.005)  # what asks without a pause takes the core that the engine starts on
         pytest.fail(f"the engine was not ready in {DEADLINE} s: {self.log.read_text()}")
 
 
