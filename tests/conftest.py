@@ -1,8 +1,10 @@
-"""What tests of several rooms share: two tiny models, synthesized and burned once a session."""
+"""What tests of several rooms share: two tiny models, synthesized and burned once a session, and a port."""
 
 from __future__ import annotations
 
 import signal
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ settings.load_profile("shared")
 # A job that a script leaves in the background ignores interrupts, and so would every command that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 TINY_MODELS = {"tiny": "Q4_0", "tiny-qwen2": "Q8_0"}
 
@@ -38,3 +41,12 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dic
         digests[shape] = burn(source, root).digest
         registry.put(Name(shape, str(source), digest=digests[shape]))
     return root, names, digests
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port of 127.0.0.1 that nobody gets by chance while a test runs: bound all the time, but not listened on."""
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield reserved.getsockname()[1]

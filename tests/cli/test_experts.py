@@ -15,7 +15,7 @@ from vai.daemon.roles import holder
 from vai.request import SamplingParams
 from vai.rom.registry import Registry
 
-from .test_plan import _free_port, planned
+from .test_plan import planned
 
 Vai = Callable[..., subprocess.CompletedProcess[str]]
 TOLD = ("image_bytes", "workspace_bytes", "kv_bytes_per_token", "tokens_that_fit")
@@ -51,11 +51,11 @@ def routing_and_experts_are_told_with_what_one_row_reads(found: dict[str, Any]) 
                 assert "2 of 6" in line["text"] and line["share"] > 0
 
 
-def test_the_whole_way_of_a_model_with_experts(vai: Vai, registry: Registry, tmp_path: Path) -> None:
+def test_the_whole_way_of_a_model_with_experts(vai: Vai, registry: Registry, tmp_path: Path, port: int) -> None:
     synthesize(tmp_path / "m.gguf", shape="tiny-mixtral", type="Q4_0")
-    (before,) = planned(vai, tmp_path / "m.gguf", "--kv", "32M")["models"]
+    (before,) = planned(vai, tmp_path / "m.gguf", "--kv", "32M", VAI_THREADS="2")["models"]
     assert vai("load", tmp_path / "m.gguf", "--name", "m").returncode == 0
-    (after,) = planned(vai, "m", "--kv", "32M")["models"]
+    (after,) = planned(vai, "m", "--kv", "32M", VAI_THREADS="2")["models"]
     assert [after[key] for key in TOLD] == [before[key] for key in TOLD]
 
     (row,) = json.loads(vai("ls", "--json").stdout)
@@ -67,7 +67,6 @@ def test_the_whole_way_of_a_model_with_experts(vai: Vai, registry: Registry, tmp
     assert done.returncode == 0, done.stderr
     routing_and_experts_are_told_with_what_one_row_reads(json.loads(done.stdout))
 
-    port = _free_port()
     started = vai("serve", "--port", str(port), "--kv", "32M", "--detach", VAI_THREADS="2")
     assert started.returncode == 0, started.stderr
     answer = completed(port, prompt=PROMPT, max_tokens=12, logprobs=0)

@@ -74,7 +74,7 @@ def test_a_model_that_keeps_no_more_than_its_window_fits_at_any_length(vai: Vai,
 
 
 def test_what_is_planned_is_what_status_and_proc_say_after_loading(
-    vai: Vai, checkpoint: Path, registry: Registry
+    vai: Vai, checkpoint: Path, registry: Registry, port: int
 ) -> None:
     before = planned(vai, checkpoint, "--kv", "32M")
     (model,) = before["models"]
@@ -90,7 +90,7 @@ def test_what_is_planned_is_what_status_and_proc_say_after_loading(
     assert (before["kv_type"], small["kv_type"]) == ("bf16", "q8_0")
     assert small["models"][0]["kv_bytes_per_token"] * 64 == model["kv_bytes_per_token"] * 34  # heads of 32
 
-    started = vai("serve", "--port", str(_free_port()), "--kv", "32M", "--detach")
+    started = vai("serve", "--port", str(port), "--kv", "32M", "--detach")
     assert started.returncode == 0, started.stderr
     status = json.loads(vai("status", "--json").stdout)
     (image,), (attached,) = status["images"], status["engine"]["models"]
@@ -215,11 +215,3 @@ def test_what_is_no_model_is_refused_by_name(vai: Vai, tmp_path: Path) -> None:
     assert vai("plan", "nobody").returncode == 4
     (tmp_path / "lies.gguf").write_bytes(b"GGUF\3\0\0\0" + b"\xff" * 100)
     assert vai("plan", tmp_path / "lies.gguf").returncode == 9
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port

@@ -8,12 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from vai.daemon import client, roles
 from vai.rom import segment
@@ -23,14 +22,8 @@ Vai = Callable[..., subprocess.CompletedProcess[str]]
 GREEDY = ("--temperature", "0", "--max-tokens", "12")
 
 
-@pytest.fixture
-def port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return str(listener.getsockname()[1])
-
-
-def serve(vai: Vai, port: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return vai("serve", "--detach", "--port", port, "--kv", "32M", "--threads", "1", **environment)
+def serve(vai: Vai, port: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    return vai("serve", "--detach", "--port", str(port), "--kv", "32M", "--threads", "1", **environment)
 
 
 def http_status(url: str, key: str | None = None) -> int:
@@ -44,7 +37,7 @@ def http_status(url: str, key: str | None = None) -> int:
         return error.code
 
 
-def test_the_whole_way(vai: Vai, registry: Registry, loaded: str, port: str) -> None:
+def test_the_whole_way(vai: Vai, registry: Registry, loaded: str, port: int) -> None:
     alone = vai("run", "m", "Hello", *GREEDY)
     assert alone.returncode == 0, alone.stderr
     assert "no engine is running" in alone.stderr
@@ -78,7 +71,7 @@ def test_the_whole_way(vai: Vai, registry: Registry, loaded: str, port: str) -> 
     assert registry.is_resident(loaded)
 
 
-def test_a_model_that_the_engine_holds_is_removed(vai: Vai, registry: Registry, loaded: str, port: str) -> None:
+def test_a_model_that_the_engine_holds_is_removed(vai: Vai, registry: Registry, loaded: str, port: int) -> None:
     serve(vai, port)
     assert vai("run", "m", "Hello", *GREEDY).returncode == 0
     removed = vai("rm", "m")
@@ -114,7 +107,7 @@ def test_an_answer_satisfies_the_schema_in_a_file(vai: Vai, loaded: str, tmp_pat
     assert "uniqueItems" in refused.stderr
 
 
-def test_the_key_is_asked_for_and_shown_nowhere(vai: Vai, registry: Registry, loaded: str, port: str) -> None:
+def test_the_key_is_asked_for_and_shown_nowhere(vai: Vai, registry: Registry, loaded: str, port: int) -> None:
     key = "a-key-nobody-guesses"
     assert serve(vai, port, VAI_API_KEY=key).returncode == 0
     url = f"http://127.0.0.1:{port}/v1/models"
@@ -128,25 +121,27 @@ def test_the_key_is_asked_for_and_shown_nowhere(vai: Vai, registry: Registry, lo
         told = client.call(path, "status")["roles"]["server"]
         if told["state"] == "ready" and told["pid"] != server:
             break
+        time.sleep(0.005)
     assert (http_status(url), http_status(url, key)) == (401, 200)
 
 
-def test_a_start_that_cannot_work_says_why_and_leaves_nothing(vai: Vai, registry: Registry, port: str) -> None:
-    with socket.create_server(("127.0.0.1", int(port))):
+def test_a_start_that_cannot_work_says_why_and_leaves_nothing(vai: Vai, registry: Registry, port: int) -> None:
+    with socket.create_server(("127.0.0.1", port)):
         refused = serve(vai, port)
     assert refused.returncode == 7
     assert refused.stderr.count("\n") == 1
     assert "is in use by another program" in refused.stderr
-    refused = vai("serve", "--detach", "--host", "0.0.0.0", "--port", port, "--kv", "32M")
+    refused = vai("serve", "--detach", "--host", "0.0.0.0", "--port", str(port), "--kv", "32M")
     assert (refused.returncode, "VAI_API_KEY" in refused.stderr) == (2, True)
     assert vai("serve", "--kv", "lots").returncode == 2
     assert [roles.holder(registry.root, role) for role in roles.ROLES] == [None, None, None]
 
 
 def test_serve_in_the_foreground_ends_with_ctrl_c(
-    registry: Registry, loaded: str, port: str, environment: dict[str, str]
+    registry: Registry, loaded: str, port: int, environment: dict[str, str]
 ) -> None:
-    argv = [sys.executable, "-m", "vai", "serve", "--port", port, "--kv", "32M", "--threads", "1", "--deterministic"]
+    options = ["--port", str(port), "--kv", "32M", "--threads", "1", "--deterministic"]
+    argv = [sys.executable, "-m", "vai", "serve", *options]
     with subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:

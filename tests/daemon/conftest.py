@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -40,7 +39,7 @@ def checkpoint(tiny_root: TinyRoot) -> Path:
 class Stand:
     """A root with two tiny models, and the processes over it."""
 
-    def __init__(self, base: Path, tiny: TinyRoot) -> None:
+    def __init__(self, base: Path, tiny: TinyRoot, port: int) -> None:
         self.root, self.names, self.logs = base / "root", base / "names", base / "logs"
         self.digests = tiny[2]
         self.registry = Registry(self.root, self.names)
@@ -48,8 +47,7 @@ class Stand:
         for name, digest in self.digests.items():
             shutil.copy(segment.image_path(tiny[0], digest), segment.image_path(self.root, digest))
             self.registry.put(Name(name, Registry(*tiny[:2]).get(name).source, digest=digest))
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port: int = listener.getsockname()[1]
+        self.port = port
         self.daemon: subprocess.Popen[bytes] | None = None
 
     def argv(self, *options: str) -> list[str]:
@@ -143,8 +141,8 @@ class Stand:
 
 
 @pytest.fixture
-def stand(tmp_path: Path, tiny_root: TinyRoot) -> Iterator[Stand]:
+def stand(tmp_path: Path, tiny_root: TinyRoot, port: int) -> Iterator[Stand]:
     """Two tiny models in a root of their own, nothing running yet; everything is ended afterwards."""
-    stand = Stand(tmp_path, tiny_root)
+    stand = Stand(tmp_path, tiny_root, port)
     yield stand
     stand.close()
