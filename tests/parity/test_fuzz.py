@@ -96,12 +96,8 @@ def test_any_shape_gives_the_portable_bits_and_reads_no_byte_behind_its_weights(
                     tokens = rng.integers(0, BLOCK_ROWS, rows, np.int32)
                     np.testing.assert_array_equal(run(each, tokens), alone[tokens])
         for fast in table.fasts():
-            alone = np.concatenate(
-                [
-                    run(plan("scalar", pools[0], fast), np.array([token], np.int32), "fast")
-                    for token in range(BLOCK_ROWS)
-                ]
-            )
+            first = plan("scalar", pools[0], fast)
+            alone = np.concatenate([run(first, np.array([token], np.int32), "fast") for token in range(BLOCK_ROWS)])
             for workers in pools:
                 each = plan(table.isa(), workers, fast)
                 for rows in (MOST_FAST_ROWS, chance.randint(17, 130)):
