@@ -54,7 +54,7 @@ def test_the_bits_are_those_of_the_formats_own_package(type: str) -> None:
     assert encode(type, values).tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("type", set(DECODERS) & set(ENCODERS))
+@pytest.mark.parametrize("type", sorted(set(DECODERS) & set(ENCODERS)))
 def test_what_is_read_back_is_what_the_package_reads(type: str) -> None:
     data = encode(type, weights(32 * 700))
     expected = oracle.quants.dequantize(data.reshape(1, -1), oracle.GGMLQuantizationType[type])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ def test_who_only_waits_for_a_lock_is_no_holder(tmp_path: Path) -> None:
         command = [sys.executable, "-c", waits, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as waiter:
             waiter.stdout.readline()
-            while "->" not in Path("/proc/locks").read_text():
+            waiting = re.compile(rf"-> FLOCK .* {waiter.pid} ")  # others on this machine may wait for other locks
+            while not waiting.search(Path("/proc/locks").read_text()):
                 assert waiter.poll() is None
             assert waiter.pid not in [h.pid for h in holders(path)]
             fcntl.flock(held, fcntl.LOCK_UN)
