@@ -28,7 +28,10 @@ lint: build
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Sources are compiled once, and not by each of the hundreds of processes that tests start where Python may not write
+# (PYTHONDONTWRITEBYTECODE).
 test: lint
+	$(BIN)/python -m compileall -q vai
 	$(BIN)/pytest
 
 # The portable path as a program of its own (tests/native/portable.cc): under sanitizers, and on another processor.
