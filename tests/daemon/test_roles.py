@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from vai.errors import AlreadyRunning
 def test_a_second_holder_is_refused_and_told_who_is_first(tmp_path: Path) -> None:
     with RoleLock(tmp_path, "daemon"):
         assert holder(tmp_path, "daemon") == os.getpid()
-        with pytest.raises(AlreadyRunning, match=rf"process {os.getpid()} \(.*pytest") as refused:
+        command = re.escape(" ".join(sys.orig_argv[:2]))
+        with pytest.raises(AlreadyRunning, match=rf"process {os.getpid()} \({command}") as refused:
             RoleLock(tmp_path, "daemon")
     assert refused.value.exit_code == 3
 
