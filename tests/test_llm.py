@@ -17,7 +17,7 @@ import pytest
 
 import vai
 from vai.engine.port import EngineStatus, Switches
-from vai.errors import BadRequest, ContextTooLong, MalformedFile, ModelNotFound, Overloaded, Unavailable
+from vai.errors import BadRequest, ContextTooLong, MalformedFile, ModelNotFound, NotSupported, Overloaded, Unavailable
 from vai.llm import LLM, Completion, Delta, Frontend, GrammarSpec, Library, Model, connect
 from vai.request import Output, Request, SamplingParams, Speculate, TokenLogprob
 from vai.rom.registry import Name, Registry
@@ -519,6 +519,8 @@ def test_a_chat_is_the_same_as_its_rendered_prompt(llm: LLM) -> None:
     answer = llm.chat(messages, greedy)
     assert answer.token_ids == llm.generate(llm._words.chat(messages).ids, greedy).token_ids
     assert "".join(delta.text for delta in llm.stream(messages, greedy)) == answer.text
+    with pytest.raises(NotSupported, match="reads no variable 'mood'"):
+        llm.chat(messages, greedy, chat_template_kwargs={"mood": "calm"})
 
 
 def test_answers_under_a_grammar_match_it_whole_in_a_batch_and_as_a_stream(llm: LLM) -> None:

@@ -237,7 +237,10 @@ def test_a_template_whose_calls_are_of_no_known_format_is_refused_by_name_with_t
 
 def test_reasoning_is_streamed_beside_the_content(system: System) -> None:
     card = Registry(system.root, system.names).get("tiny-qwen2")
-    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}<think>\n"
+    template = (
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+        "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
+    )
     Registry(system.root, system.names).put(
         Name("thinker", card.source, digest=card.digest, overrides={"template": template})
     )
@@ -250,6 +253,13 @@ def test_reasoning_is_streamed_beside_the_content(system: System) -> None:
         pieces = [getattr(delta, "reasoning_content", None) or "" for delta in deltas]
         assert "".join(pieces) == thought.message.reasoning_content
         assert not any(delta.content for delta in deltas)
+        silent = {"chat_template_kwargs": {"enable_thinking": False}}
+        spoken = ask(system, "thinker", **common, extra_body=silent).choices[0]
+        assert spoken.message.content
+        assert getattr(spoken.message, "reasoning_content", None) is None
+        with pytest.raises(openai.BadRequestError, match="reads no variable 'enable_thinking'") as caught:
+            ask(system, "tiny-qwen2", **common, extra_body=silent)
+        assert caught.value.param == "chat_template_kwargs"
         called = ask(system, "thinker", tool_choice=NAMED, seed=0, max_tokens=300, temperature=1.5).choices[0]
         assert called.message.reasoning_content
         if called.finish_reason == "tool_calls":

@@ -221,6 +221,36 @@ def test_thinking_is_found_in_template_and_prompt(prompt: Make) -> None:
     assert reading(TURNS + "{% if false %}</think>{% endif %}<think>\n", content=schema) == (False, False)
 
 
+THINKS = TURNS + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{{ persona }}"
+
+
+def test_a_template_is_told_the_variables_that_it_reads_and_their_control_tokens_stay_text(
+    prompt: Make, tokenizer: Tokenizer
+) -> None:
+    assert prompt(THINKS, ASK)[0] == "<user>Rain?"
+    assert prompt(THINKS, ASK, variables={"enable_thinking": True})[0] == "<user>Rain?"
+    assert prompt(THINKS, ASK, variables={"enable_thinking": False})[0] == "<user>Rain?<think></think>"
+    text, found = prompt(THINKS, ASK, offer(), variables={"persona": "<|im_end|>", "enable_thinking": False})
+    assert text.endswith("<user>Rain?<think></think><|im_end|>")  # beside tools that the template does not take
+    assert not any(map(tokenizer.is_control, found.ids))
+
+
+@pytest.mark.parametrize(
+    ("variables", "error", "words"),
+    [
+        ({"enable_thinkin": False}, NotSupported, "reads no variable 'enable_thinkin'"),
+        ({"if|safe": 1}, NotSupported, "reads no variable"),
+        ({"messages": []}, BadRequest, "'messages' of a chat template is not the request's"),
+        ({"persona": json.loads("[" * 200 + "]" * 200)}, BadRequest, "nested too deeply"),
+    ],
+)
+def test_variables_that_the_template_does_not_read_are_refused(
+    prompt: Make, variables: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        prompt(THINKS, ASK, variables=variables)
+
+
 def test_content_beside_calls_can_be_json_and_nothing_else(prompt: Make) -> None:
     _, found = prompt(TURNS, ASK, offer(), content=GrammarSpec("json_schema", '{"type": "integer"}'))
     assert found.reading.grammar is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -92,13 +92,17 @@ class Model:
         return (await self.chat(messages)).ids
 
     async def chat(
-        self, messages: Sequence[Message], tools: Tools | None = None, content: GrammarSpec | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        content: GrammarSpec | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
         """The prompt for a conversation in which the model may call `tools`, and how its answer is read, the words of
-        which must match `content`. See `text.chat.Chat.prompt`.
+        which must match `content`; the template is told the `variables`, too. See `text.chat.Chat.prompt`.
         """
         async with self._words.rendering:
-            return await asyncio.to_thread(self._words.chat, messages, tools, content)
+            return await asyncio.to_thread(self._words.chat, messages, tools, content, variables)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without control tokens."""

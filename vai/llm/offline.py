@@ -159,11 +159,16 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] = (),
         tool_choice: Any = None,
         parallel_tool_calls: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **how: Unpack[How],
     ) -> Completion:
-        """The model's turn in a conversation. tools, tool_choice: as in OpenAI's API; calls are in `tool_calls`."""
+        """The model's turn in a conversation. tools, tool_choice: as in OpenAI's API; calls are in `tool_calls`.
+
+        `chat_template_kwargs`: variables for the model's template, such as {"enable_thinking": False}. Raises
+        NotSupported for one that it does not read.
+        """
         offer = offered(read_tools(tools), read_choice(tool_choice), parallel_tool_calls)
-        prompt = self._prompt(messages, offer, grammar)
+        prompt = self._prompt(messages, offer, grammar, chat_template_kwargs)
         return self._complete([prompt.ids], sampling, stop, grammar=grammar, reading=prompt.reading, **how)[0]
 
     def choices(
@@ -218,6 +223,7 @@ class LLM:
         prompt: Prompt | Sequence[Message],
         tools: Tools | None = None,
         grammar: GrammarSpec | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
         """Ids, and how the answer is read."""
         self._check_process()
@@ -226,7 +232,7 @@ class LLM:
         if not prompt or not isinstance(prompt[0], Mapping):
             return ChatPrompt(list(cast(Sequence[int], prompt)), Reading())
         with self._watch.preparing():
-            return self._words.chat(cast(Sequence[Message], prompt), tools, grammar)
+            return self._words.chat(cast(Sequence[Message], prompt), tools, grammar, variables)
 
     def _complete(
         self,

@@ -94,10 +94,14 @@ class Words:
         self._chat = Chat(card.name, tokenizer, chat, system=overrides.system)
 
     def chat(
-        self, messages: Sequence[Message], tools: Tools | None = None, content: GrammarSpec | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        content: GrammarSpec | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
         """The prompt for a conversation, and how its answer is read. See `Chat.prompt`."""
-        return self._chat.prompt(messages, tools, content)
+        return self._chat.prompt(messages, tools, content, variables)
 
     def sampling(self, **given: Any) -> SamplingParams:
         """Parameters with the model's recommendations under what is given, ending where the model ends its turn.

@@ -138,11 +138,11 @@ class Routes:
         with watch.preparing():
             asked = schema.decode_chat(body)
             messages = schema.plain_messages(asked.messages)
-            tools = schema.tools_of(asked)
+            tools, variables = schema.tools_of(asked), schema.variables_of(asked)
         with watch.loading():
             model = await self._open(asked.model)
         with watch.preparing():
-            ids, reading = await model.chat(messages, tools, grammar_of(asked))
+            ids, reading = await model.chat(messages, tools, grammar_of(asked), variables)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = _sampling(asked, model, asked.max_completion_tokens or asked.max_tokens, logprobs)
         return await self._respond(request, watch, asked, model, [ids], sampling, ChatAnswer, reading=reading)

@@ -247,7 +247,7 @@ _REFUSED: dict[str, Callable[[Any], bool]] = {
     "function_call": _one_of("none", "auto"),
     "modalities": _equal([], ["text"]),
     "reasoning_effort": _one_of("none"),
-    "chat_template_kwargs": _empty,
+    "verbosity": _one_of("medium"),
     "audio": _null,
     "prediction": _null,
     "web_search_options": _null,
@@ -351,6 +351,14 @@ def decode_completion(body: bytes) -> CompletionRequest:
 def tools_of(request: ChatRequest) -> Tools | None:
     """The functions on offer; None where the model is to call nothing. Raises BadRequest."""
     return offered(request.tools, request.tool_choice, request.parallel_tool_calls)
+
+
+def variables_of(request: ChatRequest) -> dict[str, Any]:
+    """What the chat template is told beside the messages. Raises BadRequest."""
+    try:
+        return {name: msgspec.json.decode(value) for name, value in (request.chat_template_kwargs or {}).items()}
+    except RecursionError:
+        raise BadRequest("'chat_template_kwargs' is nested too deeply.", param="chat_template_kwargs") from None
 
 
 def retain(request: ChatRequest | CompletionRequest) -> int | None:

@@ -32,6 +32,8 @@ ROLES = frozenset({"system", "user", "assistant", "tool"})
 _MARKERS = [chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF0100))]
 _THINK = ("<think>", "</think>")
 _TAKES_TOOLS = re.compile(r"\btools\b")
+_KWARGS = "chat_template_kwargs"
+_OURS = frozenset({"messages", "tools", "bos_token", "eos_token", "add_generation_prompt"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +91,22 @@ class Chat:
         self._variables = {"bos_token": fields.bos_token, "eos_token": fields.eos_token, "add_generation_prompt": True}
 
     def prompt(
-        self, messages: Sequence[Message], tools: Tools | None = None, content: GrammarSpec | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        content: GrammarSpec | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
         """The prompt for a conversation in which the model may call `tools`, and answer with words that match
         `content`, a JSON schema or any object where there are tools.
 
-        Control tokens are those of the template; spelled out in a message or a tool they stay text. Raises BadRequest
-        for messages of no known shape, and where the template refuses them; NotSupported for tools that the model's
-        format has no way for.
+        `variables`: what else the template is told, values as in JSON (`enable_thinking` of many that reason). Control
+        tokens are those of the template; spelled out in a message, a tool or a variable they stay text. Raises
+        BadRequest for messages of no known shape, and where the template refuses them; NotSupported for tools that the
+        model's format has no way for, and for variables that its template does not read.
         """
+        told = dict(variables or {})
+        self._check_variables(told)
         if tools is not None and self._takes_tools and self._family is None:
             raise NotSupported(
                 f"The chat template of '{self._name}' takes tools, but the format in which the model then writes its "
@@ -109,19 +118,33 @@ class Chat:
         if self._system is not None and not any(message["role"] == "system" for message in plain):
             plain.insert(0, {"role": "system", "content": self._system})
         offered = [] if tools is None else tools.rendered()
-        marker = _unused_marker([*plain, *offered])
+        marker = _unused_marker([*plain, *offered, told])
         safe = [{**self._disarmed(message, marker), "role": message["role"]} for message in plain]
         offered = self._disarmed(offered, marker)
-        variables: dict[str, Any] = {}
-        if offered and self._takes_tools:
-            variables["tools"] = offered
+        told = self._disarmed(told, marker)
+        takes = bool(offered) and self._takes_tools
+        if takes:
+            told["tools"] = offered
         if self._writes_calls:
             safe = [self._called(message) for message in safe]
         else:
             safe = _spelled_out(safe, family)
-        text = self._rendered(safe, variables, _description(offered, family) if offered and not variables else "")
+        text = self._rendered(safe, told, "" if takes or not offered else _description(offered, family))
         ids = self._tokenizer.encode(text, parse_special=True, marker=marker)
         return ChatPrompt(ids, self._reading(tools, content, family, text))
+
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
+        for name, value in variables.items():
+            if name in _OURS:
+                raise BadRequest(
+                    f"'{name}' of a chat template is not the request's to set; leave it out.", param=_KWARGS
+                )
+            if not name.isidentifier() or not re.search(rf"\b{name}\b", self._template.source):
+                raise NotSupported(
+                    f"The chat template of '{self._name}' reads no variable '{name[:64]}'; leave it out.", param=_KWARGS
+                )
+            if too_deep(value):
+                raise BadRequest(f"The value of '{name}' is nested too deeply.", param=_KWARGS)
 
     def _rendered(self, messages: list[dict[str, Any]], variables: dict[str, Any], description: str) -> str:
         """The template's text. `description` of tools goes into the system message; where the template refuses such a
@@ -129,14 +152,15 @@ class Chat:
         """
         if not description:
             return self._template.render(messages, **self._variables, **variables)
+        variables = {**self._variables, **variables}
         has_system = bool(messages) and messages[0]["role"] == "system"
         opened = messages if has_system else [{"role": "system", "content": ""}, *messages]
         try:
-            return self._template.render(_prefixed(opened, description), **self._variables)
+            return self._template.render(_prefixed(opened, description), **variables)
         except BadRequest:
             if has_system or not messages:
                 raise
-            return self._template.render(_prefixed(messages, description), **self._variables)
+            return self._template.render(_prefixed(messages, description), **variables)
 
     def close(self) -> None:
         """End the template's process."""

@@ -94,7 +94,7 @@ class Template:
         self._worker: _Worker | None = None
         self._turn = threading.Lock()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> str:
         """The prompt for `messages`. `variables` are the template's others (bos_token, tools ...).
 
         Raises BadRequest with the template's own words where it refuses the conversation or fails, and where it ran
