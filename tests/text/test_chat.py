@@ -240,7 +240,7 @@ def test_a_template_is_told_the_variables_that_it_reads_and_their_control_tokens
     [
         ({"enable_thinkin": False}, NotSupported, "reads no variable 'enable_thinkin'"),
         ({"if|safe": 1}, NotSupported, "reads no variable"),
-        ({"messages": []}, BadRequest, "'messages' of a chat template is not the request's"),
+        ({"messages": []}, BadRequest, "'messages' is not the request's"),
         ({"persona": json.loads("[" * 200 + "]" * 200)}, BadRequest, "nested too deeply"),
     ],
 )

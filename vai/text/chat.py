@@ -137,7 +137,7 @@ class Chat:
         for name, value in variables.items():
             if name in _OURS:
                 raise BadRequest(
-                    f"'{name}' of a chat template is not the request's to set; leave it out.", param=_KWARGS
+                    f"'{name}' is not the request's to set; leave it out.", param=_KWARGS
                 )
             if not name.isidentifier() or not re.search(rf"\b{name}\b", self._template.source):
                 raise NotSupported(
