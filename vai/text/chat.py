@@ -136,9 +136,7 @@ class Chat:
     def _check_variables(self, variables: Mapping[str, Any]) -> None:
         for name, value in variables.items():
             if name in _OURS:
-                raise BadRequest(
-                    f"'{name}' is not the request's to set; leave it out.", param=_KWARGS
-                )
+                raise BadRequest(f"'{name}' is not the request's to set; leave it out.", param=_KWARGS)
             if not name.isidentifier() or not re.search(rf"\b{name}\b", self._template.source):
                 raise NotSupported(
                     f"The chat template of '{self._name}' reads no variable '{name[:64]}'; leave it out.", param=_KWARGS
