@@ -51,6 +51,17 @@ def test_layers_with_a_window_are_told_apart(vai: Vai, tmp_path: Path) -> None:
     assert model["tokens_that_fit"] == (16 << 20) // (384 * 32) * 32  # one slab for all that sees everything
 
 
+def test_what_a_scratchpad_is_too_small_for_is_told_with_the_size_that_would_do(vai: Vai, tmp_path: Path) -> None:
+    shape = replace(SHAPES["tiny-gemma2"], heads=16, kv_heads=16, head_dim=256, rope_dims=256, context=4096)
+    synthesize(tmp_path / "m.gguf", shape=shape, type="Q8_0")
+    wide = tmp_path / "m.gguf"  # 0.5 MiB a page of the layer that sees everything, 1 MiB of those with a window
+    few, none = vai("plan", wide, "--kv", "48M"), vai("plan", wide, "--kv", "16M")
+    assert "m.gguf is refused prompts of 2,048 tokens and more" in few.stdout
+    assert "a context of 4,096 takes --kv 80M." in few.stdout
+    assert "m.gguf computes prompts of 1,024 tokens and more in chunks of fewer rows" in few.stdout
+    assert none.returncode == 8 and "at least 32.0 MiB: --kv 32M" in none.stderr
+
+
 def test_types_that_run_slowly_are_named_before_and_after_loading(vai: Vai, tmp_path: Path) -> None:
     synthesize(tmp_path / "m.gguf", shape="tiny-256", type="Q2_K")
     (model,) = planned(vai, tmp_path / "m.gguf", "--kv", "32M")["models"]

@@ -28,8 +28,8 @@ def test_the_longest_sequence_is_what_an_empty_pool_can_allocate(page_bytes: lis
 
 def test_a_group_with_a_window_takes_no_more_than_a_sequence_needs_of_it_at_once() -> None:
     full, windowed = Owner("a" * 64, 0, SLAB // 8), Owner("a" * 64, 1, SLAB // 4)
-    at_once = [pages_at_once(None, 64), pages_at_once(100, 64)]
-    assert at_once[1] == 4 + 2 + 2
+    at_once = [pages_at_once(None, 4), pages_at_once(100, 4)]
+    assert at_once[1] == 4 + 4
     assert tokens_that_fit(4 * SLAB, [full, windowed]) == 8 * PAGE_TOKENS
     assert tokens_that_fit(4 * SLAB, [full, windowed], at_once) == 16 * PAGE_TOKENS
     assert tokens_that_fit(2 * SLAB, [full, windowed], at_once) == 4 * PAGE_TOKENS  # less than the window

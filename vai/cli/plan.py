@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ class Planned:
 
     digest: of its image in memory; None where `file` would have to be burned · kv_bytes_per_token: in pages of 32
     tokens · tokens_that_fit: what the whole scratchpad holds of it; None for any number, where it keeps nothing, or no
-    more than its windows · groups: its layers by how far back they look, with `window` None for those that see
+    more than its windows · tokens_in_whole_chunks: of a prompt that is computed in the largest steps there are, not in
+    smaller ones for lack of room; None for any number · page_scratchpad, context_scratchpad: the smallest scratchpad
+    that holds a page of it, and its whole context · groups: its layers by how far back they look, with `window` None for those that see
     everything, and the bytes of a token in them · slow: bytes of the image in each type that kernels unpack weight by
     weight.
     """
@@ -42,6 +44,9 @@ class Planned:
     context: int
     kv_bytes_per_token: int
     tokens_that_fit: int | None
+    tokens_in_whole_chunks: int | None
+    page_scratchpad: int
+    context_scratchpad: int
     groups: list[dict[str, int | None]]
     slow: dict[str, int]
 
@@ -129,7 +134,7 @@ def _model(settings: Config, text: str, engine: Engine) -> Planned:
     from vai.kernels.program import MAX_ROWS, MAX_SEQUENCES, PAGE_TOKENS
     from vai.models.decoder import build
     from vai.models.spec import Spec
-    from vai.scratchpad.budget import pages_at_once, tokens_that_fit
+    from vai.scratchpad.budget import bytes_that_hold, pages_ahead, pages_at_once, tokens_that_fit
     from vai.scratchpad.pages import Owner
 
     found = _find(settings, text)
@@ -143,6 +148,10 @@ def _model(settings: Config, text: str, engine: Engine) -> Planned:
         image_bytes = segment.read_header(settings.root, found).file_bytes
     program = build(spec)
     pages = [group.page_bytes(engine.kv_type) for group in program.groups]
+    owners = [Owner(text, group, count) for group, count in enumerate(pages)]
+    least, whole = (
+        [pages_at_once(group.window, ahead) for group in program.groups] for ahead in (1, pages_ahead(MAX_ROWS))
+    )
     return Planned(
         name=text,
         digest=None if isinstance(found, Path) else found,
@@ -158,11 +167,10 @@ def _model(settings: Config, text: str, engine: Engine) -> Planned:
         ),
         context=program.context,
         kv_bytes_per_token=sum(pages) // PAGE_TOKENS,
-        tokens_that_fit=tokens_that_fit(
-            engine.scratchpad,
-            [Owner(text, group, count) for group, count in enumerate(pages)],
-            [pages_at_once(group.window, MAX_ROWS) for group in program.groups],
-        ),
+        tokens_that_fit=tokens_that_fit(engine.scratchpad, owners, least),
+        tokens_in_whole_chunks=tokens_that_fit(engine.scratchpad, owners, whole),
+        page_scratchpad=bytes_that_hold(1, owners, least),
+        context_scratchpad=bytes_that_hold(program.context, owners, least),
         groups=[
             {"layers": group.layers, "window": group.window, "bytes_per_token": bytes_ // PAGE_TOKENS}
             for group, bytes_ in zip(program.groups, pages, strict=True)
@@ -220,7 +228,8 @@ def _refusal(settings: Config, planned: Sequence[Planned], engine: Engine, found
         if model.tokens_that_fit == 0:
             return (
                 f"A scratchpad of {size(engine.scratchpad)} holds no page of {model.name}, whose every token takes "
-                f"{size(model.kv_bytes_per_token)}. Give it more: --kv."
+                f"{size(model.kv_bytes_per_token)}. Give it at least {size(model.page_scratchpad)}: "
+                f"{_option(model.page_scratchpad)}."
             )
     if found["left"] >= 0:
         return None
@@ -230,8 +239,8 @@ def _refusal(settings: Config, planned: Sequence[Planned], engine: Engine, found
     )
     ways = [f"unload {what}" for what in _could_go(settings, planned)]
     smaller = pool.page_bytes(max(0, engine.whole + found["left"]) // pool.SLAB * pool.SLAB)
-    if smaller > 0 and all(model.kv_bytes_per_token < smaller for model in planned):
-        ways.append(f"take a scratchpad of at most {size(smaller)} (--kv {smaller >> 20}M)")
+    if smaller > 0 and all(model.page_scratchpad <= smaller for model in planned):
+        ways.append(f"take a scratchpad of at most {size(smaller)} ({_option(smaller)})")
     return (
         f"This needs {size(found['need'])} ({parts}), but only "
         f"{size(found['room']['free'])} are free: {found['room']['limit']}. "
@@ -253,6 +262,8 @@ def _show(planned: Sequence[Planned], found: dict[str, Any]) -> None:
     for model in planned:
         if any(group["window"] for group in model.groups):
             click.echo(f"\n{model.name} keeps {', '.join(map(_group, model.groups))}.")
+        for line in _short_of(model):
+            click.echo(f"\n{model.name}{line}.")
         if model.slow:
             click.echo(f"\n{model.name}: {slowness(model.slow, model.image_bytes)}.")
     click.echo()
@@ -269,6 +280,22 @@ def _show(planned: Sequence[Planned], found: dict[str, Any]) -> None:
     table(("MEMORY", "", ""), lines)
     if found["accepted"]:
         click.echo("\nThis fits.")
+
+
+def _short_of(model: Planned) -> Iterator[str]:
+    """What the scratchpad is too small for, with the size that would do."""
+    fits, whole = model.tokens_that_fit, model.tokens_in_whole_chunks
+    if fits is not None and fits < model.context:
+        yield (
+            f" is refused prompts of {fits:,} tokens and more, and its answers end there: a context of "
+            f"{model.context:,} takes {_option(model.context_scratchpad)}"
+        )
+    if whole is not None and whole < min(model.context, model.context if fits is None else fits):
+        yield f" computes prompts of {whole:,} tokens and more in chunks of fewer rows, for which there is room"
+
+
+def _option(scratchpad: int) -> str:
+    return f"--kv {scratchpad >> 20}M"
 
 
 def _group(group: Mapping[str, int | None]) -> str:

@@ -23,7 +23,7 @@ from vai.errors import BadRequest, ContextTooLong, Interrupted, ModelNotFound, N
 from vai.kernels import table
 from vai.kernels.program import MAX_ROWS, MAX_SEQUENCES
 from vai.request import MAX_GUESSES, MAX_PRIORITY, MAX_RETAIN, MAX_SALT, MAX_SESSION, Output, Request, SamplingParams
-from vai.scratchpad.budget import pages_at_once, tokens_that_fit
+from vai.scratchpad.budget import bytes_that_hold, pages_at_once, tokens_that_fit
 from vai.scratchpad.pages import PagePool
 from vai.scratchpad.retention import Name
 
@@ -254,12 +254,14 @@ class Engine:
                 "Send a shorter prompt.",
                 param="tokens",
             )
-        at_once = [pages_at_once(group.window, self._max_rows) for group in program.groups]
+        at_once = [pages_at_once(group.window, 1) for group in program.groups]
         room = tokens_that_fit(self._pages.size, entry.owners, at_once)
         if room is not None and prompt >= room:
+            least = bytes_that_hold(prompt + 1, entry.owners, at_once)
             raise NotEnoughRoom(
                 f"The prompt has {prompt} tokens, but the scratchpad of {self._pages.size} bytes holds {room} of this "
-                "model, answer included. Send a shorter prompt, or start VAI with a larger scratchpad (VAI_KV)."
+                "model, answer included. Send a shorter prompt, or start VAI with a scratchpad of at least "
+                f"{least >> 20} MiB (VAI_KV={least >> 20}M)."
             )
         longest = program.context if room is None else min(program.context, room)
         return min(prompt + answer, longest)

@@ -40,7 +40,7 @@ from vai.engine.worth import SMALLEST_CHUNK, Worth
 from vai.errors import BadRequest, NotEnoughRoom, Overloaded, VaiError
 from vai.kernels.program import PAGE_TOKENS
 from vai.request import Output
-from vai.scratchpad.budget import pages_at_once, pages_for, slabs_for
+from vai.scratchpad.budget import bytes_that_hold, pages_at_once
 from vai.scratchpad.pages import PagePool
 from vai.scratchpad.prefix import GONE, PrefixCache
 from vai.scratchpad.retention import Name, Retention
@@ -336,7 +336,7 @@ class Scheduler:
             if drafting is not None:
                 return drafting
             for sequence, draft in zip(ready, self._speculation.drafts(queue.entry, ready), strict=True):
-                fits = draft and self._reserve(sequence, sequence.computed + 1 + len(draft))
+                fits = draft and self._cover(sequence, sequence.computed + 1 + len(draft))
                 batch.add(sequence, 1, draft if fits else [])
         else:
             for sequence in ready:
@@ -446,7 +446,7 @@ class Scheduler:
             return True
         worse = displaced(sequence, self._running())
         taken = sum(each.bytes_of_pages(map(len, each.block_table)) for each in worse)
-        needed = sequence.bytes_of_pages(windows.lengths(sequence, len(sequence.tokens) + 1, self._max_rows))
+        needed = sequence.bytes_of_pages(windows.lengths(sequence, len(sequence.tokens) + 1))
         if needed > self._pool.available_bytes + taken:
             return False
         for each in worse:
@@ -518,7 +518,7 @@ class Scheduler:
 
         Cached pages that nobody uses make room, as many as it takes, where they can be enough.
         """
-        lengths = windows.lengths(sequence, tokens, self._max_rows)
+        lengths = windows.lengths(sequence, tokens)
         groups = zip(sequence.entry.owners, sequence.block_table, lengths, strict=True)
         needed = sum(owner.page_bytes * max(0, length - len(table)) for owner, table, length in groups)
         if needed <= 0:
@@ -530,10 +530,14 @@ class Scheduler:
                 return False
         return True
 
+    def _cover(self, sequence: Sequence, tokens: int) -> bool:
+        """Pages for all of the first `tokens` tokens in every cache group, not for what is needed at once only."""
+        return self._reserve(sequence, tokens) and sequence.computed + sequence.rows_with_pages() >= tokens
+
     def _spare(self, shadow: Sequence, tokens: int) -> bool:
         """Pages that a draft model may have: what nobody waits for."""
         waiting = any(queue.waiting for queue in self._queues.values())
-        return not waiting and self._reserve(shadow, tokens)
+        return not waiting and self._cover(shadow, tokens)
 
     def _empty_cache(self) -> None:
         while self.cache.evict(pinned=True):
@@ -581,16 +585,16 @@ class Scheduler:
 
     def _fits_alone(self, sequence: Sequence) -> bool:
         """Whether an empty pool holds a sequence, from its beginning, with its next token."""
-        pages = pages_for(len(sequence.tokens))
-        groups = zip(sequence.entry.owners, sequence.entry.program.groups, strict=True)
-        at_once = [(owner, min(pages, pages_at_once(group.window, self._max_rows))) for owner, group in groups]
-        return sum(slabs_for(owner, count) for owner, count in at_once) <= self._pool.slabs
+        at_once = [pages_at_once(group.window, 1) for group in sequence.entry.program.groups]
+        return bytes_that_hold(len(sequence.tokens), sequence.entry.owners, at_once) <= self._pool.size
 
     def _running(self) -> List[Sequence]:
         return [each for queue in self._queues.values() for each in queue.running]
 
     def _queue_up(self, sequence: Sequence) -> None:
         queue = self._queues[sequence.entry.digest]
+        if sequence.windows:
+            sequence.ahead = windows.widest_steps(sequence, self._pool.size, self._max_rows)
         if not queue.waiting and not queue.sleeping:
             queue.patience.began(self._clock())
         if sequence.request.constrained and sequence.mask is None:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from vai.engine.history import History
 from vai.engine.priority import rank
 from vai.engine.select import Entry
-from vai.kernels.program import PAGE_TOKENS
+from vai.kernels.program import MAX_ROWS, PAGE_TOKENS
 from vai.request import Output, Request, SamplingParams, Timing, TokenLogprob
+from vai.scratchpad.budget import pages_ahead
 from vai.scratchpad.prefix import CachedPage, page_key, root_key
 from vai.scratchpad.retention import Conversation
 
@@ -69,6 +70,7 @@ class Sequence:
         groups = enumerate(entry.program.groups)
         self.windows = {number: group.window for number, group in groups if group.window is not None}
         self.behind = [0] * len(entry.owners)  # for each cache group, how many of the first pages it does not read
+        self.ahead = pages_ahead(MAX_ROWS)  # pages that its steps may write into at once (windows.py)
         self.conversation: Conversation | None = None  # that it belongs to, where its pages are kept
         self.cached_tokens = 0  # in pages that it found instead of computing them
         self._known_pages = 0  # that it has computed or found, before any preemption

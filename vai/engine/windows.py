@@ -9,6 +9,10 @@ So a sequence holds no more of such a group at once than budget.pages_at_once sa
 most: it takes a page further on for each that it leaves behind (Scheduler). Its own page behind the window is free at
 once, so that one is there. One that is shared is free when the last who holds it has passed it: until then there may be
 none, and the sequence is like one that decodes and needs a page.
+
+How much that is depends on how many pages a step may write into. A prompt has as many as the largest step takes where a
+pool that is empty otherwise would hold it so, else as many as it would hold: it is computed in smaller chunks, and what
+can run a page at a time does run.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import sys
 
 from vai.engine.sequence import Sequence
 from vai.kernels.program import PAGE_TOKENS
-from vai.scratchpad.budget import pages_at_once, pages_for
+from vai.scratchpad.budget import bytes_that_hold, pages_ahead, pages_at_once, pages_for
 from vai.scratchpad.pages import PagePool
 from vai.scratchpad.prefix import GONE, CachedPage, PrefixCache
 
@@ -27,15 +31,28 @@ def first_read(tokens: int, window: int) -> int:
     return max(0, tokens + 1 - window) // PAGE_TOKENS
 
 
-def lengths(sequence: Sequence, tokens: int, rows: int) -> list[int]:
-    """How long a sequence's block tables have to be before it computes up to `tokens` tokens, in steps of `rows` rows.
+def widest_steps(sequence: Sequence, pool_bytes: int, max_rows: int) -> int:
+    """Into how many pages the steps of a sequence may write so that an empty pool holds it with its next token; as many
+    as `max_rows` rows need at most, and 1 at least.
+    """
+    entry, tokens = sequence.entry, len(sequence.tokens) + 1
+    for ahead in range(pages_ahead(max_rows), 1, -1):
+        at_once = [pages_at_once(group.window, ahead) for group in entry.program.groups]
+        if bytes_that_hold(tokens, entry.owners, at_once) <= pool_bytes:
+            return ahead
+    return 1
 
-    As far as that is now: with each page that it leaves behind in a group with a window it needs one more.
+
+def lengths(sequence: Sequence, tokens: int) -> list[int]:
+    """How long a sequence's block tables have to be before it computes up to `tokens` tokens.
+
+    Of a prompt, as far as that is now: with each page that it leaves behind in a group with a window it needs one more.
     """
     pages = pages_for(tokens)
     needed = [pages] * len(sequence.block_table)
-    for group, window in sequence.windows.items():
-        needed[group] = min(pages, sequence.behind[group] + pages_at_once(window, rows))
+    if sequence.uncomputed > 1:
+        for group, window in sequence.windows.items():
+            needed[group] = min(pages, sequence.behind[group] + pages_at_once(window, sequence.ahead))
     return needed
 
 

@@ -20,13 +20,24 @@ def slabs_for(owner: Owner, pages: int) -> int:
     return -(-pages // owner.pages_per_cut) * owner.slabs_per_page
 
 
-def pages_at_once(window: int | None, rows: int) -> int:
-    """The most pages of a cache group with this window that a sequence needs at once, in steps of at most `rows` rows.
+def pages_ahead(rows: int) -> int:
+    """Pages that a step of `rows` rows of one sequence may write into, wherever in a page it begins."""
+    return pages_for(rows) + 1
 
-    The pages that a next turn reads behind the last full page, those that a step writes, and one at each end that is
-    not read or written whole.
+
+def pages_at_once(window: int | None, ahead: int) -> int:
+    """The most pages of a cache group with this window that a sequence needs at once, in steps that write into at most
+    `ahead` pages: those, and the ones before them that a row behind the last full page reads.
+
+    `ahead` 1 is the least: steps that end where their page does.
     """
-    return sys.maxsize if window is None else pages_for(window) + pages_for(rows) + 2
+    return sys.maxsize if window is None else pages_for(window - 1) + ahead
+
+
+def bytes_that_hold(tokens: int, owners: Sequence[Owner], at_once: Sequence[int]) -> int:
+    """The smallest pool that holds a sequence of `tokens` tokens, and nothing else; see tokens_that_fit."""
+    groups = zip(owners, at_once, strict=True)
+    return SLAB * sum(slabs_for(owner, min(pages_for(tokens), most)) for owner, most in groups)
 
 
 def tokens_that_fit(pool_bytes: int, owners: Sequence[Owner], at_once: Sequence[int] | None = None) -> int | None:
@@ -39,8 +50,7 @@ def tokens_that_fit(pool_bytes: int, owners: Sequence[Owner], at_once: Sequence[
     slabs = pool_bytes // SLAB
 
     def fit(pages: int) -> bool:
-        needed = (slabs_for(owner, min(pages, limit)) for owner, limit in zip(owners, most, strict=True))
-        return sum(needed) <= slabs
+        return bytes_that_hold(pages * PAGE_TOKENS, owners, most) <= slabs * SLAB
 
     if fit(sys.maxsize):
         return None
