@@ -21,6 +21,7 @@ MAX_RETAIN = 86400  # seconds
 MAX_PRIORITY = 1 << 31
 MAX_GUESSES = 16  # of one step and request
 MAX_KIND_BYTES = 1 << 16  # a bit for each page of the longest prompt
+MAX_FAST = 32  # characters of a fast kind's name
 
 Session = Annotated[str, Meta(max_length=MAX_SESSION)]
 Retain = Annotated[float, Meta(ge=0, le=MAX_RETAIN)]
@@ -88,6 +89,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     `deterministic`: every page of the prompt is computed in the exact kind, and taken from the prefix cache only if it
     and all before it were: the answer then depends on weights and tokens and nothing else, not even on what is cached.
     `page_kinds`: what an engine before this one chose, see Output; None where nothing was chosen yet (engine/kinds.py).
+    `fast`: what computed the fast pages among them.
     """
 
     id: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -105,6 +107,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     speculate: Speculate = Speculate()
     deterministic: bool = False
     page_kinds: Annotated[bytes, Meta(max_length=MAX_KIND_BYTES)] | None = None
+    fast: Annotated[str, Meta(max_length=MAX_FAST)] | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -131,9 +134,9 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `seed`, `cached_tokens` and `fingerprint` (engine/fingerprint.py) come with or before the first token; `timing` with
     it and, complete, with the last. So does `page_kinds`: bit i % 8 of byte i // 8 is set where page i of the prompt is
-    of the fast kind; None where none is. `guessed` tokens were verified in this step, of which the first `accepted`
-    stood and are among `tokens`. With "error", `error` is (code, sentence) of the VaiError to raise,
-    and `retry_after` says after how many seconds it is worth trying again, where the engine knows.
+    of the fast kind, which `fast` computed; None where none is. `guessed` tokens were verified in this step, of which
+    the first `accepted` stood and are among `tokens`. With "error", `error` is (code, sentence) of the VaiError to
+    raise, and `retry_after` says after how many seconds it is worth trying again, where the engine knows.
     """
 
     id: str
@@ -149,3 +152,4 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     accepted: int = 0
     retry_after: float | None = None
     page_kinds: bytes | None = None
+    fast: str | None = None

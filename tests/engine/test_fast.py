@@ -260,6 +260,27 @@ def test_an_engine_says_what_computes_its_fast_pages_and_a_fingerprint_names_it(
     assert found["choice 2"] == f"{found['short']}-portable"
 
 
+def test_an_answer_with_fast_pages_ends_as_it_would_have_in_an_engine_without_a_fast_kind(
+    tiny_root: Root, make_engine: Make, columns: list[Request]
+) -> None:
+    first, second = make_engine(tiny_root[0], slabs=2, **PORTABLE), make_engine(tiny_root[0], slabs=2)
+    whole = outputs_of(first, columns[:2])
+    exact = outputs_of(second, columns[:2])
+    before = [model.workspace_bytes for model in second.status().models]
+    for request in columns[:2]:
+        went_on, outputs = Answer(request), whole[request.id]
+        took = [went_on.take(output) for output in outputs[:5]]
+        assert went_on.lost()
+        (rest,) = outputs_of(second, [went_on.rest()]).values()
+        ended = [*took, *map(went_on.take, rest)]
+        for own, same in ((ended, True), (exact[request.id], False)):
+            bits = [[(output.tokens, output.logprobs) for output in each] for each in (own, outputs)]
+            assert (bits[0] == bits[1]) is same
+        assert went_on.over
+    # What stands in was lowered when it was needed, and is what plans of the fast kind take.
+    assert [model.workspace_bytes for model in second.status().models] > before
+
+
 def test_kinds_from_outside_are_checked(tiny_root: Root, make_engine: Make, columns: list[Request]) -> None:
     engine, exact = make_engine(tiny_root[0], **PORTABLE), make_engine(tiny_root[0])
     with pytest.raises(BadRequest, match="cannot be fast"):

@@ -22,7 +22,7 @@ from vai.engine.batch import Batch
 from vai.engine.kinds import CHAINS, FEWEST, unpacked
 from vai.engine.resume import Answer
 from vai.engine.scheduler import STEP_WHILE_STREAMING
-from vai.engine.select import Entry
+from vai.engine.select import Entry, StandIn
 from vai.engine.sequence import Sequence
 from vai.errors import BadRequest, NotSupported
 from vai.kernels.program import PAGE_TOKENS, CacheGroup, Program, StepArgs
@@ -93,7 +93,9 @@ def model(
     groups = tuple(CacheGroup(1, 1, 1, window) for window in windows)
     program = Program((), groups, {}, {}, width=1, vocabulary=VOCABULARY, context=1 << 20)
     owners = tuple(Owner(letter * 64, group, page_bytes) for group in range(len(groups)))
-    return Entry(letter * 64, program, Echo(windows), owners, 0.0, weights=letter, fingerprint="vai", fast=fast)
+    stand_in = StandIn(lambda: Echo(windows)) if fast is None else None
+    about = {"weights": letter, "fingerprint": "vai", "fast": fast, "stand_in": stand_in}
+    return Entry(letter * 64, program, Echo(windows), owners, 0.0, **about)
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
@@ -286,9 +288,10 @@ def test_a_request_takes_up_what_another_computes_meanwhile_where_the_kinds_agre
 def test_an_answer_goes_on_in_its_kinds_in_an_engine_that_has_nothing_cached(
     chosen: str | None, windows: tuple[int | None, ...]
 ) -> None:
-    entry, prompt, count = model("a", windows), tokens(300), 60
+    """Whatever gives the same bits there: "amx" as before, "portable" as the engine's own, or as its stand-in."""
+    entry, prompt, count = model("a", windows, fast="amx"), tokens(300), 60
     request = Request(id="0", image=entry.digest, tokens=prompt, sampling=SamplingParams(max_tokens=count))
-    for cut in (1, 30, 59):
+    for cut, fast in ((1, "amx"), (30, "portable"), (59, None)):
         went_on, first = Answer(request), Bench(slabs=16)
         if chosen is not None:
             first.ask(prompt, entry=entry, page_kinds=wire(chosen))
@@ -299,12 +302,15 @@ def test_an_answer_goes_on_in_its_kinds_in_an_engine_that_has_nothing_cached(
         went_on.take(replace(told, id="0", tokens=first.answers[identity]))
         assert went_on.lost()
         rest = went_on.rest()
-        assert rest.page_kinds == wire(chosen or "F" * 9)
-        second = Bench(slabs=16)
-        kinds.check(rest, entry.fast)
-        second.scheduler.add(Sequence(rest, entry, arrival=0, limit=len(prompt) + count, now=0.0))
+        assert (rest.page_kinds, rest.fast) == (wire(chosen or "F" * 9), "amx")
+        second, heir = Bench(slabs=16), model("a", windows, fast=fast)
+        kinds.check(rest, heir.fast)
+        second.scheduler.add(Sequence(rest, heir, arrival=0, limit=len(prompt) + count, now=0.0))
         second.run()
-        (made,) = second.answers.values()
+        (made,), (later,) = second.answers.values(), second.first.values()
+        assert (later.fast, later.fingerprint, later.page_kinds) == ("amx", "vai-amx", rest.page_kinds)
+        if windows == PLAIN:  # its pages are found under the name that they were begun with
+            assert second.ask(prompt, entry=model(fast="amx"), page_kinds=rest.page_kinds)[1] == 288
         assert first.answers[identity] + made == answer(prompt, unpacked(told.page_kinds or b""), count)
 
 
@@ -322,11 +328,12 @@ def test_an_answer_that_began_with_exact_pages_stays_exact() -> None:
 
 def test_a_later_engine_tells_the_client_nothing_that_the_first_has_told() -> None:
     went_on = Answer(Request(id="0", image="a" * 64, tokens=tokens(300)))
-    first = went_on.take(Output(id="0", tokens=[1], seed=5, page_kinds=b"\x0f"))
+    first = went_on.take(Output(id="0", tokens=[1], seed=5, page_kinds=b"\x0f", fast="echo"))
     assert went_on.lost()
-    later = went_on.take(Output(id="x", tokens=[1], seed=5, page_kinds=b"\x0f", fingerprint="vai-echo"))
-    assert (first.page_kinds, later.page_kinds, later.fingerprint) == (b"\x0f", None, None)
-    assert went_on.rest().page_kinds == b"\x0f"
+    later = went_on.take(Output(id="x", tokens=[1], seed=5, page_kinds=b"\x0f", fast="echo", fingerprint="vai-echo"))
+    assert (first.page_kinds, first.fast) == (b"\x0f", "echo")
+    assert (later.page_kinds, later.fast, later.fingerprint) == (None, None, None)
+    assert (went_on.rest().page_kinds, went_on.rest().fast) == (b"\x0f", "echo")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -350,13 +357,23 @@ def test_kinds_that_cannot_be_are_refused(page_kinds: bytes, how: dict[str, Any]
     assert caught.value.param == "page_kinds"
 
 
-def test_fast_pages_are_refused_by_an_engine_that_has_none() -> None:
-    request = Request(id="0", image="a" * 64, tokens=tokens(300), page_kinds=b"\x08")
-    kinds.check(request, "echo")
-    with pytest.raises(NotSupported, match="VAI_FAST"):
-        kinds.check(request, None)
+@pytest.mark.parametrize(
+    ("begun", "fast", "named"),
+    [
+        (None, None, "fast kind, which this engine cannot"),
+        ("echo", None, r"\(echo\), which this engine cannot"),
+        ("echo", "amx", r"\(echo\), which this engine \(amx\) cannot"),
+        ("amx", "echo", r"\(amx\), which this engine \(echo\) cannot"),
+    ],
+)
+def test_fast_pages_are_refused_where_nothing_gives_their_bits(begun: str | None, fast: str | None, named: str) -> None:
+    request = Request(id="0", image="a" * 64, tokens=tokens(300), page_kinds=b"\x08", fast=begun)
+    with pytest.raises(NotSupported, match=f"{named} .* VAI_FAST"):
+        kinds.check(request, fast)
     for page_kinds in (None, b"", b"\0", b"\0\0"):
-        kinds.check(replace(request, page_kinds=page_kinds), None)
+        kinds.check(replace(request, page_kinds=page_kinds), fast)
+    if begun is not None:
+        kinds.check(request, begun)
 
 
 # --- when they are computed -------------------------------------------------------------------------------------------

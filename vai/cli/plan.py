@@ -31,9 +31,9 @@ class Planned:
     tokens · tokens_that_fit: what the whole scratchpad holds of it; None for any number, where it keeps nothing, or no
     more than its windows · tokens_in_whole_chunks: of a prompt that is computed in the largest steps there are, not in
     smaller ones for lack of room; None for any number · page_scratchpad, context_scratchpad: the smallest scratchpad
-    that holds a page of it, and its whole context · groups: its layers by how far back they look, with `window` None for those that see
-    everything, and the bytes of a token in them · slow: bytes of the image in each type that kernels unpack weight by
-    weight.
+    that holds a page of it, and its whole context · groups: its layers by how far back they look, with `window` None
+    for those that see everything, and the bytes of a token in them · slow: bytes of the image in each type that kernels
+    unpack weight by weight.
     """
 
     name: str

@@ -116,8 +116,8 @@ class Engine:
 
         Raises ModelNotFound or CorruptImage where its image cannot be attached, BadRequest for values out of bounds,
         token ids that this model does not have or a request id in use, ContextTooLong or NotEnoughRoom for a prompt
-        that can never fit, NotSupported where it was begun with fast pages and this engine has none, Overloaded where
-        too many wait.
+        that can never fit, NotSupported where it was begun with fast pages that nothing here gives again, Overloaded
+        where too many wait.
         """
         _check(request)
         came = self._clock()
@@ -301,7 +301,7 @@ class Engine:
             guessed=tally.guessed,
             accepted=tally.accepted,
             attach_seconds=entry.attach_seconds,
-            workspace_bytes=entry.plan.workspace_bytes,
+            workspace_bytes=entry.workspace_bytes,
         )
 
 

@@ -7,6 +7,10 @@ deterministic. This is decided once, when a request comes, and then kept: whatev
 later is computed again in the same kind, by this engine or the next (`Request.page_kinds`), so that an answer's bits do
 not change in the middle.
 
+The next engine may have another implementation of the fast kind, or none. `Request.fast` names the one that was at
+work; pages go on under its name, and are computed by whatever gives its bits: the engine's own, or the portable one
+where the engine has none, slowly (`Entry.stand_in`).
+
 Kinds are bytes here, one for each of the first pages: 1 where it is fast. Pages behind them are exact.
 """
 
@@ -21,6 +25,7 @@ from vai.engine.sequence import Sequence
 from vai.engine.windows import first_read
 from vai.errors import BadRequest, NotSupported
 from vai.kernels.program import PAGE_TOKENS
+from vai.kernels.table import SAME_BITS
 from vai.request import Request
 from vai.scratchpad.budget import pages_for
 from vai.scratchpad.prefix import GONE, PrefixCache, page_key
@@ -30,7 +35,9 @@ CHAINS = 4  # that are followed at once through the cache: where there are more,
 
 
 def check(request: Request, fast: str | None) -> None:
-    """Raises BadRequest for kinds that no prompt like this can have, NotSupported for fast pages without `fast`."""
+    """Raises BadRequest for kinds that no prompt like this can have, NotSupported for fast pages whose bits an engine
+    with the fast kind `fast` (None: with none) cannot give again.
+    """
     kinds = request.page_kinds
     if kinds is None:
         return
@@ -48,20 +55,21 @@ def check(request: Request, fast: str | None) -> None:
         )
     if found and request.deterministic:
         raise BadRequest("A deterministic request has no fast pages.", param="page_kinds")
-    if found and fast is None:
+    if found and not _gives(fast, request.fast):
         raise NotSupported(
-            "This answer was begun with pages of the fast kind, which this engine does not have. Start it with the "
-            "same VAI_FAST as before, or send the request again from its beginning."
+            f"This answer was begun with pages of the fast kind{_named(request.fast)}, which this engine{_named(fast)} "
+            "cannot compute again to the same bits. Start it with the same VAI_FAST as before, or send the request "
+            "again from its beginning."
         )
 
 
 def fix(sequence: Sequence, cache: PrefixCache) -> None:
     """Decide on the kinds of a request that was checked, before any of its pages is asked for by its key."""
-    kinds = _choose(sequence, cache)
-    if kinds and sequence.entry.fast is not None:
-        sequence.kinds = kinds
+    kinds, fast = _choose(sequence, cache), sequence.request.fast or sequence.entry.fast
+    if kinds and fast is not None:
+        sequence.kinds, sequence.fast = kinds, fast
         sequence.page_kinds = np.packbits(np.frombuffer(kinds, np.uint8), bitorder="little").tobytes()
-        sequence.fingerprint = with_fast_pages(sequence.entry.fingerprint, sequence.entry.fast)
+        sequence.fingerprint = with_fast_pages(sequence.entry.fingerprint, fast)
 
 
 def _choose(sequence: Sequence, cache: PrefixCache) -> bytes:
@@ -114,6 +122,17 @@ def longest_chain(sequence: Sequence, cache: PrefixCache, fast: str, most: int) 
         usable = (chain.kinds for chain in chains if all(map(int.__le__, chain.whole, reads)))
         found = next(usable, found)
     return found
+
+
+def _gives(fast: str | None, begun: str | None) -> bool:
+    """Whether an engine with the fast kind `fast` can go on with what `begun` began; None: none, and nobody knows."""
+    if begun is None or begun == fast:
+        return fast is not None
+    return begun in SAME_BITS and (fast is None or fast in SAME_BITS)
+
+
+def _named(fast: str | None) -> str:
+    return "" if fast is None else f" ({fast})"
 
 
 def unpacked(bits: bytes) -> bytes:

@@ -16,6 +16,7 @@ from vai.request import Output, Request
 
 RETRIES = 3  # engines that one request may lose, and still go on
 FRUITLESS = 2  # of them in a row without a token in between: a request that kills engines is not sent for ever
+_TOLD = {"seed": None, "cached_tokens": 0, "fingerprint": None, "page_kinds": None, "fast": None}  # once
 
 
 class Answer:
@@ -30,6 +31,7 @@ class Answer:
         self._tokens: list[int] = []
         self._seed = request.sampling.seed
         self._page_kinds = request.page_kinds
+        self._fast = request.fast
         self._admitted = False  # an engine has said what it draws with, and what it had cached
         self._lost = 0
         self._fruitless = 0
@@ -46,6 +48,7 @@ class Answer:
             emitted=self._request.emitted + len(self._tokens),
             sampling=replace(self._request.sampling, seed=self._seed),
             page_kinds=self._page_kinds,
+            fast=self._fast,
         )
 
     def allow(self, position: int, bits: bytes) -> None:
@@ -65,11 +68,11 @@ class Answer:
             self._tokens += output.tokens
             self._fruitless = 0
         if self._lost:
-            told = {"seed": None, "cached_tokens": 0, "fingerprint": None, "page_kinds": None} if self._admitted else {}
-            output = replace(output, id=self._request.id, **told)
+            output = replace(output, id=self._request.id, **(_TOLD if self._admitted else {}))
         if output.seed is not None:
             self._seed, self._admitted = output.seed, True
             self._page_kinds = output.page_kinds or b""  # all exact, which is a choice too
+            self._fast = output.fast
         return output
 
     def lost(self) -> bool:

@@ -36,8 +36,9 @@ class Runner:
         times = self._same if entry.digest == self._last else self._switched
         self._last = entry.digest
         times.append(time.perf_counter() - batch.picked_at)
+        plan = entry.fast_plan if batch.fast else entry.plan
         with self.native:
-            return entry.plan.forward(step, self._pool)
+            return plan.forward(step, self._pool)
 
     def take_switches(self) -> Switches:
         """The last times from pick to native call, in seconds, which are then forgotten."""

@@ -7,7 +7,9 @@ the two memories meet: weights that never change, and the pages that every step 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vai.engine.fingerprint import fingerprint
@@ -20,12 +22,32 @@ from vai.rom.view import Image
 from vai.scratchpad.pages import Owner
 
 
+class StandIn:
+    """A second plan of a model, for what the first cannot do: lowered when it is first needed, which it rarely is."""
+
+    def __init__(self, lower: Callable[[], Plan]) -> None:
+        self._lower = lower
+        self._plan: Plan | None = None
+
+    def plan(self) -> Plan:
+        """The plan. Raises what table.lower does."""
+        if self._plan is None:
+            self._plan = self._lower()
+        return self._plan
+
+    @property
+    def workspace_bytes(self) -> int:
+        """0 until it is needed."""
+        return 0 if self._plan is None else self._plan.workspace_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One attached model. `owners`: in whose name its cache groups hold pages, in the Program's order.
 
     `weights`: the id that its pages' keys begin with. `fingerprint`: what its answers' bits depend on. `workers`: the
-    threads that draw its tokens; None: the caller's. `fast`: what computes its fast pages; None: it has none.
+    threads that draw its tokens; None: the caller's. `fast`: what computes its fast pages; None: it has none. Those of
+    answers that another engine began are then computed by `stand_in`.
     """
 
     digest: str
@@ -37,6 +59,17 @@ class Entry:
     fingerprint: str = ""
     workers: table.Workers | None = None
     fast: str | None = None
+    stand_in: StandIn | None = None
+
+    @property
+    def fast_plan(self) -> Plan:
+        """What computes steps of the fast kind."""
+        return self.plan if self.stand_in is None else self.stand_in.plan()
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What steps need beside weights and pages."""
+        return self.plan.workspace_bytes + (0 if self.stand_in is None else self.stand_in.workspace_bytes)
 
 
 class Bank:
@@ -86,7 +119,8 @@ class Bank:
         image = segment.attach(self._root, digest)
         try:
             program = build(Spec.from_bytes(image.spec))
-            plan = table.lower(
+            lower = partial(
+                table.lower,
                 program,
                 image,
                 backend=self._backend,
@@ -95,8 +129,8 @@ class Bank:
                 max_sequences=self._max_sequences,
                 workers=self._workers,
                 isa=self._isa,
-                fast=self._fast,
             )
+            plan = lower(fast=self._fast)
         except BaseException:
             image.close()
             raise
@@ -105,8 +139,18 @@ class Bank:
         )
         name = fingerprint(image.weights, program, self._kv_type)
         seconds = time.perf_counter() - began
+        stand_in = StandIn(partial(lower, fast=table.PORTABLE_FAST)) if plan.fast is None else None
         entry = Entry(
-            digest, program, plan, owners, seconds, image.weights, name, workers=self._workers, fast=plan.fast
+            digest,
+            program,
+            plan,
+            owners,
+            seconds,
+            image.weights,
+            name,
+            workers=self._workers,
+            fast=plan.fast,
+            stand_in=stand_in,
         )
         self._entries[digest] = (entry, image)
         return entry

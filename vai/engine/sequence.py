@@ -63,7 +63,8 @@ class Sequence:
         self.computed = 0
         self.running = False
         self.kinds = b""  # of its first pages: 1 where one is fast (kinds.py); fixed before any of its keys is made
-        self.page_kinds: bytes | None = None  # the same, as it is told
+        self.fast: str | None = None  # what computes those; their keys name it
+        self.page_kinds: bytes | None = None  # the kinds, as they are told
         self.fingerprint = entry.fingerprint
         self.block_table = [array("q") for _ in entry.owners]  # for each cache group, the byte offset of every page
         self.shared: list[CachedPage] = []  # its first pages
@@ -143,7 +144,7 @@ class Sequence:
         return self._keys[len(self.shared) + 1]
 
     def _add_key(self, page: int) -> None:
-        fast = self.entry.fast if page < len(self.kinds) and self.kinds[page] else None
+        fast = self.fast if page < len(self.kinds) and self.kinds[page] else None
         tokens = self.tokens[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]
         self._keys.append(page_key(self._keys[-1], tokens, fast))
 
@@ -203,6 +204,7 @@ class Sequence:
             cached_tokens=self.cached_tokens if first else 0,
             fingerprint=self.fingerprint if first else None,
             page_kinds=self.page_kinds if first else None,
+            fast=self.fast if first else None,
             timing=self.timing(now) if first or finish else None,
         )
 

@@ -25,6 +25,7 @@ NO_TOKEN = -1  # of a row that cannot be sampled
 # Operations too small a part of a step to have more than the portable implementation.
 PORTABLE = ("embed", "angles", "rope", "kv_write", "rows")
 PORTABLE_FAST = "portable"
+SAME_BITS = (PORTABLE_FAST, "amx")  # fast kinds of one specification: what one has computed another computes again
 VECTORIZED = ("norm", "quantize", "linear", "gated", "glu", "attention", "sample")
 
 Workers = _native.Workers
