@@ -274,6 +274,17 @@ def test_what_was_found_and_is_gone_before_it_runs_is_computed_in_the_kind_that_
     assert bench.answers[identity] == answer([*tokens(300), *tokens(150, 1)], unpacked(wire(bench.kinds(identity))), 5)
 
 
+def test_prompt_tokens_are_counted_by_the_kind_that_they_were_computed_and_found_in() -> None:
+    bench, entry = Bench(slabs=16), model()
+    bench.ask(tokens(300), 40)
+    counts = bench.scheduler.prompts(entry.digest)
+    assert vars(counts) == {"exact": 12, "fast": 288, "cached_exact": 0, "cached_fast": 0}
+    assert bench.ask([*tokens(300), *tokens(50, 1)], page_kinds=wire("F" * 8)) == ("F" * 8, 256)
+    assert vars(counts) == {"exact": 12 + 94, "fast": 288, "cached_exact": 0, "cached_fast": 256}
+    assert bench.ask([*tokens(300), *tokens(50, 1), 5], page_kinds=wire("F" * 8)) == ("F" * 8, 320)
+    assert vars(counts) == {"exact": 12 + 94 + 31, "fast": 288, "cached_exact": 64, "cached_fast": 256 + 256}
+
+
 def test_a_request_takes_up_what_another_computes_meanwhile_where_the_kinds_agree() -> None:
     bench = Bench(slabs=16, max_rows=64)
     same = [bench.submit(model(), [*tokens(300), number], 2) for number in range(3)]

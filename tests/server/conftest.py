@@ -168,7 +168,8 @@ class Port:
     async def status(self) -> Any:
         if not self._script.engine_alive:
             await asyncio.Event().wait()
-        models = [SimpleNamespace(image=digit * 64, running=2, waiting=1, preemptions=5) for digit in "ab"]
+        kinds = {"prompt_exact": 60, "prompt_fast": 300, "cached_exact": 32, "cached_fast": 96}
+        models = [SimpleNamespace(image=digit * 64, running=2, waiting=1, preemptions=5, **kinds) for digit in "ab"]
         return SimpleNamespace(
             pid=self._script.engine_pid,
             pool_bytes=200,

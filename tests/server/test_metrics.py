@@ -127,6 +127,11 @@ def test_the_engine_is_asked_at_each_scrape(fresh: Served) -> None:
     assert value(fresh, "vai_engine_host_cpu_seconds_total") == 0.25
     assert value(fresh, "vllm:kv_cache_usage_perc", model_name="tiny") == 0.25
     assert value(fresh, "vllm:num_preemptions_total", model_name="tiny") == 5
+    for what, exact, fast in (("computed", 60, 300), ("cached", 32, 96)):
+        found = [
+            value(fresh, f"vai_prompt_tokens_{what}_total", model_name="tiny", kind=kind) for kind in ("exact", "fast")
+        ]
+        assert found == [exact, fast]
     assert value(fresh, "vai_kv_pinned_bytes") == 30
     assert (value(fresh, "vai_kv_cached_bytes"), value(fresh, "vai_kv_adopted_pages")) == (40, 7)
     assert value(fresh, "vai_engine_up") == 1

@@ -107,12 +107,23 @@ def _rest(found: dict[str, Any]) -> list[str]:
             f"{size(engine['pool_cached'])} cached, {size(engine['pool_free'])} free, {busy} requests "
             f"({engine['isa']}{fast}, {engine['threads']} threads, KV {engine['kv_type']})"
         )
+        lines += _prompts(engine["models"])
         if engine["adopted_pages"] or engine["pool_pinned"]:
             lines.append(
                 f"Pages kept: {engine['adopted_pages']:,} taken over from the engine before, "
                 f"{size(engine['pool_pinned'])} pinned by clients"
             )
     return [*lines, f"Room for more: {size(found['room']['free'])} ({found['room']['limit']})"]
+
+
+def _prompts(models: list[dict[str, Any]]) -> list[str]:
+    """How the prompts' tokens came about, once there were any."""
+    told = [
+        f"{sum(counts):,} {how}" + (f" ({counts[1] / sum(counts):.0%} in the fast kind)" if counts[1] else "")
+        for how, what in (("computed", "prompt"), ("from the cache", "cached"))
+        if sum(counts := [sum(model[f"{what}_{kind}"] for model in models) for kind in ("exact", "fast")])
+    ]
+    return [f"Tokens of prompts: {', '.join(told)}"] if told else []
 
 
 def _load(load: dict[str, Any]) -> str:

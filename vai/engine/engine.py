@@ -290,7 +290,7 @@ class Engine:
 
     def _model_status(self, entry: Entry) -> ModelStatus:
         running, waiting, tokens, preemptions = self._scheduler.counts(entry.digest)
-        tally = self._scheduler.tally(entry.digest)
+        tally, prompts = self._scheduler.tally(entry.digest), self._scheduler.prompts(entry.digest)
         return ModelStatus(
             image=entry.digest,
             running=running,
@@ -302,6 +302,10 @@ class Engine:
             accepted=tally.accepted,
             attach_seconds=entry.attach_seconds,
             workspace_bytes=entry.workspace_bytes,
+            prompt_exact=prompts.exact,
+            prompt_fast=prompts.fast,
+            cached_exact=prompts.cached_exact,
+            cached_fast=prompts.cached_fast,
         )
 
 

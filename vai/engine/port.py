@@ -28,6 +28,9 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     and how many of them stood.
 
     workspace_bytes: what its steps need beside weights and pages; taken from the machine when first touched.
+
+    prompt_exact, prompt_fast: tokens of prompts computed in each kind, those that a preemption had computed again
+    too. cached_exact, cached_fast: tokens that requests with a first token found in pages of each kind.
     """
 
     image: str
@@ -40,6 +43,10 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int = 0
     guessed: int = 0
     accepted: int = 0
+    prompt_exact: int = 0
+    prompt_fast: int = 0
+    cached_exact: int = 0
+    cached_fast: int = 0
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -55,6 +55,26 @@ PROMPT_SHARE = 4  # times as much prompt work as decoding rows a step may have b
 STEP_WITH_SHARE = 0.5  # as far as it takes no longer
 
 
+class PromptTokens:
+    """Of one model's prompts since the attach: tokens computed, and tokens found in the cache, in pages of each kind.
+
+    What is computed again after a preemption counts again.
+    """
+
+    def __init__(self) -> None:
+        self.exact = self.fast = self.cached_exact = self.cached_fast = 0
+
+    def computed(self, tokens: int, fast: bool) -> None:
+        if fast:
+            self.fast += tokens
+        else:
+            self.exact += tokens
+
+    def found(self, sequence: Sequence) -> None:
+        self.cached_exact += sequence.cached_tokens - sequence.cached_fast
+        self.cached_fast += sequence.cached_fast
+
+
 class ModelQueue:
     """The requests of one model in order of rank: `running` have pages, `waiting` have none, nor have `sleeping`.
 
@@ -71,6 +91,7 @@ class ModelQueue:
         self.passed_over_since = 0.0
         self.tokens = 0  # made since the attach
         self.preemptions = 0  # since the attach
+        self.prompts = PromptTokens()
         self.worth = Worth()  # of its prompt rows
         self.fast_worth = Worth()  # of those in fast steps
         self.fast_due = entry.fast is not None  # where there are rows of both kinds, it is the turn of the fast ones
@@ -179,6 +200,11 @@ class Scheduler:
             return 0, 0, 0, 0
         return len(queue.running), len(queue.waiting) + len(queue.sleeping), queue.tokens, queue.preemptions
 
+    def prompts(self, image: str) -> PromptTokens:
+        """What was computed of a model's prompts, and what was found."""
+        queue = self._queues.get(image)
+        return PromptTokens() if queue is None else queue.prompts
+
     def tally(self, image: str) -> Tally:
         """What came of the guesses for a model's requests."""
         return self._speculation.tally(image)
@@ -219,7 +245,10 @@ class Scheduler:
         if batch.drafting:
             self._speculation.take(batch, draws)
             return
+        prompts = self._queues[batch.turn].prompts
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            if sequence.computed < sequence.prompt:
+                prompts.computed(min(count, sequence.prompt - sequence.computed), batch.fast)
             sequence.computed += count
             self._seal(sequence)
         self.take(batch.places, draws)
@@ -235,7 +264,10 @@ class Scheduler:
             if drawn:
                 tokens, logprobs = [draw.token for draw in drawn], [draw.logprob for draw in drawn]
                 output = sequence.append(tokens, logprobs, now, guessed)
-                self._queues[sequence.entry.digest].tokens += len(output.tokens)
+                queue = self._queues[sequence.entry.digest]
+                queue.tokens += len(output.tokens)
+                if output.seed is not None:  # its first
+                    queue.prompts.found(sequence)
                 self._outputs.append(output)
                 finish = output.finish
             if finish is not None:

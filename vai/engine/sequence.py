@@ -73,15 +73,16 @@ class Sequence:
         self.behind = [0] * len(entry.owners)  # for each cache group, how many of the first pages it does not read
         self.ahead = pages_ahead(MAX_ROWS)  # pages that its steps may write into at once (windows.py)
         self.conversation: Conversation | None = None  # that it belongs to, where its pages are kept
+        self.prompt = len(request.tokens) - request.emitted  # tokens of it
         self.cached_tokens = 0  # in pages that it found instead of computing them
+        self.cached_fast = 0  # of those, in fast ones
         self._known_pages = 0  # that it has computed or found, before any preemption
         self._keys = [root_key(entry.weights, entry.plan.kv_type, request.cache_salt)]
         seed = request.sampling.seed
         self.seed = seed if seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
         # A stop id that the model cannot draw changes nothing; only those it can are looked at.
         self.stop_ids = frozenset(id for id in request.sampling.stop_ids if id < entry.program.vocabulary)
-        prompt = len(self.tokens) - self.made
-        self.history = _history(request.sampling, self.tokens[:prompt], self.tokens[prompt:])
+        self.history = _history(request.sampling, self.tokens[: self.prompt], self.tokens[self.prompt :])
         self.mask: bytes | None = None  # for its next token, where it is constrained
         self.held: NDArray[np.float32] | None = None  # logits of its next token, which wait for the mask
         self._attach = attach
@@ -157,7 +158,9 @@ class Sequence:
         end = len(self.shared) * PAGE_TOKENS
         if index == self._known_pages:
             self._known_pages += 1
-            self.cached_tokens += PAGE_TOKENS if self.computed < end else 0
+            if self.computed < end:
+                self.cached_tokens += PAGE_TOKENS
+                self.cached_fast += PAGE_TOKENS if index < len(self.kinds) and self.kinds[index] else 0
         self.computed = max(self.computed, end)
 
     def bytes_of_pages(self, lengths: Iterable[int]) -> int:

@@ -60,6 +60,7 @@ _STAGE = (1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 1, 5, 10, 60, 600)
 _SWITCH = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1, 1)
 
 _MODEL = ("model_name",)
+_KIND = (*_MODEL, "kind")
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asked for
 
@@ -73,6 +74,14 @@ class _ModelStatus(Protocol):
     def waiting(self) -> int: ...
     @property
     def preemptions(self) -> int: ...
+    @property
+    def prompt_exact(self) -> int: ...
+    @property
+    def prompt_fast(self) -> int: ...
+    @property
+    def cached_exact(self) -> int: ...
+    @property
+    def cached_fast(self) -> int: ...
 
 
 class _Status(Protocol):
@@ -265,12 +274,26 @@ def _of_engine(status: _Status | None, names: dict[str, str]) -> list[Metric]:
     preempted = CounterMetricFamily(
         "vllm:num_preemptions", "Times that a running request gave its pages up.", labels=_MODEL
     )
+    computed = CounterMetricFamily(
+        "vai_prompt_tokens_computed",
+        "Tokens of prompts that the engine computed, by the kind of arithmetic; after a preemption again.",
+        labels=_KIND,
+    )
+    cached = CounterMetricFamily(
+        "vai_prompt_tokens_cached",
+        "Tokens that requests found in the cache, by the kind of their pages.",
+        labels=_KIND,
+    )
     for model in status.models:
         label = [names.get(model.image, model.image[:12])]
         running.add_metric(label, model.running)
         waiting.add_metric(label, model.waiting)
         usage.add_metric(label, status.pool_used / status.pool_bytes)
         preempted.add_metric(label, model.preemptions)
+        computed.add_metric([*label, "exact"], model.prompt_exact)
+        computed.add_metric([*label, "fast"], model.prompt_fast)
+        cached.add_metric([*label, "exact"], model.cached_exact)
+        cached.add_metric([*label, "fast"], model.cached_fast)
     native = CounterMetricFamily(
         "vai_engine_native_seconds", "Time the engine spent computing.", value=status.native_seconds
     )
@@ -284,7 +307,7 @@ def _of_engine(status: _Status | None, names: dict[str, str]) -> list[Metric]:
             "vai_kv_adopted_pages", "Cached pages taken over from the engine before.", value=status.adopted_pages
         ),
     ]
-    return [up, running, waiting, usage, preempted, native, host, *pool]
+    return [up, running, waiting, usage, preempted, computed, cached, native, host, *pool]
 
 
 def _files(root: Path, names: dict[str, str]) -> tuple[list[_Image], int]:
