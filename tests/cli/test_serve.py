@@ -64,6 +64,8 @@ def test_the_whole_way(vai: Vai, registry: Registry, loaded: str, port: int) -> 
     shown = vai("status").stdout
     assert f"engine ({engine})" in shown
     assert f"http://127.0.0.1:{port}" in shown
+    prompts = [line for line in shown.splitlines() if line.startswith("Tokens of prompts: ")]
+    assert [line.endswith(" computed") for line in prompts] == [True]
 
     assert "server: ready" in vai("logs", "daemon").stdout
     stopped = vai("stop")

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from vai.burn.burn import burn
 from vai.burn.synth import SHAPES, synthesize
 from vai.engine.engine import Engine
+from vai.errors import NotEnoughRoom
 from vai.kernels import table
 from vai.kernels.program import PAGE_TOKENS, StepArgs
 from vai.models.decoder import build
@@ -133,11 +134,13 @@ def test_prompts_run_to_the_same_bits_where_only_their_windows_fit(wide: tuple[P
     prompts = [[(61 * i * i + 17 * i + seed) % SHAPES[SHAPE].vocabulary for i in range(530)] for seed in (1, 2)]
     expected = told(make_engine(root, slabs=8), digest, prompts)
     assert all(len(answer) == 12 for answer in expected)
-    one = make_engine(root, slabs=2, max_rows=32)  # room for 16 pages of the windowed group, of which a prompt has 17
+    one = make_engine(root, slabs=2)  # room for 16 pages of the windowed group: fewer than a step of 512 rows needs
     assert told(one, digest, prompts) == expected  # one after the other
     both = make_engine(root, slabs=3, max_rows=32)
     assert told(both, digest, prompts, cache=False) == expected  # beside each other
     assert one.status().models[0].preemptions == both.status().models[0].preemptions == 0
+    with pytest.raises(NotEnoughRoom, match=r"530 tokens, .* holds 0 of this model.*VAI_KV=32M"):
+        told(make_engine(root, slabs=1), digest, prompts)
 
 
 def test_fast_pages_are_the_same_where_windows_free_what_is_behind_them(
