@@ -473,5 +473,5 @@ def test_what_computing_again_costs_is_what_the_pages_of_a_model_cost() -> None:
     while bench.scheduler.has_work():
         timed(bench)
     speeds = bench.scheduler.retention._speeds
-    assert speeds["a" * 64] == pytest.approx(1 / SECONDS[True], rel=0.1)
-    assert speeds["b" * 64] == pytest.approx(1 / SECONDS[False], rel=0.1)
+    assert speeds["a" * 64, True] == pytest.approx(1 / SECONDS[True], rel=0.1)
+    assert speeds["b" * 64, False] == pytest.approx(1 / SECONDS[False], rel=0.1)
