@@ -24,15 +24,15 @@ struct Avx2Vec {
   static constexpr int kRegisters = 16;
   static constexpr bool kPanels = true;
   static int row_block(int rows) { return rows < kMaxRows ? rows : kMaxRows; }
-  // Whether unpacking once for all rows costs less than for each row block: where it takes more than three instructions for
-  // two lines (Q4_K's three with its scales), and there are three row blocks at least. Halves are widened for two.
+  // Whether unpacking once for all rows costs less than for each row block: from the second on where a line takes nine
+  // instructions, from the third where it takes five (IQ4), much later where it takes three. Halves are widened for two.
   static bool panels_pay(BlockType type, int rows) {
     switch (type) {
       case BlockType::kF16:
       case BlockType::kBF16:
-      case BlockType::kF32: return rows > kMaxRows;
+      case BlockType::kF32:
       case BlockType::kQ5_K:
-      case BlockType::kQ6_K:
+      case BlockType::kQ6_K: return rows > kMaxRows;
       case BlockType::kIQ4_NL:
       case BlockType::kIQ4_XS: return rows > 2 * kMaxRows;
       case BlockType::kQ4_K: return rows > 8 * kMaxRows;
