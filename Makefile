@@ -32,7 +32,7 @@ lint: build
 # (PYTHONDONTWRITEBYTECODE).
 test: lint
 	$(BIN)/python -m compileall -q vai
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # The portable path as a program of its own (tests/native/portable.cc): under sanitizers, and on another processor.
 PORTABLE := tests/native/portable.cc csrc/core/plan.cc csrc/core/workers.cc csrc/core/lease.cc \
