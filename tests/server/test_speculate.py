@@ -17,6 +17,7 @@ from .system import System
 
 REPEATING = list(range(60, 72)) * 4
 OFF = {"speculative.n_max": 0}
+TRIES = 20  # guesses are made where they pay by the clock, and on a busy machine it may look for a while as if none did
 LOOKUP = {"speculative.type": "ngram-simple", "speculative.n_max": 16}
 
 
@@ -57,12 +58,18 @@ def test_an_answer_is_the_same_with_guesses_and_usage_tells_how_many_stood(
     plain = ask(system, OFF, logprobs=3, **sampling)
     assert plain.usage.completion_tokens_details.accepted_prediction_tokens == 0
     assert counted(system, "tiny") == before
-    quick = ask(system, LOOKUP, logprobs=3, **sampling)
-    assert quick.choices == plain.choices
-    details = quick.usage.completion_tokens_details
-    assert quick.usage.completion_tokens == plain.usage.completion_tokens == 80
-    drafts, drafted, accepted = (now - then for now, then in zip(counted(system, "tiny"), before, strict=True))
-    assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (accepted, drafted - accepted)
+    drafts = drafted = 0
+    for _ in range(TRIES):
+        before = counted(system, "tiny")
+        quick = ask(system, LOOKUP, logprobs=3, **sampling)
+        assert quick.choices == plain.choices
+        details = quick.usage.completion_tokens_details
+        assert quick.usage.completion_tokens == plain.usage.completion_tokens == 80
+        drafts, drafted, accepted = (now - then for now, then in zip(counted(system, "tiny"), before, strict=True))
+        told = details.accepted_prediction_tokens, details.rejected_prediction_tokens
+        assert told == (accepted, drafted - accepted)
+        if drafts:
+            break
     assert 0 < drafts <= drafted
     stream = ask(system, LOOKUP, stream=True, stream_options={"include_usage": True}, **sampling)
     chunks = list(stream)
@@ -109,8 +116,8 @@ def test_an_llm_takes_a_draft_model_by_name(named: System) -> None:
     options: dict[str, Any] = {"root": named.root, "names": named.names, "threads": 1, "kv_bytes": 64 << 20}
     with LLM("tiny", **options) as llm:
         sampling = llm.sampling(temperature=0, max_tokens=60, logprobs=1)
-        expected = llm.generate(REPEATING, sampling)
-        assert expected.guessed > 0
+        answers = (llm.generate(REPEATING, sampling) for _ in range(TRIES))
+        expected = next(answer for answer in answers if answer.guessed)
     with LLM("tiny", draft="guided", **options) as llm:
         quick = llm.generate(REPEATING, sampling)
     assert (quick.token_ids, quick.logprobs, quick.text) == (expected.token_ids, expected.logprobs, expected.text)
