@@ -1,10 +1,15 @@
 """Agents that come and go: what the retention of the prefix cache saves, beside plain LRU in the same program.
 
-Run: python bench/agents.py [--seed N] [--minutes M] [--write FILE | --trace FILE]. A trace (one JSON object a line,
-made from its seed or replayed from a file) has agents of several kinds on two models; every kind of retention replays
-it in virtual time (virtual.py) over the same pool, which holds a part of what all conversations together would need. A
-pause counts from the end of an agent's last answer. Recomputed are prompt tokens that an earlier turn of the same
-conversation had computed. A table for people, then one line of JSON.
+Run: python bench/agents.py [--seed N ...] [--repeats K] [--minutes M] [--write FILE | --trace FILE]. A trace (one JSON
+object a line, made from its seed or replayed from a file) has agents of several kinds on two models; every kind of
+retention replays it in virtual time (virtual.py) over the same pool, which holds a part of what all conversations
+together would need. A pause counts from the end of an agent's last answer. Recomputed are prompt tokens that an earlier
+turn of the same conversation had computed. A table for people, then one line of JSON.
+
+One replay tells little: where the pool is short, models that are slower by a ten-thousandth can make one and the same
+policy recompute twice as much, or half: what comes too late for one turn comes too late for those after it. So each
+trace is replayed K times, each time with models slower by that, and the table has the sums, and the least and the most
+that the ratio to plain LRU was, and that of plain LRU to itself.
 """
 
 from __future__ import annotations
@@ -13,8 +18,10 @@ import argparse
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as List
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +141,12 @@ class Result:
     first: dict[str, list[float]]
 
 
-def replay(turns: list[Turn], slabs: int, policy: type[Retention], *, hints: bool) -> Result:
-    """Have every agent say its turns. `hints`: each names its conversation, and says which turn is its last."""
-    engine = Virtual([SMALL, LARGE], slabs, policy)
+def replay(turns: list[Turn], slabs: int, policy: type[Retention], *, hints: bool, slower: float = 1.0) -> Result:
+    """Have every agent say its turns. `hints`: each names its conversation, and says which turn is its last.
+
+    `slower`: what a row takes, in times of what it does.
+    """
+    engine = Virtual([replace(model, row=model.row * slower) for model in (SMALL, LARGE)], slabs, policy)
     by_agent: dict[str, list[Turn]] = defaultdict(list)
     for turn in turns:
         by_agent[turn.agent].append(turn)
@@ -174,53 +184,80 @@ def replay(turns: list[Turn], slabs: int, policy: type[Retention], *, hints: boo
     return result
 
 
+def table_row(name: str, found: List[Result], kinds: List[str]) -> dict[str, Any]:
+    """Print what some replays came to, and return it."""
+    recomputed, repeated = sum(each.recomputed for each in found), sum(each.repeated for each in found)
+    busy, ended = sum(each.busy for each in found), sum(each.ended for each in found)
+    first = {kind: [seconds for each in found for seconds in each.first[kind]] for kind in kinds}
+    p50, p99 = np.percentile(np.concatenate([*first.values()]), [50, 99])
+    tails = [float(np.percentile(first[kind], 99)) for kind in kinds]
+    print(
+        f"  {name:18} {recomputed:12,} {recomputed / repeated:10.1%} {busy:11,.0f} {p50:10.2f} {p99:7.2f}  "
+        + " ".join(f"{tail:7.2f}" for tail in tails)
+    )
+    return {
+        "policy": name,
+        "recomputed": [each.recomputed for each in found],
+        "computed": [each.computed for each in found],
+        "repeated": [each.repeated for each in found],
+        "computing": [round(each.busy, 1) for each in found],
+        "busy": busy / ended,
+        "p50": float(p50),
+        "p99": float(p99),
+    }
+
+
+def ratios(pairs: Iterable[tuple[Result, Result]]) -> str:
+    """What the second of two replays recomputed, in times of what the first did: the least and the most."""
+    found = [other.recomputed / max(1, one.recomputed) for one, other in pairs]
+    return f"{min(found):.2f} to {max(found):.2f}" if found else "(one repeat)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, nargs="+", default=[1])
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--pool", type=int, nargs="+", default=[384, 512, 640], help="MiB")
     parser.add_argument("--trace", type=Path, help="replay this file")
     parser.add_argument("--write", type=Path, help="write the trace, and nothing else")
     args = parser.parse_args()
-    turns = trace(args.seed, args.minutes * 60)
+    traces = [trace(seed, args.minutes * 60) for seed in args.seed]
     if args.trace:
-        turns = [Turn(**json.loads(line)) for line in args.trace.read_text().splitlines()]
+        traces = [[Turn(**json.loads(line)) for line in args.trace.read_text().splitlines()]]
     if args.write:
-        args.write.write_text("".join(json.dumps(asdict(turn)) + "\n" for turn in turns))
+        args.write.write_text("".join(json.dumps(asdict(turn)) + "\n" for turn in traces[0]))
         return
-    print(f"{len(turns)} turns of {len({turn.agent for turn in turns})} agents, seed {args.seed}, virtual time")
-    kinds = list(dict.fromkeys(turn.kind for turn in turns))
-    answer: dict[str, Any] = {"bench": "agents", "seed": args.seed, "turns": len(turns), "results": []}
+    print(
+        f"{sum(map(len, traces))} turns of {len({turn.agent for turn in traces[0]})} agents, seeds {args.seed}, "
+        f"{args.repeats} repeats, virtual time"
+    )
+    kinds = list(dict.fromkeys(turn.kind for turn in traces[0]))
+    answer: dict[str, Any] = {"bench": "agents", "seeds": args.seed, "repeats": args.repeats, "results": []}
     for megabytes in args.pool:
         print(
-            f"\npool of {megabytes} MiB: recomputed tokens, their share of those repeated; seconds to the first token: "
-            f"p50, p99; p99 of {', '.join(kinds)}"
+            f"\n{megabytes} MiB of pool: recomputed tokens, their share of those repeated; seconds of computing; "
+            f"seconds to the first token: p50, p99; p99 of {', '.join(kinds)}"
         )
+        runs: dict[str, list[Result]] = {}
         for name, policy, hints in (
             ("plain LRU", LongestUnused, False),
             ("retention", Retention, False),
             ("plain LRU, hints", LongestUnused, True),
             ("retention, hints", Retention, True),
         ):
-            found = replay(turns, megabytes * (1 << 20) // SLAB, policy, hints=hints)
-            every = [first for kind in found.first.values() for first in kind]
-            p50, p99 = np.percentile(every, [50, 99])
-            tails = [float(np.percentile(found.first[kind], 99)) for kind in kinds]
+            runs[name] = [
+                replay(turns, megabytes * (1 << 20) // SLAB, policy, hints=hints, slower=1 + repeat * 1e-4)
+                for turns in traces
+                for repeat in range(args.repeats)
+            ]
+            answer["results"].append({"pool_mib": megabytes, **table_row(name, runs[name], kinds)})
+        for hints in ("", ", hints"):
+            lru, other = runs["plain LRU" + hints], runs["retention" + hints]
+            repeats = [pair for number, pair in enumerate(pairwise(lru), 1) if number % args.repeats]
             print(
-                f"  {name:18} {found.recomputed:12,} {found.recomputed / found.repeated:10.1%} {p50:13.2f} {p99:7.2f}  "
-                + " ".join(f"{tail:7.2f}" for tail in tails)
-            )
-            answer["results"].append(
-                {
-                    "pool_mib": megabytes,
-                    "policy": name,
-                    "recomputed": found.recomputed,
-                    "computed": found.computed,
-                    "repeated": found.repeated,
-                    "p50": float(p50),
-                    "p99": float(p99),
-                    "busy": found.busy / found.ended,
-                }
+                f"  recomputed{hints}: retention {ratios(zip(lru, other, strict=True))} times plain LRU, which is "
+                f"{ratios(repeats)} times its own repeat before"
             )
     print(json.dumps(answer))
 

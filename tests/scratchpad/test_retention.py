@@ -414,6 +414,18 @@ def test_what_was_learned_of_pauses_outlives_the_engine() -> None:
     assert kept == [0, 2, 2]
 
 
+def test_the_pauses_of_pages_that_were_taken_over_teach_nothing() -> None:
+    cache = learned()
+    for number in range(20):
+        cache.request([100 + number])
+    before = PagePool(cache.memory).headers.learned(["a" * 64, "b" * 64])
+    after = cache.killed("a", "b")
+    after.now += 3600
+    assert after.cache.resume("a" * 64, Name("", ""), [*after.cache._pages]).turns == 0
+    after.retention._renewed = True
+    assert dict(after.retention.take_learned()) == before != {}
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_nonsense_that_is_read_back_of_pauses_is_not_learned(seed: int) -> None:
     draw, cache = random.Random(seed), learned()

@@ -42,6 +42,7 @@ TRUST = 1.0  # pauses of its own that what all conversations do is worth
 FADE = 0.8  # what a pause of a conversation still counts after its next one
 FADE_OF_ALL = 0.95  # what they count after RENEWED others
 TOLD_APART = 3  # the first pauses of a conversation, which other things are known of
+BEFORE = -1  # pauses of a stranger: of the one it is in nobody knows when it began, so it teaches nothing
 UNKNOWN_SPEED = 1000.0  # tokens per second of a model that has not been measured yet
 RENEWED = 16  # pauses after which the chances of all are renewed
 STEPS = 2  # for each doubling of worth: what lies within one step goes in the order of the longest unused
@@ -246,7 +247,8 @@ class Retention:
         if conversation.pauses is not None:
             conversation.pauses.fade(FADE)
         self._entered(conversation)
-        self._renew()
+        if conversation.turns:
+            self._renew()
         self._remember(conversation)
         self._expect_next_span(conversation)
         self._rank_anew(conversation)
@@ -259,6 +261,7 @@ class Retention:
         conversation = self._of_session(image, identity) if named else Conversation(image, identity)
         if conversation not in self._paused:
             conversation.active += 1
+            conversation.turns = BEFORE
             self.pause(conversation, tail)
         return conversation
 
@@ -446,12 +449,16 @@ class Retention:
 
     def _entered(self, conversation: Conversation) -> None:
         """A pause got into its span."""
+        if not conversation.turns:
+            return
         for counts in (self._common, self._of_kind(conversation), conversation.pauses):
             if counts is not None:
                 counts.lasted[conversation.span] += 1
 
     def _returned(self, conversation: Conversation) -> None:
         """A pause ended in its span."""
+        if not conversation.turns:
+            return
         if conversation.pauses is None:
             conversation.pauses = Pauses()
             conversation.pauses.lasted[: conversation.span + 1] = [1.0] * (conversation.span + 1)
@@ -500,7 +507,7 @@ class Retention:
         if conversation.active:
             return 1 / SHORTEST  # a request of it waits for room, and reads its pages next
         alive, returned, held, best = 1.0, 0.0, 0.0, 0.0
-        own, alike = conversation.pauses, self._chances.get((conversation.image, conversation.turns), _UNKNOWN)
+        own, alike = conversation.pauses, self._chances.get((conversation.image, conversation.turns or 1), _UNKNOWN)
         for span in range(conversation.span, SPANS):
             chance = alike[span]
             if own is not None:
