@@ -85,7 +85,7 @@ class Row {
   }
 
   double total() {
-    if (total_ < 0.0) total_ = ascending_sum(probabilities(), count_);
+    if (total_ < 0.0) total_ = sum_of(probabilities(), count_);
     return total_;
   }
 

@@ -943,6 +943,16 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return ((r0 >> 5) * 67108864 + (r1 >> 6)) * 2.0**-53
 
 
+def _sum_of(p: Floats) -> float:
+    """The binary64 sum of a row's probabilities, in the R16 order."""
+    lines = np.zeros((-(-len(p) // LANES), LANES))
+    lines.reshape(-1)[: len(p)] = p
+    partial = np.add.accumulate(lines)[-1]
+    for half in (8, 4, 2, 1):
+        partial = partial[:half] + partial[half : 2 * half]
+    return float(partial[0])
+
+
 def _running(x: NDArray[Any]) -> Doubles:
     """Running binary64 sums, one addition after the other (which `accumulate` is by definition, unlike `sum`)."""
     return np.add.accumulate(x.astype(np.float64))
@@ -962,7 +972,7 @@ def draw(logits: Floats, temperature: float, top_k: int, top_p: float, min_p: fl
     order = np.argsort(-p, kind="stable")
     if 0 < top_k < len(order):
         order = order[:top_k]
-    total = float(_running(p[np.sort(order)])[-1])
+    total = float(_running(p[np.sort(order)])[-1]) if len(order) < len(p) else _sum_of(p)
     kept = len(order)
     if top_p < 1:
         reached = _running(p[order]) >= float(_F(top_p)) * total
@@ -1004,7 +1014,7 @@ def masked(logits: Floats, bits: NDArray[np.uint8]) -> Floats:
 def log_probabilities(logits: Floats, ids: NDArray[np.int64]) -> Floats:
     """Natural logarithms of the probabilities of `ids` before temperature and filters."""
     top = logits.max()
-    norm = float(top) + log(float(_running(exp(logits - top))[-1]))
+    norm = float(top) + log(_sum_of(exp(logits - top)))
     return (logits[ids].astype(np.float64) - norm).astype(np.float32)
 
 
