@@ -283,6 +283,9 @@ def test_prompt_tokens_are_counted_by_the_kind_that_they_were_computed_and_found
     assert vars(counts) == {"exact": 12 + 94, "fast": 288, "cached_exact": 0, "cached_fast": 256}
     assert bench.ask([*tokens(300), *tokens(50, 1), 5], page_kinds=wire("F" * 8)) == ("F" * 8, 320)
     assert vars(counts) == {"exact": 12 + 94 + 31, "fast": 288, "cached_exact": 64, "cached_fast": 256 + 256}
+    bench.submit(entry, tokens(60, 3), 9, emitted=20)  # of an answer that began elsewhere
+    bench.run()
+    assert (counts.exact, counts.fast) == (12 + 94 + 31 + 40, 288)
 
 
 def test_a_request_takes_up_what_another_computes_meanwhile_where_the_kinds_agree() -> None:
