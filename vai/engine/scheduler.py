@@ -368,7 +368,7 @@ class Scheduler:
             if drafting is not None:
                 return drafting
             for sequence, draft in zip(ready, self._speculation.drafts(queue.entry, ready), strict=True):
-                fits = draft and self._cover(sequence, sequence.computed + 1 + len(draft))
+                fits = draft and self._reserve(sequence, sequence.computed + 1 + len(draft))
                 batch.add(sequence, 1, draft if fits else [])
         else:
             for sequence in ready:
@@ -562,14 +562,10 @@ class Scheduler:
                 return False
         return True
 
-    def _cover(self, sequence: Sequence, tokens: int) -> bool:
-        """Pages for all of the first `tokens` tokens in every cache group, not for what is needed at once only."""
-        return self._reserve(sequence, tokens) and sequence.computed + sequence.rows_with_pages() >= tokens
-
     def _spare(self, shadow: Sequence, tokens: int) -> bool:
         """Pages that a draft model may have: what nobody waits for."""
         waiting = any(queue.waiting for queue in self._queues.values())
-        return not waiting and self._cover(shadow, tokens)
+        return not waiting and self._reserve(shadow, tokens)
 
     def _empty_cache(self) -> None:
         while self.cache.evict(pinned=True):
