@@ -449,7 +449,7 @@ def test_a_short_prompt_does_not_wait_for_long_steps_of_the_other_kind() -> None
         timed(bench)
     assert bench.batches[-1].rows == 512
     for turns in ([False], [True, False]):
-        short, came, begun = bench.submit(entry, tokens(20, 1), 1), bench.now, len(bench.batches)
+        short, came, begun = bench.submit(entry, tokens(12, 1), 1), bench.now, len(bench.batches)
         while short not in bench.finished:
             timed(bench)
         assert [batch.fast for batch in bench.batches[begun:]] == turns
