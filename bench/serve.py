@@ -186,11 +186,12 @@ def stalling(file: Path, peer: Path | None, kv: int, streams: int, length: int, 
         found = uvloop.run(stall(target, ids, streams=streams, length=length, before=before, most=most))
         system.rest()
         result[system.name] = found._asdict()
-        click.echo(f"{system.name:23} {found.before:14.3f} {found.during:14.3f} {found.first:18.2f}   {system.flags}")
+        waits = f"{found.before:14.3f} {found.during:14.3f} {found.text:14.3f} {found.first:18.2f}"
+        click.echo(f"{system.name:23} {waits}   {system.flags}")
 
     with serving_vai([file], kv) as (_, vai):
         title(f"Longest wait for a token of {streams} streams, seconds, around the arrival of {length} tokens")
-        click.echo(f"{'server':23} {'before':>14} {'during':>14} {'its first token':>18}")
+        click.echo(f"{'server':23} {'before':>14} {'during':>14} {'for text':>14} {'its first token':>18}")
         one(vai)
         slot = length + max(SHORT, LONG_ANSWER) + serving.SLOT_ROOM
         for name in serving.VARIANTS if peer is not None else ():

@@ -9,9 +9,9 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import NamedTuple
 
-from vai.cli.bench.figures import gaps
 from vai.cli.bench.traffic import Record, Target, send
 from vai.cli.bench.workload import Ask
 
@@ -23,11 +23,13 @@ LONG_ANSWER = 4  # tokens that the long prompt is answered with: the first may b
 class Stall(NamedTuple):
     """Seconds: the longest wait for a next token of any stream before a long prompt came, and until its first token.
 
+    A token that ends in half a character counts where the server tells of it; in `text` only text does.
     `first`: the long prompt's own first token; NaN where it had not come when patience was at its end.
     """
 
     before: float
     during: float
+    text: float
     first: float
 
 
@@ -59,16 +61,17 @@ async def stall(target: Target, ids: Sequence[int], *, streams: int, length: int
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
     first = end - arrival if late[0].events else float("nan")
-    return Stall(_longest(records, began, arrival), _longest(records, arrival, end), first)
+    signs, texts = [record.signs for record in records], [record.events for record in records]
+    return Stall(_longest(signs, began, arrival), _longest(signs, arrival, end), _longest(texts, arrival, end), first)
 
 
-def _longest(records: Sequence[Record], begin: float, end: float) -> float:
-    """The longest wait for a next event that ends in, or is under way at the end of, this time."""
+def _longest(streams: Sequence[Sequence[float]], begin: float, end: float) -> float:
+    """The longest wait for a next moment of any stream that ends in, or is under way at the end of, this time."""
     waits = []
-    for record in records:
-        times = [at for at in record.events if at < end]
-        waits += [gap for at, gap in zip(times[1:], gaps(record), strict=False) if at >= begin]
-        waits.append(end - times[-1])
+    for moments in streams:
+        past = [at for at in moments if at < end]
+        waits += [after - before for before, after in pairwise(past) if after >= begin]
+        waits.append(end - past[-1])
     return max(waits)
 
 

@@ -21,7 +21,8 @@ _DONE = b"data: [DONE]"
 
 @dataclass(slots=True)
 class Record:
-    """One request, in seconds of time.perf_counter. `events`: when text came; `tokens`: those of the answer, as the
+    """One request, in seconds of time.perf_counter. `events`: when text came; `signs`: when anything of the answer did,
+    such as a token that ends in half a character, where the server tells of it. `tokens`: those of the answer, as the
     server counted them, 0 before its end. `error`: why there is no whole answer; None while it is under way.
     """
 
@@ -29,6 +30,7 @@ class Record:
     prompt: int
     sent: float
     events: list[float] = field(default_factory=list)
+    signs: list[float] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     tokens: int = 0
     ended: float | None = None
@@ -123,10 +125,12 @@ class _Exchange(asyncio.Protocol):
             if self._transport is not None:
                 self._transport.close()
             return
-        if b'"text":"' in line and b'"text":""' not in line:
-            record.events.append(now)
-            if self._keep_text:
-                record.text.append(json.loads(line[len(_EVENT) :])["choices"][0]["text"])
+        if b'"text":"' in line:
+            record.signs.append(now)
+            if b'"text":""' not in line:
+                record.events.append(now)
+                if self._keep_text:
+                    record.text.append(json.loads(line[len(_EVENT) :])["choices"][0]["text"])
         if b'"usage":{' in line:
             record.tokens = json.loads(line[len(_EVENT) :])["usage"]["completion_tokens"]
         elif line.startswith(b'data: {"error"'):
