@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -71,6 +72,15 @@ def test_the_whole_way(vai: Vai, registry: Registry, loaded: str, port: int) -> 
     stopped = vai("stop")
     assert [line.split()[0] for line in stopped.stdout.splitlines()] == ["daemon", "server", "engine"]
     assert registry.is_resident(loaded)
+
+
+def test_prompt_tokens_of_the_fast_kind_are_told_with_their_share() -> None:
+    told = importlib.import_module("vai.cli.status")._prompts
+    counts = {"prompt_exact": 25, "prompt_fast": 75, "cached_exact": 0, "cached_fast": 0}
+    assert told([counts, counts]) == ["Tokens of prompts: 200 computed (75% in the fast kind)"]
+    cached = told([counts | {"cached_exact": 1024}])
+    assert cached == ["Tokens of prompts: 100 computed (75% in the fast kind), 1,024 from the cache"]
+    assert told([dict.fromkeys(counts, 0)]) == []
 
 
 def test_a_model_that_the_engine_holds_is_removed(vai: Vai, registry: Registry, loaded: str, port: int) -> None:

@@ -375,7 +375,7 @@ class Scheduler:
                 batch.add(sequence, 1)
         if prompting:
             self._fill_up(queue, batch)
-            if queue.entry.fast is not None or any([each.kinds for each in queue.running]):  # noqa: C419 - as above
+            if queue.entry.fast is not None or any(each.kinds for each in queue.running):
                 if not batch.rows:
                     return self._fill_fast(queue, picked_at)
                 queue.fast_due = True
