@@ -10,7 +10,7 @@ namespace vai {
   void linear_##name(const LinearArgs&, int, int);                    \
   void glu_##name(const GluArgs&, int, int);                          \
   void attention_##name(const AttentionArgs&, int, float*);           \
-  bool probabilities_##name(const ProbabilitiesArgs&, float*);        \
+  double probabilities_##name(const ProbabilitiesArgs&);              \
   static const Isa k_##name{#name,         row_block_##name, norm_##name,         linear_##name, \
                             glu_##name,    attention_##name, probabilities_##name};
 

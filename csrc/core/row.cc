@@ -10,10 +10,9 @@
 namespace vai {
 namespace {
 
-// Four floats or two doubles: what every machine of ours has.
+// Four lanes: what every machine of ours has.
 using Floats = float __attribute__((vector_size(16)));
 using Ints = int32_t __attribute__((vector_size(16)));
-using Doubles = double __attribute__((vector_size(16)));
 
 Floats load(const float* p) {
   Floats x;
@@ -69,21 +68,6 @@ void places_of(const float* p, int count, uint32_t high, std::vector<int>& place
   }
   for (int i = whole; i < count; ++i)
     if (std::bit_cast<uint32_t>(p[i]) >> 16 == high) places.push_back(i);
-}
-
-double sum_of(const float* p, int count) {
-  Doubles sum[8] = {};  // partial sums j and j + 1 of R16 in sum[j / 2]
-  int i = 0;
-  for (; i + 16 <= count; i += 16)
-    for (int j = 0; j < 4; ++j) {
-      const Floats x = load(p + i + 4 * j);
-      sum[2 * j] += __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1), Doubles);
-      sum[2 * j + 1] += __builtin_convertvector(__builtin_shufflevector(x, x, 2, 3), Doubles);
-    }
-  for (int j = 0; i < count; ++i, ++j) sum[j / 2][j % 2] += double(p[i]);
-  for (int step = 4; step > 0; step /= 2)
-    for (int j = 0; j < step; ++j) sum[j] += sum[j + step];
-  return sum[0][0] + sum[0][1];
 }
 
 }  // namespace vai

@@ -11,9 +11,6 @@ constexpr int kPeakBlock = 64;
 // The maximum of every 64 elements, in order; false if an element is a NaN, and then nothing is said about the maxima.
 bool peaks_of(const float* x, int count, std::vector<float>& peaks);
 
-// The sum of all p in binary64, in the order R16.
-double sum_of(const float* p, int count);
-
 // The places i, ascending, of all p[i] >= 0 whose bits shifted right by 16 are `high`.
 void places_of(const float* p, int count, uint32_t high, std::vector<int>& places);
 

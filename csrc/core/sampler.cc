@@ -76,16 +76,18 @@ class Row {
 
   // p of every id.
   const float* probabilities() {
-    if (!computed_) {
-      scratch_.p.resize(size_t(count_));
-      isa_.probabilities({logits_, count_, temperature_, scratch_.p.data(), highest_}, &maximum_);
-      computed_ = true;
+    if (total_ < 0.0) {
+      if (scratch_.p_count < size_t(count_)) {
+        scratch_.p = std::make_unique_for_overwrite<float[]>(size_t(count_));
+        scratch_.p_count = size_t(count_);
+      }
+      total_ = isa_.probabilities({logits_, count_, temperature_, highest_, scratch_.p.get()});
     }
-    return scratch_.p.data();
+    return scratch_.p.get();
   }
 
   double total() {
-    if (total_ < 0.0) total_ = sum_of(probabilities(), count_);
+    probabilities();
     return total_;
   }
 
@@ -93,7 +95,7 @@ class Row {
   // `scratch.peaks`, and p computed for few others. Nothing where too many are alike.
   bool best(size_t wanted, std::vector<uint64_t>& sorted) {
     std::vector<float>&peaks = scratch_.peaks, &floors = scratch_.floors;
-    if (wanted * 4 > peaks.size()) return false;
+    if (wanted > peaks.size()) return false;
     floors = peaks;
     std::nth_element(floors.begin(), floors.begin() + std::ptrdiff_t(wanted - 1), floors.end(), std::greater<>());
     const float floor = floors[wanted - 1];  // as many elements are at least this high
@@ -115,7 +117,7 @@ class Row {
     }
     scratch_.near_p.resize(near.size());
     float* p = scratch_.near_p.data();
-    isa_.probabilities({near.data(), int(near.size()), temperature_, p, highest_}, &maximum_);
+    isa_.probabilities({near.data(), int(near.size()), temperature_, highest_, p});
     float least = 1.0f;
     for (size_t i = 0; i < near.size(); ++i)
       if (near[i] >= floor) least = std::min(least, p[i]);
@@ -144,9 +146,7 @@ class Row {
   const int count_;
   const float temperature_, highest_;
   SampleScratch& scratch_;
-  float maximum_ = 0.0f;
-  bool computed_ = false;
-  double total_ = -1.0;
+  double total_ = -1.0;  // before it is computed
 };
 
 // The candidates in sorted order, as many as are asked for: most draws need a few of 150,000.
@@ -212,7 +212,8 @@ class Ranking {
   std::vector<uint32_t> buckets_;
 };
 
-constexpr size_t kFirst = 128;  // ranked at first where no top_k says how many it takes
+// How many are ranked at first where no top_k says how many it takes, and how many when a quarter of the mass is among those.
+constexpr size_t kFirst = 128, kMore = 1024;
 
 // Running sums over the candidates in sorted order, without sorting them: what binary64 adds without rounding may be added
 // in any order. Candidates are in buckets by the upper half of p. All p from 2^-j on are multiples of 2^-(j+23), so sums
@@ -224,11 +225,15 @@ class RunningSums {
   // The first candidate at which the sum is at least `mass`, or `more` than it: its id, and the sum with it.
   bool find(double mass, bool more, int& id, double& sum) {
     auto reached = [&](double s) { return more ? s > mass : s >= mass; };
-    sum = 0.0;
-    for (uint64_t c : list()) {
-      sum += double(probability(c));
-      if (reached(sum)) return id = identity(c), true;
-    }
+    auto among = [&](const std::vector<uint64_t>& first) {
+      sum = 0.0;
+      for (uint64_t c : first) {
+        sum += double(probability(c));
+        if (reached(sum)) return id = identity(c), true;
+      }
+      return false;
+    };
+    if (among(list()) || (sum > 0.25 * mass && list().size() < kMore && among(list(kMore)))) return true;
     if (!counted_) add_up();
     sum = 0.0;
     for (int bucket = kBuckets - 1; bucket > 0; --bucket) {
@@ -260,9 +265,9 @@ class RunningSums {
 
  private:
   // The first ones, where these can be found alone.
-  const std::vector<uint64_t>& list() {
-    if (!listed_ && !row_.best(kFirst, scratch_.kept)) scratch_.kept.clear();
-    listed_ = true;
+  const std::vector<uint64_t>& list(size_t wanted = kFirst) {
+    if (listed_ < wanted && !row_.best(wanted, scratch_.kept)) scratch_.kept.clear();
+    listed_ = std::max(listed_, wanted);
     return scratch_.kept;
   }
 
@@ -299,7 +304,8 @@ class RunningSums {
 
   Row& row_;
   SampleScratch& scratch_;
-  bool listed_ = false, counted_ = false;
+  size_t listed_ = 0;  // as many were asked for
+  bool counted_ = false;
 };
 
 // A draw without top_k; -1 where it takes the candidates in sorted order.

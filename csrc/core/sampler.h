@@ -1,6 +1,7 @@
 // Sampling one row of logits: the normative algorithm, and the counter-based generator that draws.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "vai/ops.h"
@@ -22,7 +23,9 @@ struct Adjustments {
 
 // Memory that rows share, one after the other.
 struct SampleScratch {
-  std::vector<float> p, adjusted, peaks, floors, near, near_p;
+  std::unique_ptr<float[]> p;  // a vector would clear what is written next
+  size_t p_count = 0;
+  std::vector<float> adjusted, peaks, floors, near, near_p;
   std::vector<int> near_ids;
   std::vector<uint64_t> kept, spare, near_mass;
   std::vector<double> masses;

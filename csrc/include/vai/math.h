@@ -1,4 +1,5 @@
 // Our own transcendentals and ordered sums over a vector trait: every operation rounded, the same bits everywhere.
+// Include it behind the trait.
 #pragma once
 
 #include <cstdint>
@@ -6,20 +7,42 @@
 namespace vai {
 namespace {
 
-// exp of the project's specification: x > 88.3 is clamped, x < -87.3 gives +0, NaN passes. At most 0.97 ulp off.
-template <class V>
-inline typename V::F exp(typename V::F x0) {
+// exp of the project's specification, of several registers: x > 88.3 is clamped, x < -87.3 gives +0, NaN passes. At most
+// 0.97 ulp off. Each step is done for all registers before the next: of one register every step waits for the one before it,
+// and a processor does not look far enough ahead to fill that time with what comes next.
+template <class V, int kCount>
+inline void exp(typename V::F (&x)[kCount]) {
   using F = typename V::F;
-  const F x = V::min(V::set1(88.3f), x0);
-  const F n = V::round(V::mul(V::max(x, V::set1(-127.0f)), V::set1(1.44269504f)));
-  const F r = V::sub(V::sub(x, V::mul(n, V::set1(0.693359375f))), V::mul(n, V::set1(-2.12194440e-4f)));
-  constexpr float kC[5] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-  F p = V::set1(1.9875691500e-4f);
-  for (float c : kC) p = V::add(V::mul(p, r), V::set1(c));
-  const F t = V::add(V::add(V::mul(p, V::mul(r, r)), r), V::set1(1.0f));
-  const F scaled = V::from_bits(V::iadd(V::bits(t), V::to_exponent(V::to_int(n))));
-  const F clipped = V::select(V::greater_equal(x0, V::set1(-87.3f)), scaled, V::set1(0.0f));
-  return V::select(V::unordered(x0), x0, clipped);
+  F n[kCount], r[kCount], p[kCount];
+#define VAI_STEP(to, expression)                       \
+  VAI_UNROLL for (int i = 0; i < kCount; ++i) {        \
+    to[i] = expression;                                \
+    if constexpr (kCount > 1) V::keep_in_order(to[i]); \
+  }
+  VAI_STEP(n, V::mul(V::min(V::set1(88.3f), x[i]), V::set1(1.44269504f)))
+  VAI_STEP(n, V::round(n[i]))
+  VAI_STEP(r, V::sub(V::min(V::set1(88.3f), x[i]), V::mul(n[i], V::set1(0.693359375f))))
+  VAI_STEP(r, V::sub(r[i], V::mul(n[i], V::set1(-2.12194440e-4f))))
+  VAI_STEP(p, V::mul(V::set1(1.9875691500e-4f), r[i]))
+  constexpr float kC[4] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f};
+  for (float c : kC) {
+    VAI_STEP(p, V::add(p[i], V::set1(c)))
+    VAI_STEP(p, V::mul(p[i], r[i]))
+  }
+  VAI_STEP(p, V::add(p[i], V::set1(5.0000001201e-1f)))
+  VAI_STEP(p, V::mul(p[i], V::mul(r[i], r[i])))
+  VAI_STEP(p, V::add(p[i], r[i]))
+  VAI_STEP(p, V::add(p[i], V::set1(1.0f)))
+  VAI_STEP(p, V::from_bits(V::iadd(V::bits(p[i]), V::to_exponent(V::to_int(n[i])))))
+  VAI_STEP(x, V::where(V::not_less(x[i], V::set1(-87.3f)), p[i]))
+#undef VAI_STEP
+}
+
+template <class V>
+inline typename V::F exp(typename V::F x) {
+  typename V::F one[1] = {x};
+  exp<V>(one);
+  return one[0];
 }
 
 // tanh (Cephes): a polynomial below 0.625, else 1 - 2 / (exp(2 |x|) + 1) with the sign of x. NaN passes.

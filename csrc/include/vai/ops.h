@@ -338,13 +338,13 @@ struct SampleResult {
   float* top_logprobs;
 };
 
-// z = logits / temperature, its maximum, and p = exp(z - maximum); false if a logit is a NaN.
+// p = exp(logits / temperature - highest / temperature), where no logit is a NaN; returns their sum in binary64, in the order R16.
 struct ProbabilitiesArgs {
   const float* logits;
   int count;
   float temperature;
+  float highest;  // of all logits
   float* p;
-  float highest = __builtin_nanf("");  // logit, if it is known and none is a NaN
 };
 
 // One instruction set's implementations.
@@ -356,7 +356,7 @@ struct Isa {
   void (*glu)(const GluArgs&, int begin, int end);
   // `scratch`: attention_scratch(context, head_dim) floats of the worker's own.
   void (*attention)(const AttentionArgs&, int unit, float* scratch);
-  bool (*probabilities)(const ProbabilitiesArgs&, float* maximum);
+  double (*probabilities)(const ProbabilitiesArgs&);
 };
 
 // One implementation of the fast kind: bfloat16 times bfloat16, summed in binary32 (ops/fast/sums.h says in which order), the

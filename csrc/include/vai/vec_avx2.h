@@ -47,6 +47,8 @@ struct Avx2Vec {
   static F set1(float x) { return _mm256_set1_ps(x); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  using Double = __m256d;
+  static Double load_double(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
   static F load_bf16(const void* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }
@@ -85,11 +87,10 @@ struct Avx2Vec {
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static Mask greater_equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
   static Mask unordered(F a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
+  static Mask not_less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_NLT_UQ); }
   static F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
-  static Mask before(int first, int end) {
-    const I lane = _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
-  }
+  static F where(Mask m, F a) { return _mm256_and_ps(m, a); }
+  static void keep_in_order(F& a) { asm volatile("" : "+x"(a)); }
   static void store_i8(int8_t* p, I a) {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));

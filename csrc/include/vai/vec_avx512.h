@@ -32,6 +32,8 @@ struct Avx512Vec {
   static F set1(float x) { return _mm512_set1_ps(x); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  using Double = __m512d;
+  static Double load_double(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
   static F load_bf16(const void* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
   }
@@ -75,12 +77,10 @@ struct Avx512Vec {
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static Mask greater_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   static Mask unordered(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+  static Mask not_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
   static F select(Mask m, F yes, F no) { return _mm512_mask_mov_ps(no, m, yes); }
-  static Mask before(int first, int end) {
-    const I lane = _mm512_add_epi32(_mm512_set1_epi32(first),
-                                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    return _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(end));
-  }
+  static F where(Mask m, F a) { return select(m, a, set1(0.0f)); }
+  static void keep_in_order(F& a) { asm volatile("" : "+v"(a)); }
   static void store_i8(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
 
   static void f16_pairs(const uint8_t* p, F& even, F& odd) {

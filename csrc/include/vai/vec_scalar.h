@@ -39,6 +39,8 @@ struct ScalarVec {
   static F set1(float x) { VAI_LANES(F, x); }
   static F load(const float* p) { VAI_LANES(F, p[i]); }
   static void store(float* p, F x) { for (int i = 0; i < 16; ++i) p[i] = x.v[i]; }
+  using Double = double;  // as many binary32 as are added up in binary64 at once; it has operator +=
+  static Double load_double(const float* p) { return *p; }
   static F load_bf16(const void* p) { VAI_LANES(F, bf16_to_f32(load_as<uint16_t>((const char*)p + 2 * i))); }
   static F load_i8(const void* p) { VAI_LANES(F, float(load_as<int8_t>((const char*)p + i))); }
   static F load_f16(const void* p) { VAI_LANES(F, f16_to_f32(load_as<uint16_t>((const char*)p + 2 * i))); }
@@ -66,13 +68,16 @@ struct ScalarVec {
   static I shifted(I a) { VAI_LANES(I, int32_t(n >= 0 ? uint32_t(a.v[i]) << (n & 31) : uint32_t(a.v[i]) >> (-n & 31))); }
   static I imax(I a, I b) { VAI_LANES(I, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
   static I to_exponent(I a) { VAI_LANES(I, int32_t(uint32_t(a.v[i]) << 23)); }
-  static I to_int(F a) { VAI_LANES(I, int32_t(a.v[i])); }  // of integral values in range
+  // Of integral values; where they are out of range or none, the least integer.
+  static I to_int(F a) { VAI_LANES(I, a.v[i] >= -0x1p31f && a.v[i] < 0x1p31f ? int32_t(a.v[i]) : INT32_MIN); }
   static F to_float(I a) { VAI_LANES(F, float(a.v[i])); }
   static Mask greater_equal(F a, F b) { VAI_LANES(Mask, a.v[i] >= b.v[i]); }
   static Mask unordered(F a) { VAI_LANES(Mask, a.v[i] != a.v[i]); }
+  static Mask not_less(F a, F b) { VAI_LANES(Mask, !(a.v[i] < b.v[i])); }
   static F select(Mask m, F yes, F no) { VAI_LANES(F, m.v[i] ? yes.v[i] : no.v[i]); }
-  // Lane i of this register is element `first` + i: true where that is less than `end`.
-  static Mask before(int first, int end) { VAI_LANES(Mask, first + i < end); }
+  static F where(Mask m, F a) { VAI_LANES(F, m.v[i] ? a.v[i] : 0.0f); }
+  // The compiler changes nothing about the order in which values come about that are kept so.
+  static void keep_in_order(F&) {}
   static void store_i8(int8_t* p, I a) { for (int i = 0; i < 16; ++i) p[i] = int8_t(a.v[i]); }
 
   // A line of F16 or BF16 tiles: 16 rows x (even k, odd k).

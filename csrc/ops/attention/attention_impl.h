@@ -169,18 +169,25 @@ void cap_scores(float* s, int begin, int end, float cap) {
 template <class V>
 void soften(float* s, int first, int end) {
   using F = typename V::F;
-  constexpr int W = V::kLanes;
-  const F lowest = V::set1(-__builtin_inff());
-  F top = lowest;
-  const int begin = first & ~15;
+  constexpr int W = V::kLanes, kAtOnce = 4;
+  const int begin = first & ~15, last = (end + 15) / 16 * 16;
   for (int t = begin; t < first; ++t) s[t] = -__builtin_inff();  // of which exp is 0
-  for (int t = begin; t < end; t += W) top = V::max(V::select(V::before(t, end), V::load(s + t), lowest), top);
+  for (int t = end; t < last; ++t) s[t] = -__builtin_inff();
+  F top = V::set1(-__builtin_inff());
+  for (int t = begin; t < last; t += W) top = V::max(V::load(s + t), top);
   float lanes[W];
   V::store(lanes, top);
   float m = lanes[0];
   for (int i = 1; i < W; ++i) m = lanes[i] > m ? lanes[i] : m;
-  for (int t = begin; t < (end + 15) / 16 * 16; t += W)
-    V::store(s + t, V::select(V::before(t, end), exp<V>(V::sub(V::load(s + t), V::set1(m))), V::set1(0.0f)));
+  auto weights = [&]<int kCount>(float* at) {
+    F x[kCount];
+    VAI_UNROLL for (int i = 0; i < kCount; ++i) x[i] = V::sub(V::load(at + i * W), V::set1(m));
+    exp<V>(x);
+    VAI_UNROLL for (int i = 0; i < kCount; ++i) V::store(at + i * W, x[i]);
+  };
+  int t = begin;
+  for (; t + kAtOnce * W <= last; t += kAtOnce * W) weights.template operator()<kAtOnce>(s + t);
+  for (; t < last; t += W) weights.template operator()<1>(s + t);
 }
 
 // The R16 sum of a chunk's weights.

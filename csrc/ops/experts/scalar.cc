@@ -2,9 +2,10 @@
 // small a part of a step to need more than plain loops.
 #include <algorithm>
 
-#include "vai/math.h"
 #include "vai/ops.h"
 #include "vai/vec_scalar.h"
+
+#include "vai/math.h"
 
 namespace vai {
 

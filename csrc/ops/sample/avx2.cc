@@ -4,5 +4,5 @@
 #include "probabilities_impl.h"
 
 namespace vai {
-bool probabilities_avx2(const ProbabilitiesArgs& a, float* maximum) { return probabilities<Avx2Vec>(a, maximum); }
+double probabilities_avx2(const ProbabilitiesArgs& a) { return probabilities<Avx2Vec>(a); }
 }  // namespace vai

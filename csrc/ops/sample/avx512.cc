@@ -4,5 +4,5 @@
 #include "probabilities_impl.h"
 
 namespace vai {
-bool probabilities_avx512(const ProbabilitiesArgs& a, float* maximum) { return probabilities<Avx512Vec>(a, maximum); }
+double probabilities_avx512(const ProbabilitiesArgs& a) { return probabilities<Avx512Vec>(a); }
 }  // namespace vai

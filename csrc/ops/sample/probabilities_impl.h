@@ -1,5 +1,7 @@
-// The one wide part of sampling: logits to p = exp(logit / temperature - max).
+// The one wide part of sampling: logits to p = exp(logit / temperature - highest / temperature), and their sum.
 #pragma once
+
+#include <cstring>
 
 #include "vai/math.h"
 #include "vai/ops.h"
@@ -7,48 +9,63 @@
 namespace vai {
 namespace {
 
+// Sums of every 16th element in binary64, and then of these: the order R16.
 template <class V>
-bool probabilities(const ProbabilitiesArgs& a, float* maximum) {
+class RowSum {
+ public:
+  // Elements p[0, count), a multiple of 16 behind those before.
+  void add(const float* p, int count) {
+    for (int i = 0; i < count; i += 16)
+      VAI_UNROLL for (int j = 0; j < 16 / kLanes; ++j) sums_[j] += V::load_double(p + i + j * kLanes);
+  }
+
+  double total() const {
+    double sum[16];
+    std::memcpy(sum, sums_, sizeof sum);
+    for (int step = 8; step > 0; step /= 2)
+      for (int j = 0; j < step; ++j) sum[j] += sum[j + step];
+    return sum[0];
+  }
+
+ private:
+  static constexpr int kLanes = int(sizeof(typename V::Double) / sizeof(double));
+  typename V::Double sums_[16 / kLanes] = {};
+};
+
+// Elements that are summed up while they are in L1: within the loop that computes them the sums would be in its way.
+constexpr int kSummed = 1024;
+
+template <class V>
+double probabilities(const ProbabilitiesArgs& a) {
   using F = typename V::F;
-  constexpr int W = V::kLanes;
-  const int wide = a.count / W * W;
-  const F temperature = V::set1(a.temperature), lowest = V::set1(-__builtin_inff());
-  float tail[W];
-  for (int i = 0; i < W; ++i) tail[i] = wide + i < a.count ? a.logits[wide + i] : -__builtin_inff();
-  auto scaled = [&](int i) {
-    const F x = V::load(i < wide ? a.logits + i : tail);
-    return a.temperature == 1.0f ? x : V::div(x, temperature);
+  constexpr int kAtOnce = 8, kStep = kAtOnce * V::kLanes;
+  const F temperature = V::set1(a.temperature);
+  const F highest = V::div(V::set1(a.highest), temperature);  // dividing keeps the order, so this is the highest quotient
+  auto step = [&](const float* logits, float* p) {
+    F x[kAtOnce];
+    VAI_UNROLL for (int i = 0; i < kAtOnce; ++i) {
+      x[i] = V::load(logits + i * V::kLanes);
+      if (a.temperature != 1.0f) x[i] = V::div(x[i], temperature);
+      x[i] = V::sub(x[i], highest);
+    }
+    exp<V>(x);
+    VAI_UNROLL for (int i = 0; i < kAtOnce; ++i) V::store(p + i * V::kLanes, x[i]);
   };
-  F top = lowest, bad = V::set1(0.0f);
-  const bool known = a.highest == a.highest;
-  if (known) top = V::set1(a.highest);
-  for (int i = 0; i < a.count && !known; i += W) {
-    const F x = V::load(i < wide ? a.logits + i : tail);
-    bad = V::select(V::unordered(x), V::set1(1.0f), bad);
-    top = V::max(x, top);
-  }
-  top = V::div(top, temperature);  // dividing keeps the order, so this is the highest quotient
-  float lanes[W], flags[W];
-  V::store(lanes, top);
-  V::store(flags, bad);
-  float m = lanes[0];
-  bool nan = false;
-  for (int i = 0; i < W; ++i) {
-    m = lanes[i] > m ? lanes[i] : m;
-    nan |= flags[i] != 0.0f;
-  }
-  *maximum = m;
-  if (nan) return false;
-  for (int i = 0; i < a.count; i += W) {
-    const F p = exp<V>(V::sub(scaled(i), V::set1(m)));
-    if (i < wide) {
-      V::store(a.p + i, p);
-    } else {
-      V::store(lanes, p);
-      for (int j = 0; i + j < a.count; ++j) a.p[i + j] = lanes[j];
+  RowSum<V> sum;
+  for (int first = 0; first < a.count; first += kSummed) {
+    const int end = a.count - first < kSummed ? a.count : first + kSummed;
+    int i = first;
+    for (; i + kStep <= end; i += kStep) step(a.logits + i, a.p + i);
+    sum.add(a.p + first, i - first);
+    if (const int rest = end - i; rest > 0) {
+      float logits[kStep], p[kStep];
+      for (int j = 0; j < kStep; ++j) logits[j] = j < rest ? a.logits[i + j] : -__builtin_inff();  // of which p is 0
+      step(logits, p);
+      sum.add(p, kStep);
+      std::memcpy(a.p + i, p, size_t(rest) * sizeof(float));
     }
   }
-  return true;
+  return sum.total();
 }
 
 }  // namespace

@@ -4,5 +4,5 @@
 #include "probabilities_impl.h"
 
 namespace vai {
-bool probabilities_scalar(const ProbabilitiesArgs& a, float* maximum) { return probabilities<ScalarVec>(a, maximum); }
+double probabilities_scalar(const ProbabilitiesArgs& a) { return probabilities<ScalarVec>(a); }
 }  // namespace vai
