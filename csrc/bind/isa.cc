@@ -20,6 +20,7 @@ const vai::Isa& isa_by_name(const char* name) {
 }
 
 void bind_isa(nb::module_& m) {
+  m.attr("emulated") = vai::kEmulated;
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const vai::Isa* isa : vai::available_isas()) names.emplace_back(isa->name);

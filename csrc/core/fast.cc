@@ -63,7 +63,7 @@ bool tiles_promised() {
 // What the processor says it has, and the operating system supports.
 bool promised(const Fast& fast) {
 #if defined(__x86_64__)
-  if (&fast == &kAmx) return tiles_promised();
+  if (&fast == &kAmx) return kEmulated || tiles_promised();
 #endif
   return &fast == &kPortable;
 }

@@ -35,8 +35,9 @@ static bool promised(const Isa& isa) {
 #if defined(__x86_64__)
   if (&isa == &k_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   if (&isa == &k_avx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    return kEmulated || (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                         __builtin_cpu_supports("avx512vnni"));
 #endif
   return &isa == &k_scalar;
 }

@@ -15,13 +15,15 @@ from vai.engine.engine import Engine
 from vai.engine.kinds import unpacked
 from vai.engine.resume import Answer
 from vai.errors import BadRequest, NotSupported
+from vai.kernels import table
 from vai.request import Output, Request, SamplingParams, Speculate
 
 from .test_determinism import Answers, Make, Root, told
 
 GREEDY = SamplingParams(temperature=0, seed=1, max_tokens=12, logprobs=3)
 SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, seed=7, max_tokens=16, logprobs=2)
-PORTABLE = {"fast": "portable"}
+BEST = table.fasts()[-1]
+FAST = {"fast": BEST}
 
 
 def prompt(count: int, seed: int) -> list[int]:
@@ -78,7 +80,7 @@ def alone(tiny_root: Root, columns: list[Request]) -> Answers:
     """Each request in an engine that never sees another: what all others must be equal to."""
     found: Answers = {}
     for request in columns:
-        engine = Engine(tiny_root[0], threads=1, pool=np.full(64 << 20, 0xFF, np.uint8), **PORTABLE)
+        engine = Engine(tiny_root[0], threads=1, pool=np.full(64 << 20, 0xFF, np.uint8), **FAST)
         outputs = outputs_of(engine, [request])
         assert kinds(outputs) == {request.id: len(request.tokens) // 32 if len(request.tokens) > 128 else 0}
         found |= answers(outputs)
@@ -91,24 +93,24 @@ def alone(tiny_root: Root, columns: list[Request]) -> Answers:
 
 
 def together(make: Make, root: Path, columns: list[Request]) -> Answers:
-    return answers(outputs_of(make(root, slabs=2, **PORTABLE), columns))
+    return answers(outputs_of(make(root, slabs=2, **FAST), columns))
 
 
 def chunked_in_elevens(make: Make, root: Path, columns: list[Request]) -> Answers:
-    return answers(outputs_of(make(root, slabs=2, max_rows=11, **PORTABLE), columns))
+    return answers(outputs_of(make(root, slabs=2, max_rows=11, **FAST), columns))
 
 
 def with_two_threads(make: Make, root: Path, columns: list[Request]) -> Answers:
-    return answers(outputs_of(make(root, slabs=2, threads=2, **PORTABLE), columns))
+    return answers(outputs_of(make(root, slabs=2, threads=2, **FAST), columns))
 
 
 def without_the_prefix_cache(make: Make, root: Path, columns: list[Request]) -> Answers:
-    return answers(outputs_of(make(root, slabs=2, **PORTABLE), [replace(each, cache=False) for each in columns]))
+    return answers(outputs_of(make(root, slabs=2, **FAST), [replace(each, cache=False) for each in columns]))
 
 
 def preempted(make: Make, root: Path, columns: list[Request]) -> Answers:
     """Urgent requests come again and again and take places away; what was computed is not kept, and so done again."""
-    engine = make(root, slabs=2, max_sequences=2, max_rows=48, **PORTABLE)
+    engine = make(root, slabs=2, max_sequences=2, max_rows=48, **FAST)
     images = sorted({request.image for request in columns})
 
     def disturb(step: int) -> None:
@@ -124,7 +126,7 @@ def preempted(make: Make, root: Path, columns: list[Request]) -> Answers:
 
 
 def guessing_from_the_prompt(make: Make, root: Path, columns: list[Request]) -> Answers:
-    engine = make(root, slabs=2, clock=lambda: 0.0, **PORTABLE)  # steps cost nothing: every guess is worth it
+    engine = make(root, slabs=2, clock=lambda: 0.0, **FAST)  # steps cost nothing: every guess is worth it
     found = answers(
         outputs_of(engine, [replace(each, speculate=Speculate(kind="ngram", max_tokens=5)) for each in columns])
     )
@@ -134,7 +136,7 @@ def guessing_from_the_prompt(make: Make, root: Path, columns: list[Request]) -> 
 
 def guessing_with_a_draft_model(make: Make, root: Path, columns: list[Request]) -> Answers:
     """The model itself, whose shadows are exact, so that not all they guess stands."""
-    engine = make(root, slabs=2, clock=lambda: 0.0, **PORTABLE)
+    engine = make(root, slabs=2, clock=lambda: 0.0, **FAST)
     guessing = [replace(each, speculate=Speculate(kind="draft", draft=each.image)) for each in columns]
     found = answers(outputs_of(engine, guessing))
     assert all(model.accepted > 0 for model in engine.status().models)
@@ -143,7 +145,7 @@ def guessing_with_a_draft_model(make: Make, root: Path, columns: list[Request]) 
 
 def after_switches(make: Make, root: Path, columns: list[Request]) -> Answers:
     """In turn with the other model, a step of each."""
-    engine = make(root, slabs=2, max_rows=40, **PORTABLE)
+    engine = make(root, slabs=2, max_rows=40, **FAST)
     for image in sorted({request.image for request in columns}) * 5:
         outputs_of(engine, [Request(id="s", image=image, tokens=[5], sampling=replace(GREEDY, max_tokens=1))])
     assert len(engine.switches().switched) == 10
@@ -179,7 +181,7 @@ def test_an_engine_after_another_goes_on_in_the_same_kinds(
 ) -> None:
     """The first dies in the middle; the next has its pages, or nothing."""
     pool = np.full(64 << 20, 0xFF, np.uint8)
-    first = Engine(tiny_root[0], threads=1, pool=pool, **PORTABLE)
+    first = Engine(tiny_root[0], threads=1, pool=pool, **FAST)
     went_on = {request.id: Answer(request) for request in columns}
     outputs: dict[str, list[Output]] = {request.id: [] for request in columns}
     for request in columns:
@@ -195,7 +197,7 @@ def test_an_engine_after_another_goes_on_in_the_same_kinds(
     assert {*kinds_of.values()} == {kind for _, kind in first._scheduler.retention._speeds} == {False, True}
     if not adopts:
         pool = np.full(64 << 20, 0xFF, np.uint8)
-    second = Engine(tiny_root[0], threads=1, pool=pool, **PORTABLE)  # the first was not closed: it is as if killed
+    second = Engine(tiny_root[0], threads=1, pool=pool, **FAST)  # the first was not closed: it is as if killed
     for image in {request.image for request in columns}:
         second.attach(image)
     second.adopt()
@@ -224,7 +226,7 @@ def test_deterministic_answers_are_those_of_an_engine_without_a_fast_kind_whatev
     tiny_root: Root, make_engine: Make, columns: list[Request], alone: Answers
 ) -> None:
     exact = outputs_of(make_engine(tiny_root[0], slabs=2), columns)
-    engine = make_engine(tiny_root[0], slabs=2, **PORTABLE)
+    engine = make_engine(tiny_root[0], slabs=2, **FAST)
     assert answers(outputs_of(engine, columns)) == alone  # fast pages are there now
     asked = [replace(request, deterministic=True) for request in columns]
     for cached in (False, True):
@@ -244,8 +246,8 @@ def test_the_native_engine_gives_the_tokens_and_logprobs_of_the_reference(
     tiny_root: Root, make_engine: Make, columns: list[Request], alone: Answers
 ) -> None:
     few = [replace(each, sampling=replace(each.sampling, max_tokens=3)) for each in (columns[0], columns[4])]
-    native = outputs_of(make_engine(tiny_root[0], slabs=2, **PORTABLE), few)
-    reference = outputs_of(make_engine(tiny_root[0], slabs=2, backend="reference", **PORTABLE), few)
+    native = outputs_of(make_engine(tiny_root[0], slabs=2, **FAST), few)
+    reference = outputs_of(make_engine(tiny_root[0], slabs=2, backend="reference", **FAST), few)
     assert kinds(native) == kinds(reference) == {"greedy": 4, "other": 5}
     assert answers(native) == answers(reference)
     assert all(alone[name].tokens[:3] == each.tokens for name, each in answers(native).items())
@@ -254,16 +256,16 @@ def test_the_native_engine_gives_the_tokens_and_logprobs_of_the_reference(
 def test_an_engine_says_what_computes_its_fast_pages_and_a_fingerprint_names_it(
     tiny_root: Root, make_engine: Make, columns: list[Request]
 ) -> None:
-    engine, exact = make_engine(tiny_root[0], slabs=2, **PORTABLE), make_engine(tiny_root[0])
-    assert (engine.status().fast, exact.status().fast) == ("portable", None)
+    engine, exact = make_engine(tiny_root[0], slabs=2, **FAST), make_engine(tiny_root[0])
+    assert (engine.status().fast, exact.status().fast) == (BEST, None)
     found = {name: own[0].fingerprint for name, own in outputs_of(engine, columns[2:4]).items()}
-    assert found["choice 2"] == f"{found['short']}-portable"
+    assert found["choice 2"] == f"{found['short']}-{BEST}"
 
 
 def test_an_answer_with_fast_pages_ends_as_it_would_have_in_an_engine_without_a_fast_kind(
     tiny_root: Root, make_engine: Make, columns: list[Request]
 ) -> None:
-    first, second = make_engine(tiny_root[0], slabs=2, **PORTABLE), make_engine(tiny_root[0], slabs=2)
+    first, second = make_engine(tiny_root[0], slabs=2, **FAST), make_engine(tiny_root[0], slabs=2)
     whole = outputs_of(first, columns[:2])
     exact = outputs_of(second, columns[:2])
     before = [model.workspace_bytes for model in second.status().models]
@@ -282,7 +284,7 @@ def test_an_answer_with_fast_pages_ends_as_it_would_have_in_an_engine_without_a_
 
 
 def test_kinds_from_outside_are_checked(tiny_root: Root, make_engine: Make, columns: list[Request]) -> None:
-    engine, exact = make_engine(tiny_root[0], **PORTABLE), make_engine(tiny_root[0])
+    engine, exact = make_engine(tiny_root[0], **FAST), make_engine(tiny_root[0])
     with pytest.raises(BadRequest, match="cannot be fast"):
         engine.submit(replace(columns[1], page_kinds=b"\xff"))
     with pytest.raises(NotSupported, match="fast kind"):
@@ -297,10 +299,10 @@ def test_a_model_in_this_process_is_deterministic_where_it_is_told_so_once_or_ea
     told = SamplingParams(temperature=0, max_tokens=3, logprobs=0)
     with LLM("tiny", fast="off", **where) as llm:
         exact = llm.generate(prompt(200, 1), told)
-    with LLM("tiny", fast="portable", **where) as llm:
+    with LLM("tiny", fast=BEST, **where) as llm:
         fast, asked = llm.generate(prompt(200, 1), told), llm.generate(prompt(200, 1), told, deterministic=True)
-    with LLM("tiny", fast="portable", deterministic=True, **where) as llm:
+    with LLM("tiny", fast=BEST, deterministic=True, **where) as llm:
         always, unlike = llm.generate(prompt(200, 1), told), llm.generate(prompt(200, 2), told, deterministic=False)
     assert asked.logprobs == always.logprobs == exact.logprobs != fast.logprobs
-    assert fast.fingerprint == unlike.fingerprint == f"{exact.fingerprint}-portable"
+    assert fast.fingerprint == unlike.fingerprint == f"{exact.fingerprint}-{BEST}"
     assert exact.fingerprint == asked.fingerprint == always.fingerprint

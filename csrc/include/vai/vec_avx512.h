@@ -8,7 +8,11 @@
 #include "vai/scalar_types.h"
 
 // Loops over the registers of a tile: unrolled, or the registers become memory.
+#ifdef __AVX512F__
 #define VAI_UNROLL _Pragma("GCC unroll 16")
+#else  // emulated: they are memory
+#define VAI_UNROLL
+#endif
 #define VAI_ROLLED _Pragma("GCC unroll 1")
 
 namespace vai {
@@ -54,8 +58,12 @@ struct Avx512Vec {
   static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // In place: gcc 12 otherwise rotates the accumulators through registers and spills them.
   static F accumulate(F acc, F product) {
+#ifdef __AVX512F__
     asm("vaddps %1, %0, %0" : "+v"(acc) : "v"(product));
     return acc;
+#else  // emulated
+    return add(acc, product);
+#endif
   }
   static I bits(F a) { return _mm512_castps_si512(a); }
   static F from_bits(I a) { return _mm512_castsi512_ps(a); }
@@ -80,7 +88,11 @@ struct Avx512Vec {
   static Mask not_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
   static F select(Mask m, F yes, F no) { return _mm512_mask_mov_ps(no, m, yes); }
   static F where(Mask m, F a) { return select(m, a, set1(0.0f)); }
-  static void keep_in_order(F& a) { asm volatile("" : "+v"(a)); }
+  static void keep_in_order([[maybe_unused]] F& a) {
+#ifdef __AVX512F__
+    asm volatile("" : "+v"(a));
+#endif
+  }
   static void store_i8(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
 
   static void f16_pairs(const uint8_t* p, F& even, F& odd) {

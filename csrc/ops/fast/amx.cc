@@ -277,7 +277,7 @@ void linear_fast_amx(const LinearArgs& a, int begin, int end, uint8_t* scratch) 
       }
     }
   }
-  asm volatile("tilerelease" ::: "memory");
+  release();
 }
 
 }  // namespace vai

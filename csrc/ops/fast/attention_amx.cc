@@ -32,7 +32,7 @@ struct AmxTiles {
 void attention_fast_amx(const AttentionArgs& a, int unit, uint8_t* scratch) {
   configure(kTileRows, kTileRows);
   attention_fast<Avx512Vec, AmxTiles>(a, unit, scratch);
-  asm volatile("tilerelease" ::: "memory");
+  release();
 }
 
 }  // namespace vai
