@@ -107,14 +107,17 @@ class Virtual:
         while self.now < until:
             while self._events and self._events[0][0] <= self.now:
                 heapq.heappop(self._events)[2]()
-            if self.scheduler.has_work():
-                self._step()
-            elif self._events:
+            if self.scheduler.has_work() and self._step():
+                continue
+            if self._events:
                 self.now = self._events[0][0]
+            elif self.scheduler.has_work():
+                raise RuntimeError("A request waits for pages that nothing will free: the pool is too small for it.")
             else:
                 return
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """One step, if there is any to be done: whether anything happened."""
         batch = self.scheduler.pick()
         if batch is not None:
             model = self._of_digest[batch.entry.digest]
@@ -123,8 +126,10 @@ class Virtual:
             self.busy += seconds
             self.rows += batch.rows
             self.scheduler.commit(batch, [Draw(self._token(place.sequence), None) for place in batch.places])
-        for output in self.scheduler.take_outputs():
+        outputs = self.scheduler.take_outputs()
+        for output in outputs:
             self._take(output)
+        return batch is not None or bool(outputs)
 
     @staticmethod
     def _token(sequence: Sequence) -> int:
