@@ -53,13 +53,6 @@ void multiply_tiles(const uint8_t* activations, size_t row_bytes, const uint8_t*
 
 // ---- weights as tiles: [columns / 2][16 rows][2]
 
-// Two columns of 16 rows, rounded to bfloat16: nearest, half to even, subnormal numbers as zeros.
-inline __attribute__((always_inline)) void put_pair(F even, F odd, uint8_t* out) {
-  const I lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const I order = _mm512_add_epi32(_mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)), V::iset1(16 << 16));  // 0 16 1 17 ...
-  V::store_line(out, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
-}
-
 constexpr bool is_signed(BlockType t) { return t == BlockType::kQ4_0 || t == BlockType::kQ5_0; }
 
 // What codes of up to five bits stand for.

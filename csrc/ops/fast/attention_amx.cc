@@ -24,6 +24,13 @@ struct AmxTiles {
     store<0>(c, c_row), store<1>(c + 16, c_row);
     if (both) store<2>(c + kTileRows * ldc, c_row), store<3>(c + kTileRows * ldc + 16, c_row);
   }
+
+  static void pair(const uint8_t* even, const uint8_t* odd, uint16_t* out) {
+    put_pair(_mm256_loadu_si256((const __m256i*)even), _mm256_loadu_si256((const __m256i*)odd), out);
+  }
+  static void narrow_pair(const float* even, const float* odd, uint16_t* out) {
+    put_pair(Avx512Vec::load(even), Avx512Vec::load(odd), out);
+  }
 };
 
 }  // namespace

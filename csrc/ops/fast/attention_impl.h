@@ -17,62 +17,71 @@ constexpr int kTile = 32;  // queries, tokens or elements that are multiplied at
 constexpr int kTileElements = 512, kPairElements = 2 * kTileElements;
 static_assert(kTile == kFastQueries);
 
-// Two neighbouring rows of 16 elements as a row of a tile: [16][2]. What is subnormal counts as zero, as AMX reads it.
-inline void pair_rows(const uint16_t* even, const uint16_t* odd, uint16_t* out) {
-  auto normal = [](uint16_t x) { return uint16_t(x & 0x7f80 ? x : x & 0x8000); };
-  for (int i = 0; i < 16; ++i) out[2 * i] = normal(even[i]), out[2 * i + 1] = normal(odd[i]);
-}
+// What stands where there is no element.
+alignas(64) constexpr uint8_t kNothing[64] = {};
 
 // The keys of a page's 32 tokens as tiles: for each 32 elements two of [16 pairs][16 tokens][2].
-template <KvType T>
+template <class V, class Tiles, KvType T>
 void pack_keys(const Pages& pages, int sequence, int position, int kv_head, int width, uint16_t* out) {
+  constexpr size_t kRow = 16 * kKvBytes<T>;
   const int head_dim = pages.head_dim;
   for (int half = 0; half < 2; ++half) {
     const uint8_t* const scales = pages.keys(sequence, position + 16 * half, kv_head);
     const uint8_t* const keys = scales + scale_bytes<T>(head_dim, 16);
     for (int d = 0; d < width; d += 2) {
-      uint16_t rows[2][16] = {};
-      for (int odd = 0; odd < 2 && d + odd < head_dim; ++odd) {
-        const uint8_t* const row = keys + size_t(d + odd) * 16 * kKvBytes<T>;
-        if constexpr (T == KvType::kBf16)
-          std::memcpy(rows[odd], row, sizeof rows[odd]);
-        else
-          for (int i = 0; i < 16; ++i)
-            rows[odd][i] = f32_to_bf16_flushed(load_kv_one<T>(row + i) *
-                                               load_kv_one<KvType::kBf16>(scales + (d + odd) / kKvGroup * 32 + i * 2));
+      uint16_t* const pair = out + size_t(d / kTile * 2 + half) * kTileElements + size_t(d % kTile) * 16;
+      if constexpr (T == KvType::kBf16) {
+        const uint8_t* const row = keys + size_t(d) * kRow;
+        Tiles::pair(d < head_dim ? row : kNothing, d + 1 < head_dim ? row + kRow : kNothing, pair);
+      } else {
+        float rows[2][16] = {};
+        for (int odd = 0; odd < 2 && d + odd < head_dim; ++odd)
+          for (int i = 0; i < 16; i += V::kLanes)
+            V::store(rows[odd] + i, V::mul(V::load_i8(keys + size_t(d + odd) * kRow + i),
+                                           V::load_bf16(scales + (d + odd) / kKvGroup * 32 + i * 2)));
+        Tiles::narrow_pair(rows[0], rows[1], pair);
       }
-      pair_rows(rows[0], rows[1], out + size_t(d / kTile * 2 + half) * kTileElements + size_t(d % kTile) * 16);
     }
   }
 }
 
 // The values of a page's tokens as tiles, zeros from token `end` on: for each 32 elements two of [16 pairs][16 elements][2],
 // `step` apart.
-template <KvType T>
+template <class V, class Tiles, KvType T>
 void pack_values(const Pages& pages, int sequence, int position, int kv_head, int width, int end, uint16_t* out, size_t step) {
   const int head_dim = pages.head_dim;
+  const size_t row_bytes = size_t(head_dim) * kKvBytes<T>;
   const uint8_t* const scales = pages.values(sequence, position, kv_head);
   const uint8_t* const values = scales + scale_bytes<T>(head_dim, kPageTokens);
   for (int t = 0; t < kPageTokens; t += 2)
     for (int d = 0; d < width; d += 16) {
-      uint16_t rows[2][16] = {};
+      uint16_t* const pair = out + size_t(d / kTile) * step + size_t(d % kTile / 16) * kTileElements + size_t(t) * 16;
       const int count = head_dim - d < 16 ? (head_dim > d ? head_dim - d : 0) : 16;
+      uint8_t cut[2][16 * kKvBytes<T>];  // elements that are not 16
+      const uint8_t* row[2] = {kNothing, kNothing};
       for (int odd = 0; odd < 2 && position + t + odd < end; ++odd) {
-        const size_t token = size_t(t + odd);
-        const uint8_t* const row = values + (token * size_t(head_dim) + size_t(d)) * kKvBytes<T>;
-        if constexpr (T == KvType::kBf16) {
-          std::memcpy(rows[odd], row, size_t(count) * 2);
-        } else {
-          const float scale = load_kv_one<KvType::kBf16>(scales + scale_bytes<T>(head_dim, token) + d / kKvGroup * 2);
-          for (int i = 0; i < count; ++i) rows[odd][i] = f32_to_bf16_flushed(load_kv_one<T>(row + i) * scale);
-        }
+        row[odd] = values + size_t(t + odd) * row_bytes + size_t(d) * kKvBytes<T>;
+        if (count == 16) continue;
+        std::memset(cut[odd], 0, sizeof cut[odd]);
+        std::memcpy(cut[odd], row[odd], size_t(count) * kKvBytes<T>);
+        row[odd] = cut[odd];
       }
-      pair_rows(rows[0], rows[1], out + size_t(d / kTile) * step + size_t(d % kTile / 16) * kTileElements + size_t(t) * 16);
+      if constexpr (T == KvType::kBf16) {
+        Tiles::pair(row[0], row[1], pair);
+      } else {
+        float rows[2][16] = {};
+        for (int odd = 0; odd < 2 && count > 0 && position + t + odd < end; ++odd) {
+          const auto scale = V::set1(load_kv_one<KvType::kBf16>(scales + scale_bytes<T>(head_dim, size_t(t + odd)) + d / kKvGroup * 2));
+          for (int i = 0; i < 16; i += V::kLanes) V::store(rows[odd] + i, V::mul(V::load_i8(row[odd] + i), scale));
+        }
+        Tiles::narrow_pair(rows[0], rows[1], pair);
+      }
     }
 }
 
 // `Tiles::multiply(rows, a, lda, b, groups, c, ldc)`: c [rows][32] = a [rows][32 * groups] times b, for each group two tiles of
-// [16 pairs][16 columns][2].
+// [16 pairs][16 columns][2]. `Tiles::pair(even, odd, out)`: two neighbouring rows of 16 elements as a row of a tile, [16][2],
+// what is subnormal as a zero, as AMX reads it. `Tiles::narrow_pair`: the same of rows in binary32, which are rounded.
 //
 // Up to 32 queries of one sequence and KV head; `first` and `end` ascend.
 template <class V, class Tiles, KvType T>
@@ -90,7 +99,7 @@ void attend_fast(const AttentionArgs& a, int sequence, int kv_head, int queries,
   for (int i = 0; i < queries; ++i)
     for (int d = 0; d < head_dim; ++d) q[i * width + d] = f32_to_bf16_flushed(query[i].q[d]);
   for (int t = begin; t < longest; t += kPageTokens) {
-    pack_keys<T>(a.pages, sequence, t, kv_head, width, panel);
+    pack_keys<V, Tiles, T>(a.pages, sequence, t, kv_head, width, panel);
     Tiles::multiply(queries, q, size_t(width), panel, width / kTile, s + t, context);
   }
   float l[kTile] = {};
@@ -106,8 +115,8 @@ void attend_fast(const AttentionArgs& a, int sequence, int kv_head, int queries,
     const int from = c > begin ? c : begin, to = longest - c < kAttentionChunk ? longest : c + kAttentionChunk;
     const int pages = (to - from + kPageTokens - 1) / kPageTokens;
     for (int p = 0; p < pages; ++p)
-      pack_values<T>(a.pages, sequence, from + p * kPageTokens, kv_head, width, longest, panel + size_t(p) * kPairElements,
-                     size_t(pages) * kPairElements);
+      pack_values<V, Tiles, T>(a.pages, sequence, from + p * kPageTokens, kv_head, width, longest, panel + size_t(p) * kPairElements,
+                               size_t(pages) * kPairElements);
     for (int i = 0; i < queries; ++i) {
       const auto [_, out, first, end] = query[i];
       uint16_t* const row = weights + size_t(i) * kAttentionChunk;

@@ -27,6 +27,17 @@ struct PortableTiles {
         for (int n = 0; n < 16; ++n) c[half * 16 + n] = sums[n];
       }
   }
+
+  static void pair(const uint8_t* even, const uint8_t* odd, uint16_t* out) {
+    auto normal = [](uint16_t x) { return uint16_t(x & 0x7f80 ? x : x & 0x8000); };
+    for (int i = 0; i < 16; ++i) {
+      out[2 * i] = normal(load_as<uint16_t>(even + 2 * i));
+      out[2 * i + 1] = normal(load_as<uint16_t>(odd + 2 * i));
+    }
+  }
+  static void narrow_pair(const float* even, const float* odd, uint16_t* out) {
+    for (int i = 0; i < 16; ++i) out[2 * i] = f32_to_bf16_flushed(even[i]), out[2 * i + 1] = f32_to_bf16_flushed(odd[i]);
+  }
 };
 
 }  // namespace

@@ -2,6 +2,8 @@
 // are multiplied from, 6 and 7 two times 16 columns to multiply with. Include from *amx.cc files only.
 #pragma once
 
+#include <immintrin.h>
+
 #include "ops/fast/tile_instructions.h"
 
 namespace vai {
@@ -17,6 +19,21 @@ inline void configure(int first_rows, int second_rows) {
     config[48 + tile] = uint8_t(tile >= 6 ? kTileRows : second ? second_rows : first_rows);
   }
   load_config(config);
+}
+
+// Two rows of 16 as a row of what is multiplied with, [16][2], rounded to bfloat16: nearest, half to even, subnormal numbers
+// as zeros.
+inline __attribute__((always_inline)) void put_pair(__m512 even, __m512 odd, void* out) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i order = _mm512_add_epi32(_mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)), _mm512_set1_epi32(16 << 16));  // 0 16 1 17
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+}
+
+// The same of what is bfloat16 already: its subnormal numbers become zeros.
+inline __attribute__((always_inline)) void put_pair(__m256i even, __m256i odd, void* out) {
+  const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  const __mmask32 normal = _mm512_test_epi16_mask(both, _mm512_set1_epi16(0x7f80));
+  _mm512_storeu_si512(out, _mm512_mask_mov_epi16(_mm512_and_si512(both, _mm512_set1_epi16(-0x8000)), normal, both));
 }
 
 }  // namespace

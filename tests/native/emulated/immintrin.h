@@ -22,6 +22,7 @@ typedef long long __m256i __attribute__((vector_size(32), may_alias));
 typedef long long __m128i __attribute__((vector_size(16), may_alias));
 typedef short __m512bh __attribute__((vector_size(64), may_alias));
 typedef uint16_t __mmask16;
+typedef uint32_t __mmask32;
 
 enum { _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8 };
 enum { _CMP_UNORD_Q = 0x03, _CMP_NLT_UQ = 0x15, _CMP_GE_OQ = 0x1d };
@@ -113,6 +114,7 @@ EMULATED void _mm_storeu_si128(__m128i* p, const __m128i& a) { emulated::stored(
 EMULATED void _mm512_storeu_si512(void* p, const __m512i& a) { emulated::stored(p, a); }
 EMULATED void _mm512_storeu_ps(void* p, const __m512& a) { emulated::stored(p, a); }
 EMULATED __m512i _mm512_set1_epi8(char x) { return emulated::each<__m512i, char>([=](size_t) { return x; }); }
+EMULATED __m512i _mm512_set1_epi16(short x) { return emulated::each<__m512i, short>([=](size_t) { return x; }); }
 EMULATED __m512i _mm512_set1_epi32(int x) { return emulated::each<__m512i, int>([=](size_t) { return x; }); }
 EMULATED __m512 _mm512_set1_ps(float x) { return emulated::each<__m512, float>([=](size_t) { return x; }); }
 template <class... Sixteen>
@@ -195,6 +197,17 @@ EMULATED __mmask16 _mm512_cmplt_epi32_mask(const __m512i& a, const __m512i& b) {
   return emulated::mask_of([&](unsigned i) { return x[i] < y[i]; });
 }
 
+EMULATED __mmask32 _mm512_test_epi16_mask(const __m512i& a, const __m512i& b) {
+  const auto x = emulated::lanes<uint16_t>(a & b);
+  __mmask32 mask = 0;
+  for (unsigned i = 0; i < 32; ++i) mask |= __mmask32(x[i] != 0) << i;
+  return mask;
+}
+EMULATED __m512i _mm512_mask_mov_epi16(const __m512i& otherwise, __mmask32 mask, const __m512i& a) {
+  const auto x = emulated::lanes<uint16_t>(a), y = emulated::lanes<uint16_t>(otherwise);
+  return emulated::each<__m512i, uint16_t>([&](size_t i) { return mask >> i & 1 ? x[i] : y[i]; });
+}
+
 // Four products of an unsigned byte of `a` and a signed one of `b` join each sum, which does not saturate.
 EMULATED __m512i _mm512_dpbusd_epi32(const __m512i& sums, const __m512i& a, const __m512i& b) {
   const auto x = emulated::lanes<uint8_t>(a);
@@ -215,6 +228,10 @@ EMULATED __m512i _mm512_dpwssd_epi32(const __m512i& sums, const __m512i& a, cons
 
 // ---- permutations
 
+INLINED __m256i _mm512_castsi512_si256(__m512i a) { return __m256i{a[0], a[1], a[2], a[3]}; }
+EMULATED __m256i _mm512_extracti64x4_epi64(const __m512i& a, int half) {
+  return half & 1 ? __m256i{a[4], a[5], a[6], a[7]} : __m256i{a[0], a[1], a[2], a[3]};
+}
 EMULATED __m256i _mm256_set_m128i(const __m128i& high, const __m128i& low) { return __m256i{low[0], low[1], high[0], high[1]}; }
 EMULATED __m512i _mm512_broadcast_i32x4(const __m128i& a) { return __m512i{a[0], a[1], a[0], a[1], a[0], a[1], a[0], a[1]}; }
 EMULATED __m128i _mm_unpacklo_epi8(const __m128i& a, const __m128i& b) {
