@@ -27,7 +27,7 @@ struct Avx512Vec {
   static constexpr int kRegisters = 32;
   static constexpr bool kPanels = false;
   // Up to 16 rows are bound by memory: as many rows as possible for each line. Beyond, 6 rows x 2 n-blocks fill the ports.
-  static int row_block(int rows) { return rows < 8 ? rows : rows <= 16 ? 8 : 6; }
+  static constexpr int row_block(int rows) { return rows < 8 ? rows : rows <= 16 ? 8 : 6; }
 
   using F = __m512;
   using I = __m512i;
@@ -96,9 +96,11 @@ struct Avx512Vec {
   static void store_i8(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
 
   static void f16_pairs(const uint8_t* p, F& even, F& odd) {
-    const I x = _mm512_loadu_si512(p);
-    even = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
-    odd = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
+    alignas(64) static constexpr uint16_t kApart[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                        1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    const I x = _mm512_permutexvar_epi16(_mm512_loadu_si512(kApart), _mm512_loadu_si512(p));
+    even = _mm512_cvtph_ps(_mm512_castsi512_si256(x));
+    odd = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1));
   }
   static void bf16_pairs(const uint8_t* p, F& even, F& odd) {
     const I x = _mm512_loadu_si512(p);

@@ -37,8 +37,8 @@ inline __attribute__((always_inline)) void float_pairs(const uint8_t* line, type
     V::bf16_pairs(line, even, odd);
 }
 
-// Groups of 32: a scale for each, and for Q4_1 and Q5_1 a minimum beside it.
-template <class V, BlockType T, int R, int NB>
+// Groups of 32: a scale for each, and for Q4_1 and Q5_1 a minimum beside it. `kFetch`: whether lines ahead are prefetched.
+template <class V, BlockType T, int R, int NB, bool kFetch = true>
 __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
   using F = typename V::F;
   using I = typename V::I;
@@ -77,13 +77,13 @@ __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
       VAI_UNROLL for (int j = 0; j < NB; ++j)
         VAI_UNROLL for (int h = 0; h < H; ++h) {
           const uint8_t* line = block + size_t(j) * stride + kL.high + half * 64 + h * kLineBytes;
-          if (h == 0) V::prefetch(line + ahead);
+          if (kFetch && h == 0) V::prefetch(line + ahead);
           above[j][h] = V::load_line(line);
         }
     VAI_UNROLL for (int l = 0; l < kLines; ++l) {
       auto line_of = [&](int j, int h) __attribute__((always_inline)) {
         const uint8_t* line = block + size_t(j) * stride + kL.lines + (half * kLines + l) * 64 + h * kLineBytes;
-        if (h == 0) V::prefetch(line + ahead);
+        if (kFetch && h == 0) V::prefetch(line + ahead);
         return line;
       };
       if constexpr (kWide) {
@@ -155,8 +155,8 @@ __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
     record += R * record_bytes(kGroup);
   };
   for (int k = t.columns; k > 0; k -= 64, block += kL.bytes) {
-    VAI_UNROLL for (int j = 0; j < NB; ++j) V::prefetch(block + size_t(j) * stride + ahead);
-    if constexpr (kMinimum) VAI_UNROLL for (int j = 0; j < NB; ++j) V::prefetch(block + size_t(j) * stride + 64 + ahead);
+    if constexpr (kFetch) VAI_UNROLL for (int j = 0; j < NB; ++j) V::prefetch(block + size_t(j) * stride + ahead);
+    if constexpr (kFetch && kMinimum) VAI_UNROLL for (int j = 0; j < NB; ++j) V::prefetch(block + size_t(j) * stride + 64 + ahead);
     group(0);
     if (k > kGroup) group(1);
   }
@@ -167,7 +167,7 @@ __attribute__((noinline)) void quantized_tile(const TileArgs& t) {
 }
 
 // Groups of 256 with integer scales of 32 columns (Q4_K, Q5_K: and minimums; IQ4_XS) or of 16 (Q6_K): integers to the end.
-template <class V, BlockType T, int R, int NB>
+template <class V, BlockType T, int R, int NB, bool kFetch = true>
 __attribute__((noinline)) void wide_tile(const TileArgs& t) {
   using F = typename V::F;
   using I = typename V::I;
@@ -210,7 +210,7 @@ __attribute__((noinline)) void wide_tile(const TileArgs& t) {
     const int8_t *factors[NB], *with_sums[NB];  // [kSpans][16 rows]; what the sums of the activations are multiplied with
     VAI_UNROLL for (int j = 0; j < NB; ++j) {
       const uint8_t* head = block + size_t(j) * stride;
-      VAI_UNROLL for (int line = 0; line < kL.lines; line += 64) V::prefetch(head + line + ahead);
+      if constexpr (kFetch) VAI_UNROLL for (int line = 0; line < kL.lines; line += 64) V::prefetch(head + line + ahead);
       if constexpr (kMinimum) {
         six_bit_scales<V>(head, unpacked[j][0], unpacked[j][1]);
         factors[j] = unpacked[j][0];
@@ -238,7 +238,7 @@ __attribute__((noinline)) void wide_tile(const TileArgs& t) {
         VAI_UNROLL for (int j = 0; j < NB; ++j)
           VAI_UNROLL for (int h = 0; h < H; ++h) {
             const uint8_t* line = block + size_t(j) * stride + kL.high + g * 64 + h * kLineBytes;
-            if (h == 0) V::prefetch(line + ahead);
+            if (kFetch && h == 0) V::prefetch(line + ahead);
             above[j][h] = V::load_line(line);
           }
       VAI_UNROLL for (int l = 0; l < kLines; ++l) {
@@ -246,7 +246,7 @@ __attribute__((noinline)) void wide_tile(const TileArgs& t) {
         VAI_UNROLL for (int j = 0; j < NB; ++j)
           VAI_UNROLL for (int h = 0; h < H; ++h) {
             const uint8_t* line = block + size_t(j) * stride + kL.lines + (g * kLines + l) * 64 + h * kLineBytes;
-            if (h == 0) V::prefetch(line + ahead);
+            if (kFetch && h == 0) V::prefetch(line + ahead);
             if constexpr (kWide)
               w[j][h] = V::look_up_wide(V::nibbles(line), table);
             else
@@ -376,6 +376,14 @@ template <class V, BlockType T, int NB, int R = V::kMaxRows>
 void tile_of_rows(int rows, const TileArgs& t) {
   if constexpr (R > 0) {
     if (rows != R) return tile_of_rows<V, T, NB, R - 1>(rows, t);
+    // Of many rows only the last tile fetches: in the others its instructions would take up to a tenth of the time.
+    if constexpr (V::kAhead != 0 && V::kBlocks == 2 && NB == 2 && layout(T).group != 0 && R == V::row_block(kRowsBoundByMemory + 1))
+      if (t.ahead == 0) {
+        if constexpr (layout(T).group == kWideGroup)
+          return wide_tile<V, T, R, NB, false>(t);
+        else
+          return quantized_tile<V, T, R, NB, false>(t);
+      }
     if constexpr (layout(T).group == kWideGroup)
       wide_tile<V, T, R, NB>(t);
     else if constexpr (layout(T).group == kGroup)
