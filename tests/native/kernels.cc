@@ -1,6 +1,7 @@
-// The portable path alone, as a program: for sanitizers, which a Python module is no place for, and for processors that
-// tests cannot run on. Random operations over memory that ends at a guard page; a row must be the same alone and in
-// company; a Plan on three threads must repeat itself. Prints a hash of every result: the same on every processor.
+// The kernels alone, as a program: for sanitizers, which a Python module is no place for, and for processors that tests cannot
+// run on. Random operations over memory that ends at a guard page; a row must be the same alone and in company; a Plan on
+// three threads must repeat itself. Each implementation that is here, AVX-512 and AMX emulated, must give the portable one's
+// bits. Prints a hash of every result: the same on every processor.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -14,21 +15,35 @@
 #include "core/plan.h"
 
 namespace vai {
-int row_block_scalar(int);
-void norm_scalar(const NormArgs&, int, int);
-void linear_scalar(const LinearArgs&, int, int);
-void linear_fast_portable(const LinearArgs&, int, int, uint8_t*);
-void attention_fast_portable(const AttentionArgs&, int, uint8_t*);
-void glu_scalar(const GluArgs&, int, int);
-void attention_scalar(const AttentionArgs&, int, float*);
-double probabilities_scalar(const ProbabilitiesArgs&);
+
+// One implementation of the exact kind, and one of the fast kind that is run beside it.
+#define VAI_KERNELS(isa, fast)                                                                                      \
+  int row_block_##isa(int);                                                                                         \
+  void norm_##isa(const NormArgs&, int, int);                                                                       \
+  void linear_##isa(const LinearArgs&, int, int);                                                                   \
+  void glu_##isa(const GluArgs&, int, int);                                                                         \
+  void attention_##isa(const AttentionArgs&, int, float*);                                                          \
+  double probabilities_##isa(const ProbabilitiesArgs&);                                                             \
+  void linear_fast_##fast(const LinearArgs&, int, int, uint8_t*);                                                   \
+  void attention_fast_##fast(const AttentionArgs&, int, uint8_t*);                                                  \
+  static const Isa k_##isa{#isa,      row_block_##isa, norm_##isa,         linear_##isa,                            \
+                           glu_##isa, attention_##isa, probabilities_##isa};                                        \
+  static const Fast k_##isa##_fast{#fast, linear_fast_##fast, attention_fast_##fast};
+
+VAI_KERNELS(scalar, portable)
+#ifdef VAI_EMULATED
+VAI_KERNELS(avx2, portable)
+VAI_KERNELS(avx512, amx)
+#endif
+
 }  // namespace vai
 
 namespace {
 
 using namespace vai;
 
-uint64_t state = 88172645463325252u, digest = 14695981039346656037u;
+constexpr uint64_t kState = 88172645463325252u, kDigest = 14695981039346656037u;
+uint64_t state, digest;
 
 uint64_t next() {
   state ^= state << 13, state ^= state >> 7, state ^= state << 17;
@@ -77,7 +92,7 @@ bool same(const float* a, const float* b, size_t count) {
   return true;
 }
 
-void linear_layers() {
+void linear_layers(const Isa& isa, const Fast& fast) {
   for (int type = 0; type < kBlockTypes; ++type)
     for (int round = 0; round < 4; ++round) {
       const Layout l = layout(BlockType(type));
@@ -95,16 +110,16 @@ void linear_layers() {
         Guarded<uint8_t> packed((room + 3) / 4 * 4);
         NormArgs norm{};
         norm.x = x.data() + size_t(first) * k, norm.ldx = k, norm.rows = count, norm.columns = columns;
-        norm.row_block = row_block_scalar(count);
+        norm.row_block = isa.row_block(count);
         (l.group == kWideGroup ? norm.packed256 : norm.packed32) = packed.data();
-        if (l.group) norm_scalar(norm, 0, count);
+        if (l.group) isa.norm(norm, 0, count);
         LinearArgs a{};
         a.weight = {weights.data(), BlockType(type), columns, 0, 1};
         a.rows = count, a.packed = l.group ? packed.data() : nullptr, a.x = l.group ? nullptr : norm.x, a.ldx = k;
         a.out = out, a.ldo = width;
         const int cut = between(0, blocks);
-        linear_scalar(a, 0, cut);
-        linear_scalar(a, cut, blocks);
+        isa.linear(a, 0, cut);
+        isa.linear(a, cut, blocks);
       };
       auto multiply_fast = [&](int first, int count, float* out) {
         Guarded<uint8_t> narrowed(size_t(count) * narrow_bytes(columns)), scratch(fast_scratch(columns));
@@ -112,7 +127,7 @@ void linear_layers() {
         LinearArgs a{};
         a.weight = {weights.data(), BlockType(type), columns, 0, 1};
         a.rows = count, a.narrow = narrowed.data(), a.out = out, a.ldo = width;
-        linear_fast_portable(a, 0, blocks, scratch.data());
+        fast.linear(a, 0, blocks, scratch.data());
       };
       auto compare = [&](auto&& multiplied) {
         multiplied(0, rows, y.data());
@@ -131,7 +146,7 @@ void linear_layers() {
     }
 }
 
-void attention_over_pages() {
+void attention_over_pages(const Isa& isa, const Fast& fast) {
   for (KvType type : {KvType::kBf16, KvType::kF32, KvType::kQ8_0})
     for (int width : {8, 20, 32}) {
       constexpr int kHeads = 4, kKvHeads = 2, kTokens = 70, kPages = 3;
@@ -154,30 +169,29 @@ void attention_over_pages() {
       const RowTile tiles[2] = {{0, 2}, {2, 1}};
       a.tiles = tiles, a.context = 80;
       Guarded<float> scratch(attention_scratch(a.context, width));
-      for (int unit = 0; unit < 2 * kKvHeads; ++unit) attention_scalar(a, unit, scratch.data());
+      for (int unit = 0; unit < 2 * kKvHeads; ++unit) isa.attention(a, unit, scratch.data());
       note(out.data(), 3 * out_width);
       if (type == KvType::kF32) continue;
       Guarded<uint8_t> room(fast_attention_scratch(a.context, width));
-      for (int unit = 0; unit < 2 * kKvHeads; ++unit) attention_fast_portable(a, unit, room.data());
+      for (int unit = 0; unit < 2 * kKvHeads; ++unit) fast.attention(a, unit, room.data());
       note(out.data(), 3 * out_width);
     }
 }
 
-void the_rest() {
+void the_rest(const Isa& isa) {
   for (int columns : {1, 16, 33, 100}) {
     const size_t k = size_t(columns);
     Guarded<float> gate(k * 3), up(k * 3), out(k * 3), p(k);
     for (size_t i = 0; i < k * 3; ++i) gate[i] = 20 * real(), up[i] = real();
-    glu_scalar({gate.data(), up.data(), k, k, columns, out.data(), k, Act::kSilu}, 0, 3);
+    isa.glu({gate.data(), up.data(), k, k, columns, out.data(), k, Act::kSilu}, 0, 3);
     note(out.data(), 3 * k);
-    const float total = float(probabilities_scalar({gate.data(), columns, 0.7f, *std::max_element(gate.data(), gate.data() + k), p.data()}));
+    const float total = float(isa.probabilities({gate.data(), columns, 0.7f, *std::max_element(gate.data(), gate.data() + k), p.data()}));
     note(p.data(), k);
     note(&total, 1);
   }
 }
 
-void plan_on_threads() {
-  const Isa isa{"scalar", row_block_scalar, norm_scalar, linear_scalar, glu_scalar, attention_scalar, probabilities_scalar};
+void plan_on_threads(const Isa& isa) {
   constexpr int kColumns = 64, kOutputs = 96, kRows = 40;
   constexpr size_t kTable = 4 * 1024, kWeights = kOutputs / 16 * 576;  // F32 in blocks of 16 x 16, Q4_0 in blocks of 16 x 64
   Guarded<uint8_t> image(kTable + kWeights);
@@ -208,12 +222,24 @@ void plan_on_threads() {
   note(first.data(), first.size());
 }
 
+uint64_t digest_of(const Isa& isa, const Fast& fast) {
+  state = kState, digest = kDigest;
+  linear_layers(isa, fast);
+  attention_over_pages(isa, fast);
+  the_rest(isa);
+  plan_on_threads(isa);
+  std::fprintf(stderr, "%s and %s: %016llx\n", isa.name, fast.name, (unsigned long long)digest);
+  return digest;
+}
+
 }  // namespace
 
 int main() {
-  linear_layers();
-  attention_over_pages();
-  the_rest();
-  plan_on_threads();
-  std::printf("%016llx\n", (unsigned long long)digest);
+  const uint64_t portable = digest_of(k_scalar, k_scalar_fast);
+#ifdef VAI_EMULATED
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
+    demand(digest_of(k_avx2, k_avx2_fast) == portable, "other bits than the portable ones");
+  demand(digest_of(k_avx512, k_avx512_fast) == portable, "other bits than the portable ones");
+#endif
+  std::printf("%016llx\n", (unsigned long long)portable);
 }
