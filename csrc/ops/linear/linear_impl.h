@@ -377,7 +377,7 @@ void tile_of_rows(int rows, const TileArgs& t) {
   if constexpr (R > 0) {
     if (rows != R) return tile_of_rows<V, T, NB, R - 1>(rows, t);
     // Of many rows only the last tile fetches: in the others its instructions would take up to a tenth of the time.
-    if constexpr (V::kAhead != 0 && V::kBlocks == 2 && NB == 2 && layout(T).group != 0 && R == V::row_block(kRowsBoundByMemory + 1))
+    if constexpr (V::kFetches && V::kBlocks == 2 && NB == 2 && layout(T).group != 0 && R == V::row_block(kRowsBoundByMemory + 1))
       if (t.ahead == 0) {
         if constexpr (layout(T).group == kWideGroup)
           return wide_tile<V, T, R, NB, false>(t);
@@ -519,7 +519,7 @@ void linear(const LinearArgs& a, int begin, int end) {
       for (int r = m0; r < m1; r += row_block) {
         const int rows = m1 - r < row_block ? m1 - r : row_block;
         // One pass over these blocks: prefetch along the stream. Several: the last one fetches the next blocks.
-        t.ahead = m1 - m0 <= row_block ? size_t(V::kAhead) : r + rows >= m1 ? row_bytes * size_t(blocks) : 0;
+        t.ahead = m1 - m0 <= row_block ? V::ahead() : r + rows >= m1 ? row_bytes * size_t(blocks) : 0;
         if (a.packed) t.packed = a.packed + size_t(r) * packed_bytes;
         if (a.x) t.x = a.x + size_t(r) * a.ldx;
         t.out = scratch;
