@@ -6,8 +6,6 @@
 
 namespace vai {
 
-constexpr size_t kReadAhead = 4096;  // bytes of prefetch, as far as the kernels reach at one row
-
 // One instruction set's loops. `multiply_*`: that many rounds of independent multiply-adds in registers, in the operations
 // that the exact kind uses; return how many multiply-adds those were. `read`: every line of [data, data + bytes).
 struct Ceilings {

@@ -31,6 +31,8 @@ uint64_t multiply_f32_avx512(int rounds) {
   return uint64_t(rounds) * kChains * 16;
 }
 
+constexpr size_t kReadAhead = 4096;  // bytes of prefetch, as far as the kernels reach at one row
+
 void read_avx512(const uint8_t* data, size_t bytes) {
   __m512i sum[8];
   for (auto& s : sum) s = _mm512_setzero_si512();
