@@ -87,7 +87,6 @@ struct Avx2Vec {
   static I to_int(F a) { return _mm256_cvtps_epi32(a); }
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static Mask greater_equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
-  static Mask unordered(F a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
   static Mask not_less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_NLT_UQ); }
   static F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
   static F where(Mask m, F a) { return _mm256_and_ps(m, a); }

@@ -86,7 +86,6 @@ struct Avx512Vec {
   static I to_int(F a) { return _mm512_cvtps_epi32(a); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static Mask greater_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-  static Mask unordered(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
   static Mask not_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
   static F select(Mask m, F yes, F no) { return _mm512_mask_mov_ps(no, m, yes); }
   static F where(Mask m, F a) { return select(m, a, set1(0.0f)); }

@@ -73,7 +73,6 @@ struct ScalarVec {
   static I to_int(F a) { VAI_LANES(I, a.v[i] >= -0x1p31f && a.v[i] < 0x1p31f ? int32_t(a.v[i]) : INT32_MIN); }
   static F to_float(I a) { VAI_LANES(F, float(a.v[i])); }
   static Mask greater_equal(F a, F b) { VAI_LANES(Mask, a.v[i] >= b.v[i]); }
-  static Mask unordered(F a) { VAI_LANES(Mask, a.v[i] != a.v[i]); }
   static Mask not_less(F a, F b) { VAI_LANES(Mask, !(a.v[i] < b.v[i])); }
   static F select(Mask m, F yes, F no) { VAI_LANES(F, m.v[i] ? yes.v[i] : no.v[i]); }
   static F where(Mask m, F a) { VAI_LANES(F, m.v[i] ? a.v[i] : 0.0f); }

@@ -25,7 +25,7 @@ typedef uint16_t __mmask16;
 typedef uint32_t __mmask32;
 
 enum { _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8 };
-enum { _CMP_UNORD_Q = 0x03, _CMP_NLT_UQ = 0x15, _CMP_GE_OQ = 0x1d };
+enum { _CMP_NLT_UQ = 0x15, _CMP_GE_OQ = 0x1d };
 enum { _MM_HINT_T1 = 2, _MM_HINT_T0 = 3 };
 
 #define EMULATED inline __attribute__((noinline))
@@ -137,7 +137,6 @@ EMULATED __m512 _mm512_roundscale_ps(const __m512& a, int how) {
 EMULATED __mmask16 _mm512_cmp_ps_mask(const __m512& a, const __m512& b, int predicate) {
   if (predicate == _CMP_NLT_UQ) return emulated::mask_of([=](unsigned i) { return !(a[i] < b[i]); });
   if (predicate == _CMP_GE_OQ) return emulated::mask_of([=](unsigned i) { return a[i] >= b[i]; });
-  if (predicate == _CMP_UNORD_Q) return emulated::mask_of([=](unsigned i) { return std::isnan(a[i]) || std::isnan(b[i]); });
   emulated::refuse("a comparison");
 }
 EMULATED __m512 _mm512_mask_mov_ps(const __m512& otherwise, __mmask16 mask, const __m512& a) {
@@ -192,11 +191,6 @@ EMULATED __m512i _mm512_slli_epi32(const __m512i& a, unsigned count) { return co
 EMULATED __m512i _mm512_srli_epi32(const __m512i& a, unsigned count) { return count > 31 ? __m512i{} : (__m512i)((emulated::U32)a >> count); }
 EMULATED __m512i _mm512_srai_epi32(const __m512i& a, unsigned count) { return (__m512i)((emulated::I32)a >> (count > 31 ? 31 : int(count))); }
 EMULATED __m512i _mm512_srli_epi16(const __m512i& a, unsigned count) { return count > 15 ? __m512i{} : (__m512i)((emulated::U16)a >> count); }
-EMULATED __mmask16 _mm512_cmplt_epi32_mask(const __m512i& a, const __m512i& b) {
-  const auto x = emulated::lanes<int32_t>(a), y = emulated::lanes<int32_t>(b);
-  return emulated::mask_of([&](unsigned i) { return x[i] < y[i]; });
-}
-
 EMULATED __mmask32 _mm512_test_epi16_mask(const __m512i& a, const __m512i& b) {
   const auto x = emulated::lanes<uint16_t>(a & b);
   __mmask32 mask = 0;
