@@ -107,7 +107,7 @@ def test_what_is_found_by_the_peaks_of_a_row_is_what_sorting_all_of_it_gives(isa
 
 
 def test_draws_among_the_first_hundred_the_first_thousand_and_behind(isa: str) -> None:
-    """A long tail: 43 % of the mass are the first 128, 60 % the first 1,024, which are ranked before all are added up."""
+    """A long tail: the first 128 have 43 % of the mass, the first 1,024 have 60 %; these are ranked before all is summed."""
     rows, vocabulary = 24, 151_936
     ranks = np.random.default_rng(6).permutation(vocabulary)
     logits = np.tile(-np.log(ranks + 1).astype(np.float32), (rows, 1))
@@ -115,7 +115,8 @@ def test_draws_among_the_first_hundred_the_first_thousand_and_behind(isa: str) -
     sampled = table.sample(logits, plain, isa=isa)
     assert set(np.searchsorted([128, 1024], ranks[sampled.tokens], side="right")) == {0, 1, 2}
     same(sampled, reference.sample_reference(logits, plain))
-    cut = arguments(rows, top_k=[0, 600, 2374, 2375] * 6, top_p=[0.5, 1.0, 0.9] * 8, min_p=[0.0, 0.001] * 12, position=7)
+    top_k, top_p, min_p = [0, 600, 2374, 2375] * 6, [0.5, 1.0, 0.9] * 8, [0.0, 0.001] * 12
+    cut = arguments(rows, top_k=top_k, top_p=top_p, min_p=min_p, position=7)
     same(table.sample(logits, cut, isa=isa), reference.sample_reference(logits, cut))
 
 
