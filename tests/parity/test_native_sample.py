@@ -107,7 +107,7 @@ def test_what_is_found_by_the_peaks_of_a_row_is_what_sorting_all_of_it_gives(isa
 
 
 def test_draws_among_the_first_hundred_the_first_thousand_and_behind(isa: str) -> None:
-    """A long tail: the first 128 have 43 % of the mass, the first 1,024 have 60 %; these are ranked before all is summed."""
+    """A long tail: the first 128 have 43 % of the mass, the first 1,024 have 60 %. These are ranked first."""
     rows, vocabulary = 24, 151_936
     ranks = np.random.default_rng(6).permutation(vocabulary)
     logits = np.tile(-np.log(ranks + 1).astype(np.float32), (rows, 1))
