@@ -14,7 +14,9 @@ def test_every_speed_of_every_implementation_is_measured_with_its_spread(isa: st
     assert (found.isa, found.one.threads, found.all.threads) == (isa, 1, 2)
     assert [linear.type for linear in found.linear] == table.fast_types()
     speeds = [speed for ceiling in (found.one, found.all) for speed in (ceiling.read, ceiling.int8, ceiling.f32)]
-    for speed in speeds + [speed for linear in found.linear for speed in (linear.read, linear.multiply)]:
+    assert [fast.type for fast in found.fast] == (table.fast_kind_types() if table.fast(None) else [])
+    speeds += [speed for linear in found.linear for speed in (linear.read, linear.multiply)]
+    for speed in speeds + [fast.multiply for fast in found.fast]:
         assert 0 <= speed.low <= speed.median <= speed.high, speed
         assert speed.median > 0, speed
 

@@ -151,10 +151,8 @@ def _multiplying(workers: table.Workers, isa: str, unit: str) -> Callable[[], fl
 
 def _linear(type_: str, workers: table.Workers, isa: str, buffer: NDArray[np.uint8], ceiling: Ceiling) -> Linear:
     floats = not BLOCK_TYPES[type_].group
-    row_bytes = tensor_bytes(type_, BLOCK_ROWS, COLUMNS)  # of 16 outputs
     # One row: as many outputs as the buffer holds. Many rows: what takes the ceiling ten milliseconds, within bounds.
-    room = buffer.nbytes - align(tensor_bytes("F32", BLOCK_ROWS, COLUMNS), mmap.PAGESIZE)
-    long = room // row_bytes * BLOCK_ROWS
+    long = _most_outputs(type_, buffer)
     ten_milliseconds = int((ceiling.f32 if floats else ceiling.int8).median * 0.01 / (MANY_ROWS * COLUMNS))
     square = min(max(ten_milliseconds // BLOCK_ROWS, workers.threads) * BLOCK_ROWS, MOST_OUTPUTS, long)
 
@@ -162,17 +160,25 @@ def _linear(type_: str, workers: table.Workers, isa: str, buffer: NDArray[np.uin
         plan = table.lower_linear(type_, outputs, COLUMNS, buffer.data, max_rows=rows, workers=workers, isa=isa)
         return lambda: amount / _seconds(plan, rows)
 
-    read, read_share = _in_turns(layer(long, 1, long // BLOCK_ROWS * row_bytes), _reading(workers, isa, buffer))
+    read, read_share = _in_turns(layer(long, 1, tensor_bytes(type_, long, COLUMNS)), _reading(workers, isa, buffer))
     multiply, multiply_share = _in_turns(
         layer(square, MANY_ROWS, MANY_ROWS * square * COLUMNS), _multiplying(workers, isa, "f32" if floats else "int8")
     )
     return Linear(type_, floats, read, read_share, multiply, multiply_share)
 
 
+def _most_outputs(type_: str, buffer: NDArray[np.uint8]) -> int:
+    """How many outputs of a layer fit the buffer, beside the embedding that every such plan has."""
+    room = buffer.nbytes - align(tensor_bytes("F32", BLOCK_ROWS, COLUMNS), mmap.PAGESIZE)
+    return room // tensor_bytes(type_, BLOCK_ROWS, COLUMNS) * BLOCK_ROWS
+
+
 def _fast(type_: str, workers: table.Workers, isa: str, buffer: NDArray[np.uint8], ceiling: Ceiling) -> Fast:
     rate = ceiling.bf16.median if ceiling.bf16 else 0.0
     ten_milliseconds = int(rate * 0.01 / (MAX_ROWS * COLUMNS))
-    outputs = min(max(ten_milliseconds // BLOCK_ROWS, workers.threads) * BLOCK_ROWS, MOST_OUTPUTS)
+    outputs = min(
+        max(ten_milliseconds // BLOCK_ROWS, workers.threads) * BLOCK_ROWS, MOST_OUTPUTS, _most_outputs(type_, buffer)
+    )
     plan = table.lower_linear(
         type_, outputs, COLUMNS, buffer.data, max_rows=MAX_ROWS, workers=workers, isa=isa, fast=table.fast(None)
     )
