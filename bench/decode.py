@@ -1,10 +1,11 @@
-"""Whole models beside llama.cpp: decode steps of 1, 4, 8 and 16 rows and prompts of 96, 512 and 4,096 tokens.
+"""Whole models beside llama.cpp: decode steps of 1, 4, 8 and 16 rows and prompts of 96, 500, 512 and 4,096 tokens.
 
 Run: python bench/decode.py FILE.gguf... --peers FOLDER, where FOLDER has llama-bench and llama-batched-bench. VAI runs
 the forward pass of its Plan, llama.cpp its own programs with default settings and with repacking off; the same files,
 the same threads, in turns: VAI, the one, VAI, the other, and again, so that VAI's samples enclose each of theirs. What
 both leave out: sampling and text. Each of VAI's samples has the ceiling measured beside it: reading for decode, integer
-products for prompts. With --openvino PYTHON, which has `openvino-genai`, OpenVINO takes its turn too: prompts, and
+products for prompts, bfloat16 tiles where the machine computes whole pages in those; the exact kind has lines of its own
+then. With --openvino PYTHON, which has `openvino-genai`, OpenVINO takes its turn too: prompts, and
 decode of one row. Medians with their spread, a ratio to the better of the two settings, then one line of JSON.
 """
 
@@ -26,13 +27,15 @@ import numpy as np
 from vai.burn.burn import burn
 from vai.cli.bench.stand import warm
 from vai.cli.bench.switch import cpu_name
+from vai.engine.kinds import FEWEST
 from vai.kernels import ceilings, table
 from vai.kernels.program import MAX_ROWS, PAGE_TOKENS, StepArgs
 from vai.models.decoder import build
 from vai.models.spec import Spec
 from vai.rom import segment
 
-DECODE, PREFILL, LONG = (1, 4, 8, 16), (96, 512), 4096
+DECODE, PREFILL, LONG = (1, 4, 8, 16), (96, 500, 512), 4096
+EXACT = ", exact"  # what a work's name ends in where VAI could have computed some of it in the fast kind
 CONTEXT, STEPS = 8, 16  # tokens before the first decode step, and how many steps
 WARM_UP = 8  # tokens of a prompt that is not counted; the peer's own warm-up is as long as what it measures
 SETTINGS = {"llama.cpp default": ([], []), "llama.cpp no repack": (["--repack", "0"], ["--no-repack"])}
@@ -49,7 +52,13 @@ class Vai:
         self.program = build(Spec.from_bytes(self.image.spec))
         self.workers, self.isa = table.make_workers(threads), isa or table.isa()
         self.plan = table.lower(
-            self.program, self.image, max_rows=MAX_ROWS, max_sequences=max(DECODE), workers=self.workers, isa=self.isa
+            self.program,
+            self.image,
+            max_rows=MAX_ROWS,
+            max_sequences=max(DECODE),
+            workers=self.workers,
+            isa=self.isa,
+            fast=None if isa else table.fast(None),
         )
         self.page = self.program.groups[0].page_bytes("bf16")
         self.pool = np.zeros(self.page * (LONG // PAGE_TOKENS), np.uint8)
@@ -57,8 +66,8 @@ class Vai:
         self.weight_bytes = sum(line.image_bytes for line in self.plan.describe() if line.products)
         self.products = sum(line.products for line in self.plan.describe() if not line.outputs)
 
-    def step(self, rows: int, sequences: int, context: int) -> StepArgs:
-        """`sequences` of `rows` rows each, every one with `context` tokens before."""
+    def step(self, rows: int, sequences: int, context: int, *, last: bool = True, fast: bool = False) -> StepArgs:
+        """`sequences` of `rows` rows each, every one with `context` tokens before. last: of its prompt."""
         pages = self.pool.nbytes // self.page // sequences
         positions = np.tile(np.arange(context, context + rows, dtype=np.int32), sequences)
         return StepArgs(
@@ -67,7 +76,8 @@ class Vai:
             seq_start=np.arange(0, rows * sequences + 1, rows, dtype=np.int32),
             context=np.full(sequences, context, np.int32),
             block_tables=(np.arange(sequences * pages, dtype=np.int64).reshape(sequences, pages) * self.page,),
-            output_rows=np.arange(rows - 1, rows * sequences, rows, dtype=np.int32),
+            output_rows=np.arange(rows - 1, rows * sequences if last else 0, rows, dtype=np.int32),
+            kind="fast" if fast else "exact",
         )
 
     def decode(self, rows: int) -> float:
@@ -77,11 +87,19 @@ class Vai:
             self.plan.forward(self.step(1, rows, CONTEXT + i), self.pool)
         return rows * STEPS / (time.perf_counter() - began)
 
-    def prefill(self, tokens: int) -> float:
-        """Tokens/s of one prompt, in chunks as the engine makes them."""
+    def fast_tokens(self, tokens: int) -> int:
+        """How many of a prompt are computed in the fast kind unless it is to be exact: the engine's rule."""
+        pages = (tokens - 1) // PAGE_TOKENS
+        return pages * PAGE_TOKENS if self.plan.fast and pages >= FEWEST else 0
+
+    def prefill(self, tokens: int, fast: int) -> float:
+        """Tokens/s of one prompt, in chunks as the engine makes them, of which the first `fast` tokens are fast."""
         began = time.perf_counter()
-        for first in range(0, tokens, MAX_ROWS):
-            self.plan.forward(self.step(min(MAX_ROWS, tokens - first), 1, first), self.pool)
+        first = 0
+        while first < tokens:
+            rows = min(MAX_ROWS, (fast if first < fast else tokens) - first)
+            self.plan.forward(self.step(rows, 1, first, last=first + rows == tokens, fast=first < fast), self.pool)
+            first += rows
         return tokens / (time.perf_counter() - began)
 
     def run(self, samples: Samples, shares: dict[str, list[float]], prompts: tuple[int, ...], decode: bool) -> None:
@@ -92,10 +110,12 @@ class Vai:
             read = ceilings.read_rate(self.workers, self.isa, self.data)
             shares[f"decode {rows}"].append(speed / rows * self.weight_bytes / read)
         for tokens in prompts:
-            speed = self.prefill(tokens)
-            samples[f"prefill {tokens}"]["VAI"].append(speed)
-            rate = ceilings.multiply_rate(self.workers, self.isa, "int8")
-            shares[f"prefill {tokens}"].append(speed * self.products / rate)
+            name, fast = f"prefill {tokens}", self.fast_tokens(tokens)
+            for work, own in ((name, fast), (name + EXACT, 0)) if fast else ((name, 0),):
+                speed = self.prefill(tokens, own)
+                samples[work]["VAI"].append(speed)
+                rate = ceilings.multiply_rate(self.workers, self.isa, "bf16" if own else "int8")
+                shares[work].append(speed * self.products / rate)
 
 
 def output_of(words: list[str]) -> list[dict[str, Any]]:
@@ -181,7 +201,7 @@ def measure(file: Path, given: argparse.Namespace, until: float, long: bool) -> 
         peers.append(OpenVino(given.openvino, file, given.threads))
     with tempfile.TemporaryDirectory(prefix="vai-bench-decode-", dir="/dev/shm") as place:
         vai = Vai(file, Path(place) / "root", given.threads, given.isa)
-        vai.decode(1), vai.prefill(64)
+        vai.decode(1), vai.prefill(256, vai.fast_tokens(256))
         for done in range(given.rounds):
             if done and time.monotonic() > until:
                 break
@@ -196,7 +216,7 @@ def measure(file: Path, given: argparse.Namespace, until: float, long: bool) -> 
                 vai.run(samples, shares, (LONG,), decode=False)
                 peer.run(samples, (LONG,), decode=False)
             vai.run(samples, shares, (LONG,), decode=False)
-        isa_used = vai.isa
+        isa_used, fast_used = vai.isa, vai.plan.fast
         vai.image.close()
     for peer in peers:
         if isinstance(peer, OpenVino):
@@ -205,6 +225,7 @@ def measure(file: Path, given: argparse.Namespace, until: float, long: bool) -> 
         "file": file.name,
         "bytes": file.stat().st_size,
         "isa": isa_used,
+        "fast": fast_used,
         "flags": {peer.setting: peer.flags() for peer in peers},
         "samples": {work: dict(by) for work, by in samples.items()},
         "shares": dict(shares),
@@ -224,17 +245,18 @@ def ratio(by: dict[str, list[float]], *peers: str) -> str:
 
 
 def show(found: dict[str, Any]) -> None:
-    print(f"\n{found['file']}, {found['bytes'] / 1e6:.0f} MB, VAI on {found['isa']}")
+    print(f"\n{found['file']}, {found['bytes'] / 1e6:.0f} MB, VAI on {found['isa']}, fast kind: {found['fast']}")
     for setting, flags in found["flags"].items():
         for work, words in flags.items():
             print(f"  {setting}, {work}: {words}")
     heads = "".join(f"{who:<26}" for who in found["flags"])
-    print(f"{'tokens/s':<14}{'VAI':<26}{'of ceiling':<12}{heads}to llama.cpp at its better  to OpenVINO")
+    print(f"{'tokens/s':<22}{'VAI':<26}{'of ceiling':<12}{heads}to llama.cpp at its better  to OpenVINO")
     for work, by in found["samples"].items():
         share = f"{statistics.median(found['shares'][work]):.0%}"
+        by = found["samples"][work.removesuffix(EXACT)] | by  # peers have one kind
         cells = "".join(f"{spread(by.get(who, [])):<26}" for who in found["flags"])
         ratios = f"{ratio(by, *SETTINGS):<28}{ratio(by, OpenVino.setting)}"
-        print(f"{work:<14}{spread(by['VAI']):<26}{share:<12}{cells}{ratios}")
+        print(f"{work:<22}{spread(by['VAI']):<26}{share:<12}{cells}{ratios}")
 
 
 def main() -> None:
