@@ -4,9 +4,9 @@ Run: python bench/decode.py FILE.gguf... --peers FOLDER, where FOLDER has llama-
 the forward pass of its Plan, llama.cpp its own programs with default settings and with repacking off; the same files,
 the same threads, in turns: VAI, the one, VAI, the other, and again, so that VAI's samples enclose each of theirs. What
 both leave out: sampling and text. Each of VAI's samples has the ceiling measured beside it: reading for decode, integer
-products for prompts, bfloat16 tiles where the machine computes whole pages in those; the exact kind has lines of its own
-then. With --openvino PYTHON, which has `openvino-genai`, OpenVINO takes its turn too: prompts, and
-decode of one row. Medians with their spread, a ratio to the better of the two settings, then one line of JSON.
+products for prompts, bfloat16 tiles where whole pages are computed in those; exact ones have lines of their own.
+With --openvino PYTHON, which has `openvino-genai`, OpenVINO takes its turn too: prompts, and decode of one row. Medians
+with their spread, a ratio to the better of the two settings, then one line of JSON.
 """
 
 from __future__ import annotations
