@@ -38,7 +38,7 @@ test: lint
 # those of AVX2, and of AVX-512 and AMX with their instructions emulated; threads are watched over the portable ones.
 OUT := build
 PORTABLE := tests/native/kernels.cc csrc/core/plan.cc csrc/core/workers.cc csrc/core/lease.cc \
-	csrc/ops/fast/narrow.cc $(wildcard csrc/ops/fast/*portable.cc) $(filter-out csrc/ops/ceilings/%,$(wildcard csrc/ops/*/scalar.cc))
+	$(wildcard csrc/ops/fast/*portable.cc) $(filter-out csrc/ops/ceilings/%,$(wildcard csrc/ops/*/scalar.cc))
 WIDE := $(filter-out csrc/ops/ceilings/%,$(wildcard csrc/ops/*/avx2.cc csrc/ops/*/avx512.cc csrc/ops/*/*amx.cc))
 HEADERS := $(wildcard csrc/core/*.h csrc/include/vai/*.h csrc/ops/*/*.h tests/native/emulated/*.h tests/native/emulated/ops/fast/*.h)
 FLAGS := -std=c++20 -g1 -O1 -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -Icsrc -Icsrc/include -pthread

@@ -105,13 +105,13 @@ void bind_plan(nb::module_& m) {
            }, nb::kw_only(), nb::arg("x"), nb::arg("columns"), nb::arg("out"), nb::arg("where"))
       .def("linear", [](Plan& p, WeightOf weight, int blocks, std::optional<PlaceOf> x, std::optional<size_t> packed,
                         std::optional<size_t> narrow, std::optional<size_t> scratch, std::optional<VectorOf> bias,
-                        std::optional<PlaceOf> addend, std::optional<PlaceOf> residual, PlaceOf out, bool gated, int act, float softcap,
-                        WhereOf where) {
+                        std::optional<PlaceOf> addend, std::optional<PlaceOf> residual, std::optional<PlaceOf> out,
+                        std::optional<size_t> narrow_out, bool gated, int act, float softcap, WhereOf where) {
              p.linear(made<vai::Weight>(weight), blocks, made<Place>(x), packed, narrow, scratch, made<vai::Vector>(bias),
-                      made<Place>(addend), made<Place>(residual), made<Place>(out), gated, act, softcap, made<Where>(where));
+                      made<Place>(addend), made<Place>(residual), made<Place>(out), narrow_out, gated, act, softcap, made<Where>(where));
            }, nb::kw_only(), nb::arg("weight"), nb::arg("blocks"), nb::arg("x").none(), nb::arg("packed").none(),
-           nb::arg("narrow").none(), nb::arg("scratch").none(), nb::arg("bias").none(), nb::arg("addend").none(), nb::arg("residual").none(), nb::arg("out"), nb::arg("gated"),
-           nb::arg("act"), nb::arg("softcap"), nb::arg("where"))
+           nb::arg("narrow").none(), nb::arg("scratch").none(), nb::arg("bias").none(), nb::arg("addend").none(), nb::arg("residual").none(), nb::arg("out").none(),
+           nb::arg("narrow_out").none(), nb::arg("gated"), nb::arg("act"), nb::arg("softcap"), nb::arg("where"))
       .def("glu", [](Plan& p, PlaceOf gate, PlaceOf up, int act, int columns, PlaceOf out, WhereOf where) {
              p.glu(made<Place>(gate), made<Place>(up), act, columns, made<Place>(out), made<Where>(where));
            }, nb::kw_only(), nb::arg("gate"), nb::arg("up"), nb::arg("act"), nb::arg("columns"), nb::arg("out"), nb::arg("where"))

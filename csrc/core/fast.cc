@@ -14,13 +14,15 @@
 
 namespace vai {
 
+void narrow_portable(const NarrowArgs&, int, int);
 void linear_fast_portable(const LinearArgs&, int, int, uint8_t*);
 void attention_fast_portable(const AttentionArgs&, int, uint8_t*);
-static const Fast kPortable{"portable", linear_fast_portable, attention_fast_portable};
+static const Fast kPortable{"portable", narrow_portable, linear_fast_portable, attention_fast_portable};
 #if defined(__x86_64__)
+void narrow_amx(const NarrowArgs&, int, int);
 void linear_fast_amx(const LinearArgs&, int, int, uint8_t*);
 void attention_fast_amx(const AttentionArgs&, int, uint8_t*);
-static const Fast kAmx{"amx", linear_fast_amx, attention_fast_amx};
+static const Fast kAmx{"amx", narrow_amx, linear_fast_amx, attention_fast_amx};
 #endif
 
 const std::vector<const Fast*>& built_fasts() {
@@ -91,7 +93,7 @@ void fill() {
   // Whatever these are read as, they are finite: a byte below 0x40 is the upper one of any float.
   for (auto& byte : test.weights) byte = uint8_t(next() & 0x3f);
   for (auto& byte : test.pages) byte = uint8_t(next() & 0x3f);
-  narrow({test.x, kColumns, kColumns, test.rows}, 0, kRows);
+  narrow_portable({test.x, kColumns, kColumns, test.rows}, 0, kRows);
 }
 
 // Two orders of additions, each of which is off by up to 2^-24 of what it adds up, for every addition.

@@ -131,8 +131,8 @@ void Plan::narrow(Place x, int columns, size_t out, Where where) {
 }
 
 void Plan::linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records,
-                  std::optional<size_t> narrow, std::optional<size_t> scratch, std::optional<Vector> bias, std::optional<Place> addend, std::optional<Place> residual, Place out, bool gated,
-                  int act, float softcap, Where where) {
+                  std::optional<size_t> narrow, std::optional<size_t> scratch, std::optional<Vector> bias, std::optional<Place> addend, std::optional<Place> residual,
+                  std::optional<Place> out, std::optional<size_t> narrow_out, bool gated, int act, float softcap, Where where) {
   LinearArgs a{};
   a.weight = matrix(weight);
   require(blocks > 0 && weight.first + (blocks - 1) * weight.step + (gated ? 1 : 0) < (weight.rows + 15) / 16, "too many blocks");
@@ -151,8 +151,9 @@ void Plan::linear(const Weight& weight, int blocks, std::optional<Place> x, std:
   require(act >= 0 && act < kActs && softcap >= 0.0f, "no such activation");
   if (addend) a.addend = place(*addend, blocks * 16, where.outputs), a.lda = addend->width;
   if (residual) a.residual = place(*residual, blocks * 16, where.outputs), a.ldr = residual->width;
-  a.out = place(out, blocks * 16, where.outputs);
-  a.ldo = out.width;
+  require(narrow_out ? narrow && gated && !out && blocks % 2 == 0 : out.has_value(), "no place for what comes out");
+  if (out) a.out = place(*out, blocks * 16, where.outputs), a.ldo = out->width;
+  if (narrow_out) a.narrow_out = narrowed(*narrow_out, blocks * 16, where.outputs), a.narrow_out_row = narrow_bytes(blocks * 16);
   a.gated = gated;
   a.act = Act(act);
   a.softcap = softcap;
@@ -470,7 +471,7 @@ void Plan::work(int worker, const Step& s) {
         share(rows, [&](int b, int e) {
           if constexpr (std::is_same_v<A, EmbedArgs>) vai::embed(a, b, e);
           if constexpr (std::is_same_v<A, NormArgs>) isa_.norm(a, b, e);
-          if constexpr (std::is_same_v<A, NarrowArgs>) vai::narrow(a, b, e);
+          if constexpr (std::is_same_v<A, NarrowArgs>) fast_->narrow(a, b, e);
           if constexpr (std::is_same_v<A, GluArgs>) isa_.glu(a, b, e);
           if constexpr (std::is_same_v<A, AnglesArgs>) vai::angles(a, b, e);
           if constexpr (std::is_same_v<A, RopeArgs>) vai::rope(a, b, e);

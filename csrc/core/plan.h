@@ -114,10 +114,11 @@ class Plan {
   // Rows as bfloat16, for the fast kind.
   void narrow(Place x, int columns, size_t out, Where where);
   // Exactly one of `x` and `records`, as the weight's type wants, or `narrow` for the fast kind, and then `scratch`: byte offset
-  // of the workers' scratch, one after the other. `blocks`: output blocks of 16 columns.
+  // of the workers' scratch, one after the other. `blocks`: output blocks of 16 columns. Exactly one of `out` and `narrow_out`,
+  // where a gated layer of the fast kind leaves whole tiles of bfloat16.
   void linear(const Weight& weight, int blocks, std::optional<Place> x, std::optional<size_t> records, std::optional<size_t> narrow,
               std::optional<size_t> scratch, std::optional<Vector> bias, std::optional<Place> addend, std::optional<Place> residual,
-              Place out, bool gated, int act, float softcap, Where where);
+              std::optional<Place> out, std::optional<size_t> narrow_out, bool gated, int act, float softcap, Where where);
   void glu(Place gate, Place up, int act, int columns, Place out, Where where);
   void angles(std::vector<double> frequencies, float magnitude, size_t out, Where where);
   void rope(Place x, Place out, int heads, int head_dim, int pairs, bool neox, size_t angles, Where where);

@@ -24,11 +24,12 @@ namespace vai {
   void glu_##isa(const GluArgs&, int, int);                                                                         \
   void attention_##isa(const AttentionArgs&, int, float*);                                                          \
   double probabilities_##isa(const ProbabilitiesArgs&);                                                             \
+  void narrow_##fast(const NarrowArgs&, int, int);                                                                  \
   void linear_fast_##fast(const LinearArgs&, int, int, uint8_t*);                                                   \
   void attention_fast_##fast(const AttentionArgs&, int, uint8_t*);                                                  \
   static const Isa k_##isa{#isa,      row_block_##isa, norm_##isa,         linear_##isa,                            \
                            glu_##isa, attention_##isa, probabilities_##isa};                                        \
-  static const Fast k_##isa##_fast{#fast, linear_fast_##fast, attention_fast_##fast};
+  static const Fast k_##isa##_fast{#fast, narrow_##fast, linear_fast_##fast, attention_fast_##fast};
 
 VAI_KERNELS(scalar, portable)
 #ifdef VAI_EMULATED
@@ -123,11 +124,24 @@ void linear_layers(const Isa& isa, const Fast& fast) {
       };
       auto multiply_fast = [&](int first, int count, float* out) {
         Guarded<uint8_t> narrowed(size_t(count) * narrow_bytes(columns)), scratch(fast_scratch(columns));
-        narrow({x.data() + size_t(first) * k, k, columns, narrowed.data()}, 0, count);
+        fast.narrow({x.data() + size_t(first) * k, k, columns, narrowed.data()}, 0, count);
         LinearArgs a{};
         a.weight = {weights.data(), BlockType(type), columns, 0, 1};
         a.rows = count, a.narrow = narrowed.data(), a.out = out, a.ldo = width;
         fast.linear(a, 0, blocks, scratch.data());
+        // What a gated layer leaves as bfloat16 is what it leaves else, made bfloat16.
+        const int gated = blocks / 2 * 16;
+        const size_t row = narrow_bytes(gated), bytes_out = size_t(count) * row;
+        Guarded<float> wide(size_t(count) * size_t(gated));
+        Guarded<uint8_t> expected(bytes_out), found(bytes_out);
+        a.gated = true, a.weight.step = 2, a.out = wide.data(), a.ldo = size_t(gated);
+        fast.linear(a, 0, gated / 16, scratch.data());
+        fast.narrow({wide.data(), size_t(gated), gated, expected.data()}, 0, count);
+        a.out = nullptr, a.narrow_out = found.data(), a.narrow_out_row = row;
+        fast.linear(a, 0, gated / 16, scratch.data());
+        for (int m = 0; m < count; ++m)
+          demand(std::memcmp(expected.data() + size_t(m) * row, found.data() + size_t(m) * row, size_t(gated) * 2) == 0,
+                 "a gated layer's bfloat16 is other than its binary32");
       };
       auto compare = [&](auto&& multiplied) {
         multiplied(0, rows, y.data());
@@ -203,8 +217,8 @@ void plan_on_threads(const Isa& isa) {
   Plan plan(workers, isa, nullptr, image.data(), kTable + kWeights, workspace, {kRows, kRows, 16, 4096, KvType::kF32, {}});
   plan.embed({0, int(BlockType::kF32), 16, kColumns, 0, 1}, 1.0f, {0, kColumns}, {false, false, 1});
   plan.norm({0, kColumns}, 1, kColumns, {}, 0, {}, {}, kPacked, {}, {false, true, 1});
-  plan.linear({kTable, int(BlockType::kQ4_0), kOutputs, kColumns, 0, 1}, kOutputs / 16, {}, kPacked, {}, {}, {}, {}, {}, {kOut, kOutputs},
-              false, 0, 0.0f, {false, true, 1});
+  plan.linear({kTable, int(BlockType::kQ4_0), kOutputs, kColumns, 0, 1}, kOutputs / 16, {}, kPacked, {}, {}, {}, {}, {}, Place{kOut, kOutputs},
+              {}, false, 0, 0.0f, {false, true, 1});
   plan.rows({kOut, kOutputs}, kOutputs, {kCopied, kOutputs}, {true, true, 1});
   plan.result({kCopied, kOutputs}, kOutputs, true);
   std::vector<int32_t> tokens(kRows), positions(kRows);

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vai.burn.burn import burn
+from vai.burn.quantize import quantize
 from vai.errors import NotSupported
 from vai.kernels import table
 from vai.kernels.program import PAGE_TOKENS, Plan, Program, StepArgs
 from vai.models.decoder import build
 from vai.models.spec import Spec
+from vai.rom.segment import attach
 from vai.rom.view import Image
 
 Burned = Callable[[str, str], Image]
@@ -74,11 +78,12 @@ def computed(plan: Plan, program: Program, cuts: tuple[int, ...]) -> tuple[Pool,
     return pool, logits.copy().view(np.uint32)
 
 
+@pytest.mark.parametrize("fast", table.fasts())
 @pytest.mark.parametrize(("shape", "type"), MODELS)
-def test_the_native_plan_has_the_bits_of_the_reference(burned: Burned, shape: str, type: str) -> None:
+def test_the_native_plan_has_the_bits_of_the_reference(burned: Burned, shape: str, type: str, fast: str) -> None:
     image = burned(shape, type)
     program = program_of(image)
-    pages, logits = computed(lowered(image), program, ())
+    pages, logits = computed(lowered(image, fast=fast), program, ())
     expected, right = computed(lowered(image, backend="reference"), program, ())
     np.testing.assert_array_equal(pages, expected)
     np.testing.assert_array_equal(logits, right)
@@ -102,6 +107,30 @@ def test_a_fast_row_has_the_same_bits_in_every_company_on_every_instruction_set(
     for cuts, threads in (((1, 17, 20), 1), ((7, 14, 21, 28, 35), 3), ((32,), 2)):
         for one, other in zip(whole, computed(lowered(image, threads=threads, isa=isa), program, cuts), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_a_gated_layer_leaves_bfloat16_where_nobody_reads_anything_else(burned: Burned) -> None:
+    """Else what it leaves would be written and read once more, to be rounded."""
+    image = burned("tiny-qwen2", "Q8_0")
+    layers = sum(group.layers for group in program_of(image).groups)
+    lines = lowered(image).describe("fast")
+    assert [line.text.endswith("as bfloat16") for line in lines if line.kind == "gated"] == [True] * layers
+    assert sum(line.kind == "narrow" for line in lines) == 3 * layers  # for q|k|v, the attention's output, gate|up
+
+
+def test_a_gated_layer_leaves_binary32_where_the_next_one_is_exact(
+    checkpoint: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    quantize(checkpoint("tiny-qwen2", "F32"), tmp_path / "mixed.gguf", type="Q8_0", keep=[("*ffn_down*", "F16")])
+    tmp_path.chmod(0o700)
+    image = attach(tmp_path, burn(tmp_path / "mixed.gguf", tmp_path).digest)
+    plan, program = lowered(image), program_of(image)
+    assert not any(line.text.endswith("as bfloat16") for line in plan.describe("fast") if line.kind == "gated")
+    pages, logits = computed(plan, program, ())
+    expected, right = computed(lowered(image, backend="reference"), program, ())
+    np.testing.assert_array_equal(pages, expected)
+    np.testing.assert_array_equal(logits, right)
+    image.close()
 
 
 def test_fast_rows_are_other_bits_than_exact_ones_and_near_them(burned: Burned) -> None:

@@ -49,6 +49,7 @@ TYPE_CODES = {
     )
 }
 
+TILE_COLUMNS = 32  # of bfloat16, in a tile of the fast kind
 NO_FAST = ("F16", "F32")  # types of weights that bfloat16 would shorten by more than their activations
 
 ACTS = ("silu", "gelu_tanh")  # by number
@@ -455,7 +456,11 @@ class _Fuser:
         ):
             return False
         _check_act(glu)
-        out = self._new(glu.output, parts[0].rows, outputs=self._views[op.x].outputs)
+        x = self._views[op.x]
+        out = self._new(glu.output, parts[0].rows, outputs=x.outputs)
+        narrow = self._is_fast(stored, x) and self._read_narrow(glu.output, out)
+        if narrow:
+            self._narrow[glu.output] = self._narrow_slot(out)
         blocks = _blocks(parts[0].rows)
         lines = [line for line, _ in members] + [readers[0]]
         text = f"{_of(stored.name, stored, stored.rows)}{' + bias' if gate.bias else ''}, {glu.act}"
@@ -467,10 +472,11 @@ class _Fuser:
             self._weight(stored, parts[0]),
             self._bias(members),
             blocks,
-            {"out": out},
-            text,
+            {} if narrow else {"out": out},
+            text + (" as bfloat16" if narrow else ""),
             2 * blocks,
             glu,
+            narrow_out=self._narrow[glu.output] if narrow else None,
         )
         return True
 
@@ -726,6 +732,7 @@ class _Fuser:
         text: str,
         read_blocks: int,
         op: Op | None = None,
+        narrow_out: _Slot | None = None,
     ) -> None:
         self._done.update(lines)
         view = self._views[x]
@@ -740,6 +747,8 @@ class _Fuser:
             areas["packed"] = self._quantized(lines[0], x, group)
         else:
             views = {**views, "x": view}
+        if narrow_out is not None:
+            areas["narrow_out"] = narrow_out
         image_bytes = stored.bytes // (stored.rows // BLOCK_ROWS) * read_blocks + (64 * read_blocks if bias else 0)
         self._add(
             kind,
@@ -775,9 +784,26 @@ class _Fuser:
         slot = self._narrow.get(value)
         if slot is None:
             x = self._views[value]
-            slot = self._narrow[value] = _Slot(self._count(x.outputs) * _native.narrow_bytes(x.columns))
+            slot = self._narrow[value] = self._narrow_slot(x)
             self._add("narrow", [index], x, views={"x": x}, areas={"out": slot}, text=f"{x.columns} as bfloat16")
         return slot
+
+    def _narrow_slot(self, x: _View) -> _Slot:
+        return _Slot(self._count(x.outputs) * _native.narrow_bytes(x.columns))
+
+    def _read_narrow(self, value: str, x: _View) -> bool:
+        """Whether all who read `value` want bfloat16, and its columns fill the tiles that such rows are made of."""
+        readers = [self._program.ops[line] for line in self._readers[value] if line < len(self._program.ops)]
+        return (
+            x.columns % TILE_COLUMNS == 0
+            and len(readers) == len(self._readers[value])
+            and all(
+                isinstance(op, Linear)
+                and value not in (op.addend, op.residual)
+                and self._is_fast(self._matrix(op.weight)[0], x)
+                for op in readers
+            )
+        )
 
     def _siblings(self, index: int, op: Linear, parts: tuple[Part, ...]) -> list[tuple[int, Linear]] | None:
         """The Linear operations from `index` on that read what `op` reads and nothing else, one for each part in order.
@@ -1032,7 +1058,8 @@ def _emit(native: _native.Plan, made: _Instruction) -> None:
                 bias=made.vector,
                 addend=place.get("addend"),
                 residual=place.get("residual"),
-                out=place["out"],
+                out=place.get("out"),
+                narrow_out=area.get("narrow_out"),
                 gated=made.kind == "gated",
                 act=_act(op),
                 softcap=op.softcap if isinstance(op, Linear) else 0.0,

@@ -142,7 +142,6 @@ struct NarrowArgs {
   int columns;
   uint8_t* out;  // [rows][narrow_bytes(columns)]
 };
-void narrow(const NarrowArgs&, int begin, int end);
 
 struct LinearArgs {
   Matrix weight;
@@ -159,6 +158,10 @@ struct LinearArgs {
   size_t ldr;
   float* out;
   size_t ldo;
+  // For gated layers of the fast kind; if not null, what comes out goes here as narrow() would make it, and not to `out`. Its
+  // columns are whole tiles.
+  uint8_t* narrow_out;
+  size_t narrow_out_row;  // bytes
   // Gated: output block i is act(stored block first + i * step) * (the stored block after it). No addend, no residual.
   bool gated;
   Act act;
@@ -363,6 +366,7 @@ struct Isa {
 // rest as in the exact kind.
 struct Fast {
   const char* name;
+  void (*narrow)(const NarrowArgs&, int begin, int end);  // rows
   // Any rows, any output blocks. `scratch`: fast_scratch(columns) bytes of the worker's own, on a line of 64.
   void (*linear)(const LinearArgs&, int begin, int end, uint8_t* scratch);
   // Of pages that are not kF32. `scratch`: fast_attention_scratch(context, head_dim) bytes, as above.

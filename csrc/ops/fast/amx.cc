@@ -190,6 +190,13 @@ const uint8_t* tiles_of(BlockType type, const uint8_t* block, int columns, uint8
 
 // ---- the layer
 
+// What epilogue() does with a gated layer, rounded to bfloat16.
+void narrow_epilogue(const LinearArgs& a, int first_row, int rows, int block, const float* sums) {
+  uint8_t* out = a.narrow_out + size_t(first_row) * a.narrow_out_row + size_t(block) * 32;
+  for (int r = 0; r < rows; ++r, sums += kScratchWidth, out += a.narrow_out_row)
+    _mm256_storeu_si256((__m256i*)out, (__m256i)_mm512_cvtneps_pbh(gated_unit<V>(a, block, sums, 0)));
+}
+
 // The stored bytes of a stretch of one or two blocks.
 struct Stretch {
   const uint8_t* block[2];
@@ -264,7 +271,10 @@ void linear_fast_amx(const LinearArgs& a, int begin, int end, uint8_t* scratch) 
             float* const own = sums + step * kRowsPerStep * kScratchWidth;
             ahead.fetch(step, steps);
             layer.multiply_rows(m, rows, k, weights, stored.blocks, own);
-            if (last) epilogue<V>(a, m, rows, i, a.gated ? 1 : stored.blocks, own);
+            if (last && a.narrow_out)
+              narrow_epilogue(a, m, rows, i, own);
+            else if (last)
+              epilogue<V>(a, m, rows, i, a.gated ? 1 : stored.blocks, own);
           }
         }
       }

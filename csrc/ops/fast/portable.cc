@@ -1,4 +1,6 @@
 // Linear layers of the fast kind on any machine, slowly.
+#include <cstring>
+
 #include "vai/vec_scalar.h"
 
 #include "ops/fast/sums.h"
@@ -32,6 +34,17 @@ void multiply(const uint8_t* narrow, int columns, const float (*panel)[16], floa
   }
 }
 
+// What epilogue() does with a gated layer, rounded to bfloat16.
+void narrow_epilogue(const LinearArgs& a, int first_row, int rows, int block, const float* sums) {
+  for (int r = 0; r < rows; ++r) {
+    float y[16];
+    uint16_t narrow[16];
+    ScalarVec::store(y, gated_unit<ScalarVec>(a, block, sums + r * kScratchWidth, 0));
+    for (int n = 0; n < 16; ++n) narrow[n] = f32_to_bf16_flushed(y[n]);
+    std::memcpy(a.narrow_out + size_t(first_row + r) * a.narrow_out_row + size_t(block) * sizeof narrow, narrow, sizeof narrow);
+  }
+}
+
 }  // namespace
 
 void linear_fast_portable(const LinearArgs& a, int begin, int end, uint8_t*) {
@@ -51,7 +64,10 @@ void linear_fast_portable(const LinearArgs& a, int begin, int end, uint8_t*) {
           for (int r = 0; r < rows; ++r)
             multiply(a.narrow + size_t(m0 + r) * narrow_row + size_t(k) * 2, columns, panel, sums + r * kScratchWidth + j * 16);
         }
-      epilogue<ScalarVec>(a, m0, rows, i, 1, sums);
+      if (a.narrow_out)
+        narrow_epilogue(a, m0, rows, i, sums);
+      else
+        epilogue<ScalarVec>(a, m0, rows, i, 1, sums);
     }
 }
 

@@ -21,6 +21,11 @@ inline void configure(int first_rows, int second_rows) {
   load_config(config);
 }
 
+// 32 columns of a row as a line of a row that is multiplied from, rounded as below.
+inline __attribute__((always_inline)) void put_line(__m512 low, __m512 high, void* out) {
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
 // Two rows of 16 as a row of what is multiplied with, [16][2], rounded to bfloat16: nearest, half to even, subnormal numbers
 // as zeros.
 inline __attribute__((always_inline)) void put_pair(__m512 even, __m512 odd, void* out) {

@@ -414,6 +414,17 @@ void tile(BlockType type, int rows, const TileArgs& t) {
   }
 }
 
+// Output block `block` of a gated layer, columns [h, h + V::kLanes) of it: act(first block) * second block.
+template <class V>
+inline __attribute__((always_inline)) typename V::F gated_unit(const LinearArgs& a, int block, const float* scratch, int h) {
+  typename V::F gate = V::load(scratch + h), up = V::load(scratch + 16 + h);
+  if (a.bias) {
+    const float* bias = a.bias + size_t(a.bias_first + block * a.bias_step) * 16;
+    gate = V::add(gate, V::load(bias + h)), up = V::add(up, V::load(bias + 16 + h));
+  }
+  return V::mul(a.act == Act::kSilu ? silu<V>(gate) : gelu_tanh<V>(gate), up);
+}
+
 // scratch [R][blocks * 16] -> out: + addend, + bias, + residual, softcap; gated: act(first block) * second block.
 template <class V>
 void epilogue(const LinearArgs& a, int first_row, int rows, int block, int blocks, const float* scratch) {
@@ -423,12 +434,7 @@ void epilogue(const LinearArgs& a, int first_row, int rows, int block, int block
     const size_t row = size_t(first_row + r);
     const float* s = scratch + r * kScratchWidth;
     if (a.gated) {
-      const float* bias = a.bias ? a.bias + size_t(a.bias_first + block * a.bias_step) * 16 : nullptr;
-      for (int h = 0; h < 16; h += W) {
-        F gate = V::load(s + h), up = V::load(s + 16 + h);
-        if (bias) gate = V::add(gate, V::load(bias + h)), up = V::add(up, V::load(bias + 16 + h));
-        V::store(a.out + row * a.ldo + size_t(block) * 16 + h, V::mul(a.act == Act::kSilu ? silu<V>(gate) : gelu_tanh<V>(gate), up));
-      }
+      for (int h = 0; h < 16; h += W) V::store(a.out + row * a.ldo + size_t(block) * 16 + h, gated_unit<V>(a, block, s, h));
       continue;
     }
     for (int j = 0; j < blocks; ++j) {

@@ -21,6 +21,7 @@ typedef float __m256 __attribute__((vector_size(32), may_alias));
 typedef long long __m256i __attribute__((vector_size(32), may_alias));
 typedef long long __m128i __attribute__((vector_size(16), may_alias));
 typedef short __m512bh __attribute__((vector_size(64), may_alias));
+typedef short __m256bh __attribute__((vector_size(32), may_alias));
 typedef uint16_t __mmask16;
 typedef uint32_t __mmask32;
 
@@ -106,6 +107,7 @@ INLINED int32_t to_int(float x) { return x >= -0x1p31f && x < 0x1p31f ? int32_t(
 
 INLINED void _mm_prefetch(const void*, int) {}
 EMULATED __m128i _mm_loadu_si128(const __m128i* p) { return emulated::loaded<__m128i>(p); }
+EMULATED void _mm256_storeu_si256(__m256i* p, const __m256i& a) { emulated::stored(p, a); }
 EMULATED __m256i _mm256_loadu_si256(const __m256i* p) { return emulated::loaded<__m256i>(p); }
 EMULATED __m256 _mm256_loadu_ps(const float* p) { return emulated::loaded<__m256>(p); }
 EMULATED __m512i _mm512_loadu_si512(const void* p) { return emulated::loaded<__m512i>(p); }
@@ -160,6 +162,9 @@ EMULATED __m512i _mm512_cvtps_epi32(const __m512& a) {
 }
 EMULATED __m512 _mm512_cvtph_ps(const __m256i& a) {
   return emulated::each<__m512, float>([x = emulated::lanes<uint16_t>(a)](size_t i) { return emulated::from_half(x[i]); });
+}
+EMULATED __m256bh _mm512_cvtneps_pbh(const __m512& a) {
+  return emulated::each<__m256bh, uint16_t>([=](size_t i) { return emulated::to_bfloat16(a[i]); });
 }
 EMULATED __m512bh _mm512_cvtne2ps_pbh(const __m512& high, const __m512& low) {
   return emulated::each<__m512bh, uint16_t>([=](size_t i) { return emulated::to_bfloat16(i < 16 ? low[i] : high[i - 16]); });

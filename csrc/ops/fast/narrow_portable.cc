@@ -1,4 +1,4 @@
-// Rows of activations made bfloat16, once for all the linear layers that read them.
+// Rows of activations made bfloat16, on any machine.
 #include <cstring>
 
 #include "vai/ops.h"
@@ -6,7 +6,7 @@
 
 namespace vai {
 
-void narrow(const NarrowArgs& a, int begin, int end) {
+void narrow_portable(const NarrowArgs& a, int begin, int end) {
   const int padded = (a.columns + 31) / 32 * 32;
   for (int m = begin; m < end; ++m) {
     const float* x = a.x + size_t(m) * a.ldx;
