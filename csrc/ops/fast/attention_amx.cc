@@ -28,6 +28,11 @@ struct AmxTiles {
   static void pair(const uint8_t* even, const uint8_t* odd, uint16_t* out) {
     put_pair(_mm256_loadu_si256((const __m256i*)even), _mm256_loadu_si256((const __m256i*)odd), out);
   }
+  static void pair(const uint8_t* rows, uint16_t* out) { put_pair(Avx512Vec::load_line(rows), out); }
+  static void pairs(const uint8_t* even, const uint8_t* odd, uint16_t* out) {
+    put_pairs(Avx512Vec::load_line(even), Avx512Vec::load_line(odd), out, out + kTileElements);
+  }
+  static void narrow_line(const float* x, uint16_t* out) { put_line(Avx512Vec::load(x), Avx512Vec::load(x + 16), out); }
   static void narrow_pair(const float* even, const float* odd, uint16_t* out) {
     put_pair(Avx512Vec::load(even), Avx512Vec::load(odd), out);
   }

@@ -32,7 +32,10 @@ void pack_keys(const Pages& pages, int sequence, int position, int kv_head, int 
       uint16_t* const pair = out + size_t(d / kTile * 2 + half) * kTileElements + size_t(d % kTile) * 16;
       if constexpr (T == KvType::kBf16) {
         const uint8_t* const row = keys + size_t(d) * kRow;
-        Tiles::pair(d < head_dim ? row : kNothing, d + 1 < head_dim ? row + kRow : kNothing, pair);
+        if (d + 2 <= head_dim)
+          Tiles::pair(row, pair);
+        else
+          Tiles::pair(d < head_dim ? row : kNothing, kNothing, pair);
       } else {
         float rows[2][16] = {};
         for (int odd = 0; odd < 2 && d + odd < head_dim; ++odd)
@@ -53,8 +56,14 @@ void pack_values(const Pages& pages, int sequence, int position, int kv_head, in
   const size_t row_bytes = size_t(head_dim) * kKvBytes<T>;
   const uint8_t* const scales = pages.values(sequence, position, kv_head);
   const uint8_t* const values = scales + scale_bytes<T>(head_dim, kPageTokens);
-  for (int t = 0; t < kPageTokens; t += 2)
-    for (int d = 0; d < width; d += 16) {
+  for (int t = 0; t < kPageTokens; t += 2) {
+    int whole = 0;  // elements that are done
+    if constexpr (T == KvType::kBf16) {
+      const uint8_t* const even = values + size_t(t) * row_bytes;
+      for (; position + t + 2 <= end && whole + kTile <= head_dim; whole += kTile)
+        Tiles::pairs(even + whole * 2, even + row_bytes + whole * 2, out + size_t(whole / kTile) * step + size_t(t) * 16);
+    }
+    for (int d = whole; d < width; d += 16) {
       uint16_t* const pair = out + size_t(d / kTile) * step + size_t(d % kTile / 16) * kTileElements + size_t(t) * 16;
       const int count = head_dim - d < 16 ? (head_dim > d ? head_dim - d : 0) : 16;
       uint8_t cut[2][16 * kKvBytes<T>];  // elements that are not 16
@@ -77,11 +86,26 @@ void pack_values(const Pages& pages, int sequence, int position, int kv_head, in
         Tiles::narrow_pair(rows[0], rows[1], pair);
       }
     }
+  }
+}
+
+// The weights of the tokens [from, to), whole tiles, that a query sees of: nought is that of all others. Where soften() was,
+// it stands there already.
+template <class Tiles>
+void narrow_weights(const float* e, int from, int to, int first, int end, uint16_t* out) {
+  const int begin = first & ~15, last = (end + 15) / 16 * 16;
+  for (int t = from; t < to; t += kTile, out += kTile)
+    if (begin <= t && t + kTile <= last)
+      Tiles::narrow_line(e + t, out);
+    else
+      for (int i = 0; i < kTile; ++i) out[i] = first <= t + i && t + i < end ? f32_to_bf16_flushed(e[t + i]) : 0;
 }
 
 // `Tiles::multiply(rows, a, lda, b, groups, c, ldc)`: c [rows][32] = a [rows][32 * groups] times b, for each group two tiles of
-// [16 pairs][16 columns][2]. `Tiles::pair(even, odd, out)`: two neighbouring rows of 16 elements as a row of a tile, [16][2],
-// what is subnormal as a zero, as AMX reads it. `Tiles::narrow_pair`: the same of rows in binary32, which are rounded.
+// [16 pairs][16 columns][2]. `Tiles::pair(even, odd, out)`: two neighbouring rows of 16 elements as a row of a tile, [16][2];
+// `Tiles::pair(rows, out)`: of rows that follow each other; `Tiles::pairs(even, odd, out)`: of rows of 32, the second half in the
+// tile behind. What is subnormal is multiplied as a zero. `Tiles::narrow_pair`: the same of rows in binary32, which are rounded;
+// `Tiles::narrow_line`: 32 of them in a row.
 //
 // Up to 32 queries of one sequence and KV head; `first` and `end` ascend.
 template <class V, class Tiles, KvType T>
@@ -119,9 +143,8 @@ void attend_fast(const AttentionArgs& a, int sequence, int kv_head, int queries,
                                size_t(pages) * kPairElements);
     for (int i = 0; i < queries; ++i) {
       const auto [_, out, first, end] = query[i];
-      uint16_t* const row = weights + size_t(i) * kAttentionChunk;
       const float* const own = s + size_t(i) * context;
-      for (int t = from; t < from + pages * kPageTokens; ++t) row[t - from] = t >= first && t < end ? f32_to_bf16_flushed(own[t]) : 0;
+      narrow_weights<Tiles>(own, from, from + pages * kPageTokens, first, end, weights + size_t(i) * kAttentionChunk);
       const int seen = end < to ? end : to, seen_from = from > (first & ~15) ? from : first & ~15;
       if (seen > seen_from) l[i] = l[i] + chunk_sum<V>(own + seen_from, seen - seen_from);
     }

@@ -35,6 +35,13 @@ struct PortableTiles {
       out[2 * i + 1] = normal(load_as<uint16_t>(odd + 2 * i));
     }
   }
+  static void pair(const uint8_t* rows, uint16_t* out) { pair(rows, rows + 32, out); }
+  static void pairs(const uint8_t* even, const uint8_t* odd, uint16_t* out) {
+    pair(even, odd, out), pair(even + 32, odd + 32, out + kTileElements);
+  }
+  static void narrow_line(const float* x, uint16_t* out) {
+    for (int i = 0; i < kTile; ++i) out[i] = f32_to_bf16_flushed(x[i]);
+  }
   static void narrow_pair(const float* even, const float* odd, uint16_t* out) {
     for (int i = 0; i < 16; ++i) out[2 * i] = f32_to_bf16_flushed(even[i]), out[2 * i + 1] = f32_to_bf16_flushed(odd[i]);
   }

@@ -23,7 +23,6 @@ typedef long long __m128i __attribute__((vector_size(16), may_alias));
 typedef short __m512bh __attribute__((vector_size(64), may_alias));
 typedef short __m256bh __attribute__((vector_size(32), may_alias));
 typedef uint16_t __mmask16;
-typedef uint32_t __mmask32;
 
 enum { _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8 };
 enum { _CMP_NLT_UQ = 0x15, _CMP_GE_OQ = 0x1d };
@@ -196,16 +195,6 @@ EMULATED __m512i _mm512_slli_epi32(const __m512i& a, unsigned count) { return co
 EMULATED __m512i _mm512_srli_epi32(const __m512i& a, unsigned count) { return count > 31 ? __m512i{} : (__m512i)((emulated::U32)a >> count); }
 EMULATED __m512i _mm512_srai_epi32(const __m512i& a, unsigned count) { return (__m512i)((emulated::I32)a >> (count > 31 ? 31 : int(count))); }
 EMULATED __m512i _mm512_srli_epi16(const __m512i& a, unsigned count) { return count > 15 ? __m512i{} : (__m512i)((emulated::U16)a >> count); }
-EMULATED __mmask32 _mm512_test_epi16_mask(const __m512i& a, const __m512i& b) {
-  const auto x = emulated::lanes<uint16_t>(a & b);
-  __mmask32 mask = 0;
-  for (unsigned i = 0; i < 32; ++i) mask |= __mmask32(x[i] != 0) << i;
-  return mask;
-}
-EMULATED __m512i _mm512_mask_mov_epi16(const __m512i& otherwise, __mmask32 mask, const __m512i& a) {
-  const auto x = emulated::lanes<uint16_t>(a), y = emulated::lanes<uint16_t>(otherwise);
-  return emulated::each<__m512i, uint16_t>([&](size_t i) { return mask >> i & 1 ? x[i] : y[i]; });
-}
 
 // Four products of an unsigned byte of `a` and a signed one of `b` join each sum, which does not saturate.
 EMULATED __m512i _mm512_dpbusd_epi32(const __m512i& sums, const __m512i& a, const __m512i& b) {
@@ -249,6 +238,10 @@ EMULATED __m512i _mm512_shuffle_epi8(const __m512i& a, const __m512i& index) {
 EMULATED __m512i _mm512_permutexvar_epi16(const __m512i& index, const __m512i& a) {
   const auto x = emulated::lanes<uint16_t>(a), at = emulated::lanes<uint16_t>(index);
   return emulated::each<__m512i, uint16_t>([&](size_t i) { return x[at[i] % 32]; });
+}
+EMULATED __m512i _mm512_permutex2var_epi16(const __m512i& a, const __m512i& index, const __m512i& b) {
+  const auto x = emulated::lanes<uint16_t>(a), y = emulated::lanes<uint16_t>(b), at = emulated::lanes<uint16_t>(index);
+  return emulated::each<__m512i, uint16_t>([&](size_t i) { return (at[i] & 32 ? y : x)[at[i] % 32]; });
 }
 EMULATED __m512 _mm512_permutexvar_ps(const __m512i& index, const __m512& a) {
   const auto x = emulated::lanes<float>(a);
