@@ -23,6 +23,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a time limit of their own are the longest: last of all, they would keep one worker waiting."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 TINY_MODELS = {"tiny": "Q4_0", "tiny-qwen2": "Q8_0"}
 
 
