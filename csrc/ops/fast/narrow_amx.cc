@@ -1,6 +1,5 @@
 // Rows of activations made bfloat16, a line of 32 columns at a time.
 #include <algorithm>
-#include <cstring>
 
 #include "vai/ops.h"
 #include "vai/vec_avx512.h"
