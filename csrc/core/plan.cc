@@ -198,6 +198,7 @@ void Plan::attention(Place q, Place out, int group, int layer, int heads, float 
   const int kept = shape_.groups[size_t(group)].window;
   require(window >= 0 && softcap >= 0.0f && (kept == 0 || (window > 0 && window <= kept)), "a window wider than its group's");
   require(!where.outputs && heads > 0 && heads % p.kv_heads == 0, "heads that do not share evenly");
+  require(scale > 0.0f, "scores that are not multiplied by a positive number");
   const bool fast = fast_ && p.type != KvType::kF32;  // who keeps binary32 wants them multiplied
   const size_t context = size_t(shape_.context + 15) / 16 * 16;
   AttentionArgs a{p,       place(q, heads * p.head_dim, false), q.width, place(out, heads * p.head_dim, false), out.width, heads, scale,

@@ -373,7 +373,7 @@ struct Fast {
   void (*attention)(const AttentionArgs&, int unit, uint8_t* scratch);
 };
 
-constexpr int kFastQueries = 32;  // queries that share one reading of K and V
+constexpr int kFastQueries = 64;  // queries that share one reading of K and V
 
 constexpr int kMaxFastRows = 512;   // rows that share one unpacking of the weights; what is more is done after them
 constexpr int kFastColumns = 512;   // columns in one stretch: the activations of all rows for it stay in L2
@@ -386,9 +386,14 @@ constexpr size_t fast_scratch(int columns) {
   return tiles * 2 * 1024 + size_t(kMaxFastRows) * 16 * sizeof(float) * (one ? 2 : kFastBlocks);
 }
 
+// Between a query's scores and the next one's, and between weights: odd numbers of lines, so that the rows of a tile do not all
+// stand in the same set of a cache.
+constexpr size_t fast_score_stride(size_t context) { return (context + kPageTokens - 1) / kPageTokens * kPageTokens + 16; }
+constexpr size_t kFastWeightStride = kAttentionChunk + 32;
+
 constexpr size_t fast_attention_scratch(size_t context, int head_dim) {
-  const size_t tokens = (context + kPageTokens - 1) / kPageTokens * kPageTokens, padded = size_t(head_dim + 31) / 32 * 32;
-  return kFastQueries * (4 * tokens + 8 * padded + 2 * padded + 2 * kAttentionChunk) + 2 * kAttentionChunk * padded;
+  const size_t padded = size_t(head_dim + 31) / 32 * 32;
+  return kFastQueries * (4 * fast_score_stride(context) + 8 * padded + 2 * padded + 2 * kFastWeightStride) + 2 * kAttentionChunk * padded;
 }
 
 constexpr size_t attention_scratch(size_t context, int head_dim) {

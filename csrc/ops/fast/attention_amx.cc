@@ -1,4 +1,4 @@
-// Attention of the fast kind with AMX: up to 32 queries times 32 tokens, or elements, at a time.
+// Attention of the fast kind with AMX: 32 queries times 32 tokens, or elements, at a time.
 #include "vai/vec_avx512.h"
 
 #include "ops/fast/attention_impl.h"

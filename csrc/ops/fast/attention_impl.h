@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kTile = 32;  // queries, tokens or elements that are multiplied at once, in tiles of 16
 constexpr int kTileElements = 512, kPairElements = 2 * kTileElements;
-static_assert(kTile == kFastQueries);
+static_assert(kFastQueries % kTile == 0);
 
 // What stands where there is no element.
 alignas(64) constexpr uint8_t kNothing[64] = {};
@@ -89,16 +89,62 @@ void pack_values(const Pages& pages, int sequence, int position, int kv_head, in
   }
 }
 
-// The weights of the tokens [from, to), whole tiles, that a query sees of: nought is that of all others. Where soften() was,
-// it stands there already.
-template <class Tiles>
-void narrow_weights(const float* e, int from, int to, int first, int end, uint16_t* out) {
+// The largest of a query's scores, each times `scale`. `scale` is positive. Those beside what it sees, up to
+// lines of 16, become such that their weights are +0.
+template <class V>
+float highest(float* s, int first, int end, float scale) {
+  constexpr int W = V::kLanes, kAtOnce = 4;
   const int begin = first & ~15, last = (end + 15) / 16 * 16;
-  for (int t = from; t < to; t += kTile, out += kTile)
-    if (begin <= t && t + kTile <= last)
-      Tiles::narrow_line(e + t, out);
-    else
-      for (int i = 0; i < kTile; ++i) out[i] = first <= t + i && t + i < end ? f32_to_bf16_flushed(e[t + i]) : 0;
+  for (int t = begin; t < first; ++t) s[t] = -__builtin_inff();
+  for (int t = end; t < last; ++t) s[t] = -__builtin_inff();
+  typename V::F top[kAtOnce];
+  VAI_UNROLL for (int i = 0; i < kAtOnce; ++i) top[i] = V::set1(-__builtin_inff());
+  int t = begin;
+  for (; t + kAtOnce * W <= last; t += kAtOnce * W)
+    VAI_UNROLL for (int i = 0; i < kAtOnce; ++i) top[i] = V::max(V::mul(V::load(s + t + i * W), V::set1(scale)), top[i]);
+  for (; t < last; t += W) top[0] = V::max(V::mul(V::load(s + t), V::set1(scale)), top[0]);
+  float lanes[kAtOnce * W];
+  VAI_UNROLL for (int i = 0; i < kAtOnce; ++i) V::store(lanes + i * W, top[i]);
+  float most = lanes[0];
+  for (float x : lanes) most = x > most ? x : most;
+  return most;
+}
+
+// Scores to weights, of the tokens [from, to), whole tiles of one chunk: exp(scale * s[t] - top), rounded, and +0 where the query
+// sees nothing. Returns their R16 sum, in which they are not rounded.
+template <class V, class Tiles>
+float weights_of(const float* s, int from, int to, int first, int end, float scale, float top, uint16_t* out) {
+  using F = typename V::F;
+  constexpr int W = V::kLanes, H = 16 / W;
+  const int begin = first & ~15, last = (end + 15) / 16 * 16;
+  F sums[H];
+  VAI_UNROLL for (int h = 0; h < H; ++h) sums[h] = V::set1(0.0f);
+  auto soften = [&]<int kTokens>(const float* at, float* e) {
+    F x[kTokens / W];
+    VAI_UNROLL for (int i = 0; i < kTokens / W; ++i) x[i] = V::sub(V::mul(V::load(at + i * W), V::set1(scale)), V::set1(top));
+    exp<V>(x);
+    VAI_UNROLL for (int i = 0; i < kTokens / W; ++i) sums[i % H] = V::add(sums[i % H], x[i]), V::store(e + i * W, x[i]);
+  };
+  for (int t = from; t < to;) {
+    float e[2 * kTile];
+    if (begin <= t && t + 2 * kTile <= last && t + 2 * kTile <= to) {
+      soften.template operator()<2 * kTile>(s + t, e);
+      Tiles::narrow_line(e, out), Tiles::narrow_line(e + kTile, out + kTile);
+      t += 2 * kTile, out += 2 * kTile;
+      continue;
+    }
+    for (int half = 0; half < kTile; half += 16) {
+      if (begin <= t + half && t + half < last)
+        soften.template operator()<16>(s + t + half, e + half);
+      else
+        for (int i = half; i < half + 16; ++i) e[i] = 0.0f;
+    }
+    Tiles::narrow_line(e, out);
+    t += kTile, out += kTile;
+  }
+  float partial[16];
+  VAI_UNROLL for (int h = 0; h < H; ++h) V::store(partial + h * W, sums[h]);
+  return sum16(partial);
 }
 
 // `Tiles::multiply(rows, a, lda, b, groups, c, ldc)`: c [rows][32] = a [rows][32 * groups] times b, for each group two tiles of
@@ -107,34 +153,41 @@ void narrow_weights(const float* e, int from, int to, int first, int end, uint16
 // tile behind. What is subnormal is multiplied as a zero. `Tiles::narrow_pair`: the same of rows in binary32, which are rounded;
 // `Tiles::narrow_line`: 32 of them in a row.
 //
-// Up to 32 queries of one sequence and KV head; `first` and `end` ascend.
+// Up to kFastQueries of one sequence and KV head; `first` and `end` ascend.
 template <class V, class Tiles, KvType T>
 void attend_fast(const AttentionArgs& a, int sequence, int kv_head, int queries, const Query* query, uint8_t* memory) {
   const int head_dim = a.pages.head_dim, width = (head_dim + kTile - 1) / kTile * kTile, longest = query[queries - 1].end;
   const int begin = query[0].first / kPageTokens * kPageTokens;  // nothing before it is read
-  const size_t context = (a.context + kPageTokens - 1) / kPageTokens * kPageTokens;
-  auto* const s = reinterpret_cast<float*>(memory);  // [32][context], as fast_attention_scratch counts
-  float *const o = s + kTile * context, *const chunk = o + kTile * width;  // [32][width] each
-  auto* const q = reinterpret_cast<uint16_t*>(chunk + kTile * width);       // [32][width]
-  uint16_t* const weights = q + kTile * width;                              // [32][kAttentionChunk]
-  uint16_t* const panel = weights + kTile * kAttentionChunk;                // what is multiplied with, as tiles
+  const size_t stride = fast_score_stride(a.context);
+  auto* const s = reinterpret_cast<float*>(memory);  // [kFastQueries][stride], as fast_attention_scratch counts
+  float *const o = s + kFastQueries * stride, *const chunk = o + kFastQueries * width;  // [kFastQueries][width] each
+  auto* const q = reinterpret_cast<uint16_t*>(chunk + kFastQueries * width);            // [kFastQueries][width]
+  uint16_t* const weights = q + kFastQueries * width;                                   // [kFastQueries][kFastWeightStride]
+  uint16_t* const panel = weights + kFastQueries * kFastWeightStride;                   // what is multiplied with, as tiles
+  auto multiply = [&](const uint16_t* left, size_t lda, const uint16_t* right, int groups, float* c, size_t ldc) {
+    for (int i = 0; i < queries; i += kTile)
+      Tiles::multiply(queries - i < kTile ? queries - i : kTile, left + size_t(i) * lda, lda, right, groups, c + size_t(i) * ldc, ldc);
+  };
 
-  std::memset(q, 0, size_t(kTile * width) * 2);
+  std::memset(q, 0, size_t(kFastQueries * width) * 2);
   for (int i = 0; i < queries; ++i)
     for (int d = 0; d < head_dim; ++d) q[i * width + d] = f32_to_bf16_flushed(query[i].q[d]);
   for (int t = begin; t < longest; t += kPageTokens) {
     pack_keys<V, Tiles, T>(a.pages, sequence, t, kv_head, width, panel);
-    Tiles::multiply(queries, q, size_t(width), panel, width / kTile, s + t, context);
+    multiply(q, size_t(width), panel, width / kTile, s + t, stride);
   }
-  float l[kTile] = {};
-  for (int i = 0; i < queries; ++i) {
-    float* const own = s + size_t(i) * context;
-    for (int t = begin; t < (longest + 15) / 16 * 16; t += V::kLanes) V::store(own + t, V::mul(V::load(own + t), V::set1(a.scale)));
-    if (a.softcap != 0.0f) cap_scores<V>(own, begin, (longest + 15) / 16 * 16, a.softcap);
-    soften<V>(own, query[i].first, query[i].end);
+  float l[kFastQueries] = {}, top[kFastQueries], scale = a.scale;
+  if (a.softcap != 0.0f) {
+    const int last = (longest + 15) / 16 * 16;
+    for (float* own = s; own < s + size_t(queries) * stride; own += stride) {
+      for (int t = begin; t < last; t += V::kLanes) V::store(own + t, V::mul(V::load(own + t), V::set1(scale)));
+      cap_scores<V>(own, begin, last, a.softcap);
+    }
+    scale = 1.0f;
   }
-  for (int i = 0; i < kTile * width; ++i) o[i] = 0.0f;
-  std::memset(weights, 0, size_t(kTile * kAttentionChunk) * 2);
+  for (int i = 0; i < queries; ++i) top[i] = highest<V>(s + size_t(i) * stride, query[i].first, query[i].end, scale);
+  for (int i = 0; i < queries * width; ++i) o[i] = 0.0f;
+  std::memset(weights, 0, kFastQueries * kFastWeightStride * 2);
   for (int c = begin / kAttentionChunk * kAttentionChunk; c < longest; c += kAttentionChunk) {
     const int from = c > begin ? c : begin, to = longest - c < kAttentionChunk ? longest : c + kAttentionChunk;
     const int pages = (to - from + kPageTokens - 1) / kPageTokens;
@@ -143,14 +196,11 @@ void attend_fast(const AttentionArgs& a, int sequence, int kv_head, int queries,
                                size_t(pages) * kPairElements);
     for (int i = 0; i < queries; ++i) {
       const auto [_, out, first, end] = query[i];
-      const float* const own = s + size_t(i) * context;
-      narrow_weights<Tiles>(own, from, from + pages * kPageTokens, first, end, weights + size_t(i) * kAttentionChunk);
-      const int seen = end < to ? end : to, seen_from = from > (first & ~15) ? from : first & ~15;
-      if (seen > seen_from) l[i] = l[i] + chunk_sum<V>(own + seen_from, seen - seen_from);
+      l[i] = l[i] + weights_of<V, Tiles>(s + size_t(i) * stride, from, from + pages * kPageTokens, first, end, scale, top[i],
+                                         weights + size_t(i) * kFastWeightStride);
     }
     for (int d = 0; d < width; d += kTile)
-      Tiles::multiply(queries, weights, kAttentionChunk, panel + size_t(d / kTile * pages) * kPairElements, pages, chunk + d,
-                      size_t(width));
+      multiply(weights, kFastWeightStride, panel + size_t(d / kTile * pages) * kPairElements, pages, chunk + d, size_t(width));
     for (int i = 0; i < queries * width; ++i) o[i] = o[i] + chunk[i];
   }
   for (int i = 0; i < queries; ++i)
