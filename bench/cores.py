@@ -36,8 +36,7 @@ def work(lease: str) -> None:
     plan = table.lower_linear(
         "Q4_0", OUTPUTS, COLUMNS, memoryview(bytearray(room)), max_rows=ROWS, workers=workers, copies=LAYERS
     )
-    rows, none = np.arange(ROWS, dtype=np.int32), np.zeros(0, np.int32)
-    step = StepArgs(rows, rows, np.array([0, ROWS], np.int32), np.zeros(1, np.int32), (), none)
+    step = StepArgs.alone(ROWS)
     pool = np.zeros(0, np.uint8)
     plan.forward(step, pool)
     print("ready", flush=True)

@@ -28,7 +28,7 @@ from vai.burn.burn import burn
 from vai.cli.bench.stand import warm
 from vai.cli.bench.switch import cpu_name
 from vai.engine.kinds import FEWEST
-from vai.kernels import ceilings, table
+from vai.kernels import ceilings, table, tuning
 from vai.kernels.program import MAX_ROWS, PAGE_TOKENS, StepArgs
 from vai.models.decoder import build
 from vai.models.spec import Spec
@@ -51,6 +51,7 @@ class Vai:
         segment.collapse(self.image)
         self.program = build(Spec.from_bytes(self.image.spec))
         self.workers, self.isa = table.make_workers(threads), isa or table.isa()
+        tuning.tune(self.workers, self.image.data, root / "run", isa=self.isa)
         self.plan = table.lower(
             self.program,
             self.image,

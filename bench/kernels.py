@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from vai.cli.bench.switch import cpu_name
-from vai.kernels import ceilings, table
+from vai.kernels import ceilings, table, tuning
 from vai.kernels.program import StepArgs
-from vai.rom.image import BLOCK_ROWS, BLOCK_TYPES, tensor_bytes
+from vai.rom.image import BLOCK_TYPES, tensor_bytes
 
 SHAPES = ((8960, 1536), (11008, 4096))  # outputs, columns
 ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
@@ -38,9 +38,7 @@ def case(type_: str, shape: tuple[int, int], rows: int, data: memoryview, worker
     size = tensor_bytes(type_, *shape)
     copies = max(1, BUFFER // size) if rows <= MEMORY_BOUND else 1
     plan = table.lower_linear(type_, *shape, data, max_rows=rows, workers=workers, isa=isa, copies=copies)
-    positions = np.arange(rows, dtype=np.int32)
-    none, zero = np.zeros(0, np.int32), np.zeros(1, np.int32)
-    args = StepArgs(positions % BLOCK_ROWS, positions, np.array([0, rows], np.int32), zero, (), none)
+    args = StepArgs.alone(rows)
     pool = np.zeros(0, np.uint8)
 
     def run() -> float:
@@ -81,8 +79,11 @@ def main() -> None:
     memory.madvise(mmap.MADV_HUGEPAGE)
     buffer = np.frombuffer(memory, np.uint8)
     buffer[:] = FILL
-    print(f"{cpu_name()}, {given.threads} threads, {given.isa}; shares are of reading up to {MEMORY_BOUND} rows, else")
-    print("of multiplying (integers, or binary32 for F16, BF16 and F32)")
+    workers.ahead = tuning.fastest(workers, memoryview(buffer), isa=given.isa)
+    print(f"{cpu_name()}, {given.threads} threads, {given.isa}, weights fetched {workers.ahead:,} bytes ahead")
+    print(
+        f"Shares are of reading up to {MEMORY_BOUND} rows, else of multiplying (F16, BF16, F32: floats, else integers)"
+    )
     print(f"{'type':<8}{'outputs x columns':<20}{'rows':<6}{'GB/s of weights':<26}{'TOPS':<28}of ceiling")
     found = []
     for type_ in given.types.split(","):
@@ -118,6 +119,7 @@ def main() -> None:
         "cpu": cpu_name(),
         "threads": given.threads,
         "isa": given.isa,
+        "ahead": workers.ahead,
         "cases": found,
     }
     print(json.dumps(answer))

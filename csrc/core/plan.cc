@@ -351,6 +351,7 @@ void Plan::bind(const Step& s) {
       norm->row_block = isa_.row_block(rows);
     } else if (auto* linear = std::get_if<LinearArgs>(&instruction.args)) {
       linear->rows = rows;
+      linear->ahead = workers_.ahead();
       for (int w = 0; w < workers_.count(); ++w)
         instruction.cursors[w].next.store(share_begin(instruction.units, w, workers_.count()), std::memory_order_relaxed);
     } else if (auto* angles = std::get_if<AnglesArgs>(&instruction.args)) {
@@ -363,7 +364,8 @@ void Plan::bind(const Step& s) {
       set_pages(attention->pages);
       attention->tiles = tiles_.at(attention->tile_rows).data();
       instruction.next->store(0, std::memory_order_relaxed);
-    } else if (std::holds_alternative<ExpertLinearArgs>(instruction.args)) {
+    } else if (auto* experts = std::get_if<ExpertLinearArgs>(&instruction.args)) {
+      experts->linear.ahead = workers_.ahead();
       instruction.next->store(0, std::memory_order_relaxed);
     }
   }

@@ -24,6 +24,10 @@ class Workers {
 
   int count() const { return int(threads_.size()); }
 
+  // LinearArgs::ahead of what they multiply. 2,880 is nowhere the best and nowhere bad (docs/log.md).
+  size_t ahead() const { return ahead_.load(std::memory_order_relaxed); }
+  void set_ahead(size_t bytes) { ahead_.store(bytes, std::memory_order_relaxed); }
+
   // Runs task(0) .. task(count - 1) at once and returns when all are done. One run at a time; a second caller waits.
   // Throws std::runtime_error in a forked child, which has no threads.
   void run(const std::function<void(int)>& task);
@@ -40,6 +44,7 @@ class Workers {
   std::mutex one_run_;
   const pid_t owner_;
   CoreLease lease_;
+  std::atomic<size_t> ahead_{2880};
   // Each on its own cache line: one is written while others spin on its neighbour.
   alignas(64) std::atomic<int> started_{0};  // runs so far; negative: stop
   alignas(64) std::atomic<int> running_{0};

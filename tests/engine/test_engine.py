@@ -16,6 +16,7 @@ from vai.burn.synth import synthesize
 from vai.daemon.pool import SLAB
 from vai.engine.engine import Engine
 from vai.errors import BadRequest, ContextTooLong, ModelNotFound, NotEnoughRoom
+from vai.kernels import tuning
 from vai.request import Output, Request, SamplingParams, TokenLogprob
 from vai.rom import segment
 
@@ -101,6 +102,24 @@ def test_an_answer_does_not_depend_on_the_number_of_threads(
 ) -> None:
     expected = answers(run(make_engine(tiny_root[0], slabs=2), mixed))
     assert answers(run(make_engine(tiny_root[0], slabs=2, threads=3), mixed)) == expected
+
+
+def test_weights_are_fetched_as_far_ahead_as_was_found_best(
+    tiny_root: Root, make_engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked for when the first image that is large enough is attached, and the next engine finds it."""
+    monkeypatch.setattr(tuning, "WEIGHTS", 1 << 10)
+    monkeypatch.setattr(tuning, "fastest", lambda *_, **__: 6912)
+    root, _, images = tiny_root
+    make_engine(root).submit(request("first", images["tiny"], [5]))
+    try:
+        monkeypatch.undo()
+        engine = make_engine(root)
+        engine.submit(request("again", images["tiny"], [5]))
+        workers = engine._bank.select(images["tiny"]).workers
+        assert workers is not None and workers.ahead == 6912
+    finally:
+        (root / "run" / "tuned.json").unlink()
 
 
 def test_a_preempted_request_continues_with_the_same_bits(wide_root: tuple[Path, str], make_engine: Make) -> None:

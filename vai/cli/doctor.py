@@ -52,13 +52,19 @@ def examine(settings: Config) -> Report:
     from vai.kernels import table as kernels
 
     load = os.getloadavg()
-    measured = ceilings.measure(threads=settings.threads, buffer_bytes=_buffer_bytes(settings), isa=settings.isa)
+    measured = ceilings.measure(
+        threads=settings.threads,
+        buffer_bytes=_buffer_bytes(settings),
+        directory=settings.root / "run",
+        isa=settings.isa,
+    )
     return {
         "machine": {**machine(), "threads": settings.threads, "load": load},
         "isas": kernels.isas(),
         "refused": dict(kernels.refused()),
         "isa": measured.isa,
         "implementations": kernels.implementations(measured.isa),
+        "ahead": measured.ahead,
         "buffer_bytes": measured.buffer_bytes,
         "ceilings": [
             {"threads": ceiling.threads}
@@ -151,6 +157,7 @@ def _machine(found: Report) -> None:
         if isa in found["implementations"].values()
     ]
     rows += [(f"  {isa}", f"promised, but not used: {reason}") for isa, reason in found["refused"].items()]
+    rows += [("Prefetches", f"{found['ahead']:,} bytes ahead")]
     rows += [("Fast kind", f"{found['fast']}, for prompts" if found["fast"] else "none: prompts are exact as all else")]
     rows += [(f"  {name}", f"promised, but not used: {reason}") for name, reason in found["refused_fasts"].items()]
     table(("MACHINE", ""), rows)

@@ -101,12 +101,14 @@ def examine(settings: Config, image: Image, rows: int, context: int) -> Report:
 
 def _lowered(settings: Config, image: Image, rows: int) -> Model:
     from vai.kernels import table as kernels
+    from vai.kernels import tuning
     from vai.models.decoder import build
     from vai.models.spec import Spec
 
     program = build(Spec.from_bytes(image.spec))
     workers = kernels.make_workers(settings.threads, settings.root / "run" / "cores.lock")  # in turn with an engine
     isa = settings.isa or kernels.isa()
+    tuning.tune(workers, image.data, settings.root / "run", isa=isa)
     plan = kernels.lower(
         program,
         image,

@@ -1,6 +1,7 @@
 """Context select: from a digest to everything a step of that model needs.
 
-The first selection of an image attaches it and lowers its Program, milliseconds each; every later one is a lookup. Here
+The first selection of an image attaches it and lowers its Program, milliseconds each; every later one is a lookup. The
+first of a machine measures how far ahead weights are to be fetched there, a third of a second. Here
 the two memories meet: weights that never change, and the pages that every step rewrites.
 """
 
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from vai.engine.fingerprint import fingerprint
-from vai.kernels import table
+from vai.kernels import table, tuning
 from vai.kernels.program import Plan, Program
 from vai.models.decoder import build
 from vai.models.spec import Spec
@@ -119,6 +120,8 @@ class Bank:
         image = segment.attach(self._root, digest)
         try:
             program = build(Spec.from_bytes(image.spec))
+            if self._backend == "native":
+                tuning.tune(self._workers, image.data, self._root / "run", isa=self._isa)
             lower = partial(
                 table.lower,
                 program,

@@ -11,12 +11,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vai.kernels import _native, table
+from vai.kernels import _native, table, tuning
 from vai.kernels.program import MAX_ROWS, Plan, StepArgs
 from vai.rom.image import BLOCK_ROWS, BLOCK_TYPES, align, tensor_bytes
 
@@ -77,11 +78,13 @@ class Fast(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """isa: the instruction set that ran · buffer_bytes: what was read · one, all: with one thread and with all · fast:
-    layers of the fast kind, where the machine has one that is worth having.
+    """isa: the instruction set that ran · ahead: bytes from the weights that are read to those that are fetched, see
+    tuning · buffer_bytes: what was read · one, all: with one thread and with all · fast: layers of the fast kind, where
+    the machine has one that is worth having.
     """
 
     isa: str
+    ahead: int
     buffer_bytes: int
     one: Ceiling
     all: Ceiling
@@ -89,9 +92,10 @@ class Measured(NamedTuple):
     fast: list[Fast]
 
 
-def measure(*, threads: int, buffer_bytes: int, isa: str | None = None) -> Measured:
+def measure(*, threads: int, buffer_bytes: int, directory: Path, isa: str | None = None) -> Measured:
     """Measure ceilings and kernels over `buffer_bytes` of memory, which should be several times the last cache.
 
+    `directory`: where tuning.tune remembers.
     Raises NotSupported for an instruction set this machine lacks, Unavailable where there are no threads.
     """
     chosen = isa or table.isa()
@@ -99,10 +103,11 @@ def measure(*, threads: int, buffer_bytes: int, isa: str | None = None) -> Measu
     with _buffer(buffer_bytes) as buffer:
         one = _ceiling(table.make_workers(1), chosen, buffer)
         workers = table.make_workers(threads)
+        tuning.tune(workers, buffer.data, directory, isa=chosen)
         all_ = _ceiling(workers, chosen, buffer)
         linear = [_linear(type_, workers, chosen, buffer, all_) for type_ in table.fast_types()]
         fast = [_fast(type_, workers, chosen, buffer, all_) for type_ in table.fast_kind_types()] if all_.bf16 else []
-    return Measured(chosen, buffer_bytes, one, all_, linear, fast)
+    return Measured(chosen, workers.ahead, buffer_bytes, one, all_, linear, fast)
 
 
 @contextmanager
@@ -191,15 +196,7 @@ def _fast(type_: str, workers: table.Workers, isa: str, buffer: NDArray[np.uint8
 
 
 def _seconds(plan: Plan, rows: int, kind: str = "exact") -> float:
-    step = StepArgs(
-        tokens=np.zeros(rows, np.int32),
-        positions=np.arange(rows, dtype=np.int32),
-        seq_start=np.array([0, rows], np.int32),
-        context=np.zeros(1, np.int32),
-        block_tables=(),
-        output_rows=np.zeros(0, np.int32),
-        kind=kind,
-    )
+    step = StepArgs.alone(rows, kind)
     pool = np.zeros(0, np.uint8)
     began = time.perf_counter()
     plan.forward(step, pool)

@@ -85,6 +85,12 @@ class StepArgs:
     output_rows: NDArray[np.int32]  # [R]
     kind: str = "exact"
 
+    @classmethod
+    def alone(cls, rows: int, kind: str = "exact") -> StepArgs:
+        """The first rows of one sequence, all of token 0, for a Program without cache groups: there to be timed."""
+        zeros, none = np.zeros(rows, np.int32), np.zeros(0, np.int32)
+        return cls(zeros, np.arange(rows, dtype=np.int32), np.array([0, rows], np.int32), zeros[:1], (), none, kind)
+
 
 @dataclass(frozen=True, slots=True)
 class Adjustments:

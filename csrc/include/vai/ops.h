@@ -146,6 +146,7 @@ struct NarrowArgs {
 struct LinearArgs {
   Matrix weight;
   int rows;
+  size_t ahead;  // bytes from the weights that are read to those that are fetched, which suits the machine: no bit depends on it
   const uint8_t* packed;  // for the types that quantize, in groups as wide as theirs
   const float* x;         // for the float types
   size_t ldx;

@@ -23,7 +23,6 @@ struct Avx2Vec {
   static constexpr int kRegisters = 16;
   static constexpr bool kPanels = true;
   static constexpr bool kFetches = true;
-  static size_t ahead() { return 1728; }
   static int row_block(int rows) { return rows < kMaxRows ? rows : kMaxRows; }
   // Whether unpacking once for all rows costs less than for each row block: from the second on where a line takes nine
   // instructions, from the third where it takes five (IQ4), much later where it takes three. Halves are widened for two.

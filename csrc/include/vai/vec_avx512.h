@@ -26,8 +26,6 @@ struct Avx512Vec {
   static constexpr int kRegisters = 32;
   static constexpr bool kPanels = false;
   static constexpr bool kFetches = true;
-  // As measured: on a Sapphire Rapids 1.2 to 2.3 KB gave 85 to 97 % of the speed of reading and 3.5 KB 71 to 89 %, a Zen 5 wants 4.6.
-  static size_t ahead() { return __builtin_cpu_is("intel") ? 1728 : 4608; }
   // Up to 16 rows are bound by memory: as many rows as possible for each line. Beyond, 6 rows x 2 n-blocks fill the ports.
   static constexpr int row_block(int rows) { return rows < 8 ? rows : rows <= 16 ? 8 : 6; }
 

@@ -25,7 +25,6 @@ struct ScalarVec {
   static constexpr int kRegisters = 32;  // fewer: sums of many rows stand in memory
   static constexpr bool kPanels = false;  // whether weights of 2 bytes are widened once for many rows
   static constexpr bool kFetches = false;
-  static size_t ahead() { return 0; }  // bytes from what is read to what is prefetched
   // Shaped like AVX-512's, only smaller: so its way through the shared loops is walked on every machine.
   static int row_block(int rows) { return rows < 3 ? rows : rows <= 16 ? 3 : 2; }
 

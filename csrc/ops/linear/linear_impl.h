@@ -525,7 +525,7 @@ void linear(const LinearArgs& a, int begin, int end) {
       for (int r = m0; r < m1; r += row_block) {
         const int rows = m1 - r < row_block ? m1 - r : row_block;
         // One pass over these blocks: prefetch along the stream. Several: the last one fetches the next blocks.
-        t.ahead = m1 - m0 <= row_block ? V::ahead() : r + rows >= m1 ? row_bytes * size_t(blocks) : 0;
+        t.ahead = m1 - m0 <= row_block ? a.ahead : r + rows >= m1 ? row_bytes * size_t(blocks) : 0;
         if (a.packed) t.packed = a.packed + size_t(r) * packed_bytes;
         if (a.x) t.x = a.x + size_t(r) * a.ldx;
         t.out = scratch;
