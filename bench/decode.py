@@ -50,8 +50,8 @@ class Vai:
         self.image = segment.attach(root, burn(file, root, threads=threads).digest)
         segment.collapse(self.image)
         self.program = build(Spec.from_bytes(self.image.spec))
-        self.workers, self.isa = table.make_workers(threads), isa or table.isa()
-        tuning.tune(self.workers, self.image.data, root / "run", isa=self.isa)
+        self.workers = table.make_workers(threads)
+        self.isa = tuning.tune(self.workers, self.image.data, root / "run", isa=isa)
         self.plan = table.lower(
             self.program,
             self.image,

@@ -79,7 +79,7 @@ def main() -> None:
     memory.madvise(mmap.MADV_HUGEPAGE)
     buffer = np.frombuffer(memory, np.uint8)
     buffer[:] = FILL
-    workers.ahead = tuning.fastest(workers, memoryview(buffer), isa=given.isa)
+    workers.ahead = tuning.fastest_distance(workers, memoryview(buffer), isa=given.isa)
     print(f"{cpu_name()}, {given.threads} threads, {given.isa}, weights fetched {workers.ahead:,} bytes ahead")
     print(
         f"Shares are of reading up to {MEMORY_BOUND} rows, else of multiplying (F16, BF16, F32: floats, else integers)"

@@ -1,7 +1,7 @@
 """The only reader of the environment. Everything else gets its values as arguments.
 
 Variables: VAI_ROOT (where images live), VAI_HOST, VAI_PORT, VAI_API_KEY, VAI_THREADS, VAI_KV (bytes of scratchpad,
-or with a suffix K, M, G), VAI_KV_TYPE (how keys and values are stored), VAI_ISA (force a lower instruction set),
+or with a suffix K, M, G), VAI_KV_TYPE (how keys and values are stored), VAI_ISA (force an instruction set),
 VAI_FAST (what prompts may be computed with: off, portable, amx; otherwise what the machine has and gains by, or with
 VAI_ISA nothing),
 VAI_PATIENCE (seconds to wait for an engine that is away, 0 gives answers up), XDG_DATA_HOME (names), XDG_STATE_HOME
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vai.errors import BadRequest
 
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "amx")
 FASTS = ("off", "portable", "amx")
 KV_TYPES = ("bf16", "f32", "q8_0")
 

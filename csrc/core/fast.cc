@@ -3,13 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "core/selftest.h"
+#include "core/tiles.h"
 #include "vai/scalar_types.h"
 
 namespace vai {
@@ -37,35 +32,10 @@ const std::vector<const Fast*>& built_fasts() {
 
 namespace {
 
-#if defined(__x86_64__)
-// Tiles are lent to a process that asks for them (Linux: Documentation/arch/x86/xstate.rst), to all its threads and children.
-bool tiles_granted() {
-#if defined(__linux__)
-  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
-bool tiles_promised() {
-  for (bool has : {bool(__builtin_cpu_supports("avx512f")), bool(__builtin_cpu_supports("avx512bw")),
-                   bool(__builtin_cpu_supports("avx512vl")), bool(__builtin_cpu_supports("avx512dq")),
-                   bool(__builtin_cpu_supports("avx512vnni")), bool(__builtin_cpu_supports("avx512bf16"))})
-    if (!has) return false;
-  unsigned a, b, c, d;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile)) return false;
-  constexpr unsigned kTileState = 3u << 17;  // of what the operating system saves; readable, as AVX-512 is there
-  asm("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
-  return (a & kTileState) == kTileState && tiles_granted();
-}
-#endif
-
 // What the processor says it has, and the operating system supports.
 bool promised(const Fast& fast) {
 #if defined(__x86_64__)
-  if (&fast == &kAmx) return kEmulated || tiles_promised();
+  if (&fast == &kAmx) return kEmulated || tiles_promised(TileUnit::kBf16);
 #endif
   return &fast == &kPortable;
 }

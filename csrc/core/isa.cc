@@ -1,6 +1,7 @@
 #include "core/isa.h"
 
 #include "core/selftest.h"
+#include "core/tiles.h"
 
 namespace vai {
 
@@ -18,13 +19,17 @@ VAI_ISA(scalar)
 #if defined(__x86_64__)
 VAI_ISA(avx2)
 VAI_ISA(avx512)
+// AVX-512 with tiles for the integers of many rows.
+int row_block_amx(int);
+void linear_amx(const LinearArgs&, int, int);
+static const Isa k_amx{"amx", row_block_amx, norm_avx512, linear_amx, glu_avx512, attention_avx512, probabilities_avx512};
 #endif
 
 const std::vector<const Isa*>& built_isas() {
   static const std::vector<const Isa*> isas{
       &k_scalar,
 #if defined(__x86_64__)
-      &k_avx2, &k_avx512,
+      &k_avx2, &k_avx512, &k_amx,
 #endif
   };
   return isas;
@@ -34,6 +39,7 @@ const std::vector<const Isa*>& built_isas() {
 static bool promised(const Isa& isa) {
 #if defined(__x86_64__)
   if (&isa == &k_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (&isa == &k_amx) return kEmulated || tiles_promised(TileUnit::kInt8);
   if (&isa == &k_avx512)
     return kEmulated || (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

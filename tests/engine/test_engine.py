@@ -16,7 +16,7 @@ from vai.burn.synth import synthesize
 from vai.daemon.pool import SLAB
 from vai.engine.engine import Engine
 from vai.errors import BadRequest, ContextTooLong, ModelNotFound, NotEnoughRoom
-from vai.kernels import tuning
+from vai.kernels import table, tuning
 from vai.request import Output, Request, SamplingParams, TokenLogprob
 from vai.rom import segment
 
@@ -104,12 +104,13 @@ def test_an_answer_does_not_depend_on_the_number_of_threads(
     assert answers(run(make_engine(tiny_root[0], slabs=2, threads=3), mixed)) == expected
 
 
-def test_weights_are_fetched_as_far_ahead_as_was_found_best(
+def test_an_engine_uses_what_was_found_to_be_the_fastest(
     tiny_root: Root, make_engine: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Looked for when the first image that is large enough is attached, and the next engine finds it."""
     monkeypatch.setattr(tuning, "WEIGHTS", 1 << 10)
-    monkeypatch.setattr(tuning, "fastest", lambda *_, **__: 6912)
+    monkeypatch.setattr(tuning, "fastest_distance", lambda *_, **__: 6912)
+    monkeypatch.setattr(tuning, "fastest_isa", lambda *_: table.TILES)
     root, _, images = tiny_root
     make_engine(root).submit(request("first", images["tiny"], [5]))
     try:
@@ -118,6 +119,7 @@ def test_weights_are_fetched_as_far_ahead_as_was_found_best(
         engine.submit(request("again", images["tiny"], [5]))
         workers = engine._bank.select(images["tiny"]).workers
         assert workers is not None and workers.ahead == 6912
+        assert engine.status().isa == (table.TILES if table.TILES in table.isas() else table.isa())
     finally:
         (root / "run" / "tuned.json").unlink()
 

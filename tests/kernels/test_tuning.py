@@ -1,4 +1,4 @@
-"""How far ahead weights are fetched: measured once, remembered, believed where it can be true, no bit's business."""
+"""What is fastest on this machine: measured once, remembered, believed where it can be true, and no bit's business."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ def test_what_was_measured_is_found_again_and_not_measured_again(
     monkeypatch.setattr(tuning, "WEIGHTS", len(FEW))
     monkeypatch.setattr(tuning, "_SECONDS", 0.0)
     first, second = pool(), pool()
-    tuning.tune(first, FEW, tmp_path)
+    isa = tuning.tune(first, FEW, tmp_path)
     assert first.ahead in tuning.DISTANCES
-    assert json.loads((tmp_path / "tuned.json").read_text()) == {f"{table.isa()}, 2 threads": first.ahead}
+    assert isa in (table.isa(), table.TILES)
+    told = {f"{isa}, 2 threads": first.ahead} | ({"2 threads": isa} if table.TILES in table.isas() else {})
+    assert json.loads((tmp_path / "tuned.json").read_text()) == told
     assert [path.name for path in tmp_path.iterdir()] == ["tuned.json"]
-    tuning.tune(second, NONE, tmp_path)  # of which nothing can be measured
+    assert tuning.tune(second, NONE, tmp_path) == isa  # though of those nothing can be measured
     assert second.ahead == first.ahead
 
 
@@ -40,15 +42,24 @@ def test_every_instruction_set_and_number_of_threads_has_a_distance_of_its_own(t
     found = {}
     for isa, threads in (("scalar", 1), ("scalar", 2), (table.isa(), 2)):
         workers = table.make_workers(threads)
-        tuning.tune(workers, NONE, tmp_path, isa=isa)
+        assert tuning.tune(workers, NONE, tmp_path, isa=isa) == isa
         found[f"{isa}, {threads} threads"] = workers.ahead
     assert found == told
+
+
+def test_an_instruction_set_that_was_the_fastest_is_used_where_none_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "tuned.json").write_text(json.dumps({"2 threads": "scalar", "scalar, 2 threads": 1152}))
+    workers = pool()
+    assert tuning.tune(workers, NONE, tmp_path) == "scalar"
+    assert workers.ahead == 1152
+    assert tuning.tune(table.make_workers(1), NONE, tmp_path) == table.isa()
+    assert tuning.tune(pool(), NONE, tmp_path, isa=table.isa()) == table.isa()
 
 
 def test_few_weights_teach_nothing(tmp_path: Path) -> None:
     workers = pool()
     usual = workers.ahead
-    tuning.tune(workers, FEW, tmp_path)
+    assert tuning.tune(workers, FEW, tmp_path) == table.isa()
     assert workers.ahead == usual
     assert not list(tmp_path.iterdir())
 
@@ -56,13 +67,14 @@ def test_few_weights_teach_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"[" * 100_000, b'"4608"', b"\xff", b'{"KEY": "4608"}', b'{"KEY": 4609}', b'{"KEY": true}',
-     b'{"KEY": -1152}', b'{"KEY": 1e999}'],
+     b'{"KEY": -1152}', b'{"KEY": 1e999}', b'{"2 threads": "sse9"}', b'{"2 threads": ["scalar"]}',
+     b'{"KEY": "scalar"}', b'{"2 threads": 4608}'],
 )  # fmt: skip
 def test_a_file_that_cannot_be_true_is_as_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tuned.json").write_bytes(content.replace(b"KEY", f"{table.isa()}, 2 threads".encode()))
     workers = pool()
     usual = workers.ahead
-    tuning.tune(workers, NONE, tmp_path)
+    assert tuning.tune(workers, NONE, tmp_path) == table.isa()
     assert workers.ahead == usual
 
 
@@ -70,9 +82,9 @@ def test_a_directory_that_is_not_there_keeps_nobody_from_measuring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "WEIGHTS", len(FEW))
-    monkeypatch.setattr(tuning, "fastest", lambda *_, **__: 6912)
+    monkeypatch.setattr(tuning, "fastest_distance", lambda *_, **__: 6912)
     workers = pool()
-    tuning.tune(workers, FEW, tmp_path / "nowhere")
+    tuning.tune(workers, FEW, tmp_path / "nowhere", isa="scalar")
     assert workers.ahead == 6912
 
 
@@ -80,7 +92,7 @@ def test_measuring_leaves_the_distance_as_it_was(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tuning, "_SECONDS", 0.0)
     workers = pool()
     workers.ahead = 1000
-    assert tuning.fastest(workers, FEW) in (*tuning.DISTANCES, 1000)
+    assert tuning.fastest_distance(workers, FEW, isa=table.isa()) in (*tuning.DISTANCES, 1000)
     assert workers.ahead == 1000
 
 

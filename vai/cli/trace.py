@@ -107,8 +107,7 @@ def _lowered(settings: Config, image: Image, rows: int) -> Model:
 
     program = build(Spec.from_bytes(image.spec))
     workers = kernels.make_workers(settings.threads, settings.root / "run" / "cores.lock")  # in turn with an engine
-    isa = settings.isa or kernels.isa()
-    tuning.tune(workers, image.data, settings.root / "run", isa=isa)
+    isa = tuning.tune(workers, image.data, settings.root / "run", isa=settings.isa)
     plan = kernels.lower(
         program,
         image,
@@ -116,7 +115,7 @@ def _lowered(settings: Config, image: Image, rows: int) -> Model:
         max_rows=rows,
         max_sequences=1,
         workers=workers,
-        isa=settings.isa,
+        isa=isa,
         fast=kernels.fast(settings.fast),
     )
     return Model(image, program, plan, workers, isa)

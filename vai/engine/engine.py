@@ -48,7 +48,7 @@ class Engine:
         mask_patience: float = masks.PATIENCE,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`pool`: see scratchpad.pages.map_pool; the engine alone writes it. `isa`: force a lower instruction set.
+        """`pool`: see scratchpad.pages.map_pool; the engine alone writes it. `isa`: force an instruction set.
 
         `fast`: what computes the pages of prompts in the fast kind, one of table.fasts(); None: all pages are exact.
 
@@ -62,7 +62,6 @@ class Engine:
         for name, reason in [*table.refused(), *table.refused_fasts()]:
             log.warning("The %s kernels are not used, though the processor promises them: %s.", name, reason)
         self._threads = threads
-        self._isa = isa
         self._fast = fast
         self._kv_type = kv_type
         self._max_rows = max_rows
@@ -183,7 +182,7 @@ class Engine:
         return EngineStatus(
             pid=os.getpid(),
             device="cpu",
-            isa=self._isa or table.isa(),
+            isa=self._bank.isa,
             threads=self._threads,
             uptime=time.perf_counter() - self._began,
             steps=self._steps,

@@ -1,7 +1,7 @@
 """Context select: from a digest to everything a step of that model needs.
 
 The first selection of an image attaches it and lowers its Program, milliseconds each; every later one is a lookup. The
-first of a machine measures how far ahead weights are to be fetched there, a third of a second. Here
+first of a machine measures which kernels are the fastest there, most of a second. Here
 the two memories meet: weights that never change, and the pages that every step rewrites.
 """
 
@@ -92,6 +92,7 @@ class Bank:
         self._workers = workers
         self._backend = backend
         self._isa = isa
+        self.isa = isa or table.isa()  # what the last image was lowered for
         self._fast = fast
         self._kv_type = kv_type
         self._max_rows = max_rows
@@ -121,7 +122,7 @@ class Bank:
         try:
             program = build(Spec.from_bytes(image.spec))
             if self._backend == "native":
-                tuning.tune(self._workers, image.data, self._root / "run", isa=self._isa)
+                self.isa = tuning.tune(self._workers, image.data, self._root / "run", isa=self._isa)
             lower = partial(
                 table.lower,
                 program,
@@ -131,7 +132,7 @@ class Bank:
                 max_rows=self._max_rows,
                 max_sequences=self._max_sequences,
                 workers=self._workers,
-                isa=self._isa,
+                isa=self.isa,
             )
             plan = lower(fast=self._fast)
         except BaseException:

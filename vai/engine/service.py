@@ -314,7 +314,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--kv-bytes", type=int, help="size of the scratchpad; default: a quarter of the free memory")
     parser.add_argument("--kv-type", choices=KV_TYPES, default="bf16", help="how keys and values are stored")
     parser.add_argument("--pool-fd", type=int, help="inherited descriptor of the scratchpad's memory")
-    parser.add_argument("--isa", choices=("scalar", "avx2", "avx512"), help="force a lower instruction set")
+    parser.add_argument("--isa", choices=("scalar", "avx2", "avx512", "amx"), help="force an instruction set")
     parser.add_argument(
         "--fast", choices=("off", "portable", "amx"), help="what may compute prompts; default: the best"
     )

@@ -98,12 +98,12 @@ def measure(*, threads: int, buffer_bytes: int, directory: Path, isa: str | None
     `directory`: where tuning.tune remembers.
     Raises NotSupported for an instruction set this machine lacks, Unavailable where there are no threads.
     """
-    chosen = isa or table.isa()
-    table.implementations(chosen)  # refuses one that is not there
+    if isa is not None:
+        table.implementations(isa)  # refuses one that is not there
     with _buffer(buffer_bytes) as buffer:
-        one = _ceiling(table.make_workers(1), chosen, buffer)
         workers = table.make_workers(threads)
-        tuning.tune(workers, buffer.data, directory, isa=chosen)
+        chosen = tuning.tune(workers, buffer.data, directory, isa=isa)
+        one = _ceiling(table.make_workers(1), chosen, buffer)
         all_ = _ceiling(workers, chosen, buffer)
         linear = [_linear(type_, workers, chosen, buffer, all_) for type_ in table.fast_types()]
         fast = [_fast(type_, workers, chosen, buffer, all_) for type_ in table.fast_kind_types()] if all_.bf16 else []

@@ -27,6 +27,8 @@ PORTABLE = ("embed", "angles", "rope", "kv_write", "rows")
 PORTABLE_FAST = "portable"
 SAME_BITS = (PORTABLE_FAST, "amx")  # fast kinds of one specification: what one has computed another computes again
 VECTORIZED = ("norm", "quantize", "linear", "gated", "glu", "attention", "sample")
+# Another one with tiles for integers, in some operations, which pay on some machines only: tuning.py says where.
+TILES, TILES_OVER, TILED = "amx", "avx512", ("linear", "gated")
 
 Workers = _native.Workers
 
@@ -37,8 +39,8 @@ def isas() -> list[str]:
 
 
 def isa() -> str:
-    """The instruction set that is used when none is asked for."""
-    return isas()[-1]
+    """The instruction set that is used when none is asked for, and nobody knows of a faster one."""
+    return next(name for name in reversed(isas()) if name != TILES)
 
 
 def refused() -> list[tuple[str, str]]:
@@ -79,7 +81,8 @@ def fast(wanted: str | None) -> str | None:
 def implementations(name: str | None = None) -> dict[str, str]:
     """Operation -> implementation under instruction set `name`, or the default one. Raises NotSupported."""
     chosen = _known(name)
-    return {**dict.fromkeys(VECTORIZED, chosen), **dict.fromkeys(PORTABLE, "scalar")}
+    found = {**dict.fromkeys(VECTORIZED, chosen), **dict.fromkeys(PORTABLE, "scalar")}
+    return found | dict.fromkeys(set(VECTORIZED) - set(TILED), TILES_OVER) if chosen == TILES else found
 
 
 def make_workers(threads: int, lease: Path | None = None) -> Workers:

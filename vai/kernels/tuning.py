@@ -1,4 +1,4 @@
-"""How far ahead of what they read the kernels fetch weights: measured once a machine, and remembered.
+"""What is fastest on this machine: how far ahead weights are fetched, whether tiles pay. Measured once, and remembered.
 
 Machines differ, even two of one name: what is best on one costs another a fifth of its speed. No bit depends on it.
 """
@@ -11,13 +11,16 @@ import math
 import mmap
 import os
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from vai.kernels import table
-from vai.kernels.program import Plan, StepArgs
+from vai.kernels.program import StepArgs
 from vai.rom.image import BLOCK_ROWS, align, tensor_bytes
 
 DISTANCES = (1152, 1728, 2880, 4608, 6912)  # bytes
@@ -25,70 +28,112 @@ WEIGHTS = 256 << 20  # bytes that are read for it: more than caches hold
 
 _TYPES = ("Q4_0", "Q6_K")  # a line of one kind, and a head with lines behind it
 _COLUMNS = 4096
-_WINDOWS = 4  # what is read at once, the next time something else: no multiple or part of the distances' number
+_MANY_ROWS = 16  # for which tiles are, and no fewer: others compute nine to sixteen in two parts
+_WINDOWS = 4  # what is read at once, the next time something else: no multiple or part of the number of cases
 _ROUNDS = 3  # at least
 _SECONDS = 0.3  # of rounds
-_WORTH = 1.05  # times as fast as the usual distance, or that one stays
+_WORTH, _TILES_WORTH = 1.05, 1.15  # times as fast as the usual choice, or that one stays
 _FILE = "tuned.json"
 _MOST = 4096  # bytes of it
 
+Choice = TypeVar("Choice", int, str)
 
-def tune(workers: table.Workers, weights: memoryview, directory: Path, *, isa: str | None = None) -> None:
-    """Set `workers.ahead` to what a file in `directory` says of this instruction set and number of threads.
 
-    Where it says nothing, to what is the fastest over `weights`, which it says from then on. Fewer than `WEIGHTS` bytes
-    teach nothing: the usual distance stays. What cannot be written down is measured again.
-    Raises NotSupported for an instruction set this machine lacks.
+def tune(workers: table.Workers, weights: memoryview, directory: Path, *, isa: str | None = None) -> str:
+    """The instruction set to use: `isa`, or if that is None the fastest. Sets `workers.ahead` to what is best for it.
+
+    Says what a file in `directory` says, of this number of threads. Where it says nothing, what is the fastest over
+    `weights`, and the file says so from then on. Fewer than `WEIGHTS` bytes teach nothing: the usual choice stays. What
+    cannot be written down is measured again. Raises NotSupported for an instruction set this machine lacks.
     """
-    key = f"{isa or table.isa()}, {workers.threads} threads"
+    threads = f"{workers.threads} threads"
     known = _remembered(directory / _FILE)
-    if key not in known:
-        if len(weights) < WEIGHTS:
-            return
-        known[key] = fastest(workers, weights, isa=isa)
+    before = dict(known)
+    enough = len(weights) >= WEIGHTS
+    if isa is None:
+        if enough and table.isas()[-1] == table.TILES:
+            known.setdefault(threads, "")
+            known[threads] = known[threads] or fastest_isa(workers, weights)
+        isa = str(known.get(threads) or table.isa())
+    table.implementations(isa)  # refuses one that is not there
+    key = f"{isa}, {threads}"
+    if enough and key not in known:
+        known[key] = fastest_distance(workers, weights, isa=isa)
+    if known != before:
         with suppress(OSError):  # a directory that is not ours, or full
             _remember(directory / _FILE, known)
-    workers.ahead = known[key]
+    workers.ahead = int(known.get(key, workers.ahead))
+    return isa
 
 
-def fastest(workers: table.Workers, weights: memoryview, *, isa: str | None = None) -> int:
-    """The distance at which one row goes fastest through `weights`, whatever they are; the usual one if none is
-    worth it.
+def fastest_isa(workers: table.Workers, weights: memoryview) -> str:
+    """Tiles if they pay under 16 rows, or what they are over. Takes as long as `fastest_distance`, and raises that."""
+    usual = table.isa()
+    # Half the windows apart, or one would find in caches what the other has read.
+    apart = itertools.islice(_windows(workers, weights, _MANY_ROWS, table.TILES), _WINDOWS // 2, None)
+    return _fastest({usual: _windows(workers, weights, _MANY_ROWS, usual), table.TILES: apart}, usual, _TILES_WORTH)
+
+
+def fastest_distance(workers: table.Workers, weights: memoryview, *, isa: str) -> int:
+    """The distance at which one row goes fastest through `weights`, whatever they are.
 
     Takes a third of a second, or three rounds. Raises BadRequest for weights of no layer, NotSupported.
     """
-    part = min(len(weights), WEIGHTS) // (_WINDOWS * len(_TYPES)) // mmap.PAGESIZE * mmap.PAGESIZE
-    parts = (weights[index * part : (index + 1) * part] for index in range(_WINDOWS * len(_TYPES)))
-    windows = [[_layer(type_, next(parts), workers, isa) for type_ in _TYPES] for _ in range(_WINDOWS)]
-    turns = itertools.cycle(windows)  # what one distance has read is in caches: the next one reads something else
     usual = workers.ahead
-    best: dict[int, float] = dict.fromkeys((*DISTANCES, usual), math.inf)  # seconds: others only ever add some
-    step, pool = StepArgs.alone(1), np.zeros(0, np.uint8)
-    began = time.perf_counter()
+    windows = _windows(workers, weights, 1, isa)
+
+    def at(distance: int) -> Iterator[Callable[[], None]]:
+        while True:
+            workers.ahead = distance
+            yield next(windows)
+
     try:
-        for tried in itertools.count():
-            if tried >= _ROUNDS and time.perf_counter() - began > _SECONDS:
-                break
-            for distance in best:
-                workers.ahead = distance
-                layers = next(turns)
-                before = time.perf_counter()
-                for layer in layers:
-                    layer.forward(step, pool)
-                best[distance] = min(best[distance], time.perf_counter() - before)
+        return _fastest({distance: at(distance) for distance in (*DISTANCES, usual)}, usual, _WORTH)
     finally:
         workers.ahead = usual
-    fastest = min(best, key=lambda distance: best[distance])
-    return fastest if best[usual] > _WORTH * best[fastest] else usual
 
 
-def _layer(type_: str, weights: memoryview, workers: table.Workers, isa: str | None) -> Plan:
-    room = len(weights) - align(tensor_bytes("F32", BLOCK_ROWS, _COLUMNS), mmap.PAGESIZE)
-    outputs = room // tensor_bytes(type_, BLOCK_ROWS, _COLUMNS) * BLOCK_ROWS
-    return table.lower_linear(type_, outputs, _COLUMNS, weights, max_rows=1, workers=workers, isa=isa)
+def _fastest(cases: dict[Choice, Iterator[Callable[[], None]]], usual: Choice, worth: float) -> Choice:
+    """The case whose work was done fastest in turns, if it is worth it. Others on the machine only ever add time."""
+    best = dict.fromkeys(cases, math.inf)
+    began = time.perf_counter()
+    for tried in itertools.count():
+        if tried >= _ROUNDS and time.perf_counter() - began > _SECONDS:
+            break
+        for case, turns in cases.items():
+            work = next(turns)
+            before = time.perf_counter()
+            work()
+            best[case] = min(best[case], time.perf_counter() - before)
+    first = min(best, key=lambda case: best[case])
+    return first if best[usual] > worth * best[first] else usual
 
 
-def _remembered(path: Path) -> dict[str, int]:
+def _windows(workers: table.Workers, weights: memoryview, rows: int, isa: str) -> Iterator[Callable[[], None]]:
+    """Layers over parts of the weights, for ever, each time another part: the last one's is in caches."""
+    part = min(len(weights), WEIGHTS) // (_WINDOWS * len(_TYPES)) // mmap.PAGESIZE * mmap.PAGESIZE
+    room = part - align(tensor_bytes("F32", BLOCK_ROWS, _COLUMNS), mmap.PAGESIZE)
+    step, pool = StepArgs.alone(rows), np.zeros(0, np.uint8)
+
+    def layer(index: int, type_: str) -> Callable[[], object]:
+        outputs = room // tensor_bytes(type_, BLOCK_ROWS, _COLUMNS) * BLOCK_ROWS
+        own = weights[index * part : (index + 1) * part]
+        plan = table.lower_linear(type_, outputs, _COLUMNS, own, max_rows=rows, workers=workers, isa=isa)
+        return partial(plan.forward, step, pool)
+
+    def all_of(window: int) -> Callable[[], None]:
+        layers = [layer(window * len(_TYPES) + index, type_) for index, type_ in enumerate(_TYPES)]
+
+        def run() -> None:
+            for each in layers:
+                each()
+
+        return run
+
+    return itertools.cycle([all_of(window) for window in range(_WINDOWS)])
+
+
+def _remembered(path: Path) -> dict[str, int | str]:
     """What the file says; nothing where it is not there, or not ours."""
     try:
         with open(path, "rb") as file:
@@ -97,10 +142,17 @@ def _remembered(path: Path) -> dict[str, int]:
         return {}
     if not isinstance(found, dict):
         return {}
-    return {key: value for key, value in found.items() if type(value) is int and value in DISTANCES}
+    isas = table.isas()
+
+    def can_be(key: str, value: object) -> bool:
+        if ", " in key:  # of an instruction set
+            return type(value) is int and value in DISTANCES
+        return type(value) is str and value in isas
+
+    return {key: value for key, value in found.items() if can_be(key, value)}
 
 
-def _remember(path: Path, known: dict[str, int]) -> None:
+def _remember(path: Path, known: dict[str, int | str]) -> None:
     partial = path.with_name(f".{os.urandom(8).hex()}.partial")
     try:
         with open(partial, "x", encoding="utf-8") as file:

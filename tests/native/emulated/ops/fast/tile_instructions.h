@@ -125,5 +125,26 @@ inline void multiply() {
   for (int m = c.rows; m < 16; ++m) std::memset(c.row[m], 0, 64);
 }
 
+// TDPBSSD
+template <int sums, int activations, int weights>
+inline void dot() {
+  emulated::Tile& c = emulated::tile(sums);
+  const emulated::Tile &a = emulated::tile(activations), &b = emulated::tile(weights);
+  const int fours = a.bytes / 4, columns = c.bytes / 4;
+  emulated::demand(a.rows == c.rows && b.bytes == c.bytes && b.rows == fours && a.bytes % 4 == 0 && c.bytes % 4 == 0,
+                   "tiles are multiplied that do not fit");
+  for (int m = 0; m < c.rows; ++m)
+    for (int n = 0; n < columns; ++n) {
+      uint32_t sum;
+      std::memcpy(&sum, c.row[m] + 4 * n, sizeof sum);
+      for (int k = 0; k < fours; ++k)
+        for (int i = 0; i < 4; ++i)
+          sum += uint32_t(int32_t(int8_t(a.row[m][4 * k + i])) * int32_t(int8_t(b.row[k][4 * n + i])));
+      std::memcpy(c.row[m] + 4 * n, &sum, sizeof sum);
+    }
+  for (int m = 0; m < c.rows; ++m) std::memset(c.row[m] + 4 * columns, 0, size_t(64 - 4 * columns));
+  for (int m = c.rows; m < 16; ++m) std::memset(c.row[m], 0, 64);
+}
+
 }  // namespace
 }  // namespace vai
