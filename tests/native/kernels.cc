@@ -35,6 +35,9 @@ VAI_KERNELS(scalar, portable)
 #ifdef VAI_EMULATED
 VAI_KERNELS(avx2, portable)
 VAI_KERNELS(avx512, amx)
+int row_block_amx(int);
+void linear_amx(const LinearArgs&, int, int);
+static const Isa k_amx{"amx", row_block_amx, norm_avx512, linear_amx, glu_avx512, attention_avx512, probabilities_avx512};
 #endif
 
 }  // namespace vai
@@ -254,6 +257,7 @@ int main() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
     demand(digest_of(k_avx2, k_avx2_fast) == portable, "other bits than the portable ones");
   demand(digest_of(k_avx512, k_avx512_fast) == portable, "other bits than the portable ones");
+  demand(digest_of(k_amx, k_avx512_fast) == portable, "other bits than the portable ones");
 #endif
   std::printf("%016llx\n", (unsigned long long)portable);
 }
