@@ -28,7 +28,7 @@ WEIGHTS = 256 << 20  # bytes that are read for it: more than caches hold
 
 _TYPES = ("Q4_0", "Q6_K")  # a line of one kind, and a head with lines behind it
 _COLUMNS = 4096
-_MANY_ROWS = 16  # for which tiles are, and no fewer: others compute nine to sixteen in two parts
+_MANY_ROWS = 16  # the fewest that fill tiles
 _WINDOWS = 4  # what is read at once, the next time something else: no multiple or part of the number of cases
 _ROUNDS = 3  # at least
 _SECONDS = 0.3  # of rounds
@@ -51,10 +51,9 @@ def tune(workers: table.Workers, weights: memoryview, directory: Path, *, isa: s
     before = dict(known)
     enough = len(weights) >= WEIGHTS
     if isa is None:
-        if enough and table.isas()[-1] == table.TILES:
-            known.setdefault(threads, "")
-            known[threads] = known[threads] or fastest_isa(workers, weights)
-        isa = str(known.get(threads) or table.isa())
+        if enough and table.TILES in table.isas() and threads not in known:
+            known[threads] = fastest_isa(workers, weights)
+        isa = str(known.get(threads, table.isa()))
     table.implementations(isa)  # refuses one that is not there
     key = f"{isa}, {threads}"
     if enough and key not in known:

@@ -213,7 +213,8 @@ void tiled(const LinearArgs& a, int m0, int m1, const uint8_t* block, uint8_t* p
   for (int m = m0; m < m1; ++m) V::store(sums + (m - m0) * kScratchWidth, V::set1(0.0f));
   for (int k = 0; k < a.weight.columns; k += kChunk, block += kChunkBytes) {
     const int columns = a.weight.columns - k < kChunk ? a.weight.columns - k : kChunk;
-    const Ahead ahead{block + 2 * a.ahead, kChunkBytes / (kChunk / span_of(T))};
+    const Ahead ahead{block + 2 * a.ahead,  // a chunk is unpacked at once: it has to be there as a whole
+                      kChunkBytes / (kChunk / span_of(T))};
     unpack<T>(block, columns, panel);
     for (int m = m0; m < m1; m += kTileRows) {
       const int rows = m1 - m < kTileRows ? m1 - m : kTileRows;
@@ -257,7 +258,7 @@ void linear_amx(const LinearArgs& a, int begin, int end) {
     for (int i = begin; i < end; ++i) {
       for (int j = 0; j < (a.gated ? 2 : 1); ++j) {
         const uint8_t* const block = a.weight.block(i) + size_t(j) * a.weight.row_bytes();
-        tiled_block(a, m0, tiled, block, panel, sums + j * 16);
+        if (tiled > m0) tiled_block(a, m0, tiled, block, panel, sums + j * 16);
         if (tiled == m1) continue;
         TileArgs t{};
         t.weight = block, t.columns = a.weight.columns, t.ahead = a.ahead;
