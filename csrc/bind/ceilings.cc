@@ -43,7 +43,7 @@ const vai::Ceilings& ceilings(const std::string& name) {
   isa_by_name(name.c_str());  // throws where this machine has it not
 #if defined(__x86_64__)
   if (name == vai::k_avx2.name) return vai::k_avx2;
-  if (name == vai::k_avx512.name || name == "amx") return vai::k_avx512;  // of which those are the sums that are not in tiles
+  if (name == vai::k_avx512.name || name == "amx") return vai::k_avx512;  // beside which its tiles are to be seen
 #endif
   return vai::k_scalar;
 }

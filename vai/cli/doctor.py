@@ -30,7 +30,8 @@ def doctor(as_json: bool) -> None:
     """Look at this machine: what it is, what it can do at most, how near VAI comes, and what could go wrong.
 
     Takes a few seconds and all compute threads. Other programs disturb it, so every speed is a median with its spread.
-    Shares are of the ceiling measured in turns with the kernel: reading at one row, multiplying at 128 rows.
+    Shares are of the ceiling measured in turns with the kernel: reading at one row, multiplying at 128 rows. Which
+    kernels and prefetches are the fastest is remembered in run/tuned.json below VAI_ROOT, if there is a VAI_ROOT yet.
     """
     settings = config.load()
     found = examine(settings)

@@ -1,8 +1,8 @@
 """Context select: from a digest to everything a step of that model needs.
 
 The first selection of an image attaches it and lowers its Program, milliseconds each; every later one is a lookup. The
-first of a machine measures which kernels are the fastest there, most of a second. Here
-the two memories meet: weights that never change, and the pages that every step rewrites.
+first large one after the machine's start also measures which kernels are the fastest there, two thirds of a second.
+Here the two memories meet: weights that never change, and the pages that every step rewrites.
 """
 
 from __future__ import annotations
