@@ -100,7 +100,7 @@ def _rest(found: dict[str, Any]) -> list[str]:
     if found["absent"]:
         lines.append("Named, not in memory: " + ", ".join(name["name"] for name in found["absent"]))
     if (engine := found["engine"]) is not None:
-        fast = f" and {engine['fast']}" if engine["fast"] else ""
+        fast = f", fast kind {engine['fast']}" if engine["fast"] else ""
         busy = sum(model["running"] + model["waiting"] for model in engine["models"])
         lines.append(
             f"Scratchpad: {size(engine['pool_used'])} of {size(engine['pool_bytes'])} used, "
