@@ -89,8 +89,8 @@ void pack_values(const Pages& pages, int sequence, int position, int kv_head, in
   }
 }
 
-// The largest of a query's scores, each times `scale`. `scale` is positive. Those beside what it sees, up to
-// lines of 16, become such that their weights are +0.
+// The largest of a query's scores, each times `scale`, which is positive. Those beside what it sees, up to lines of 16, become
+// such that their weights are +0.
 template <class V>
 float highest(float* s, int first, int end, float scale) {
   constexpr int W = V::kLanes, kAtOnce = 4;
@@ -187,7 +187,6 @@ void attend_fast(const AttentionArgs& a, int sequence, int kv_head, int queries,
   }
   for (int i = 0; i < queries; ++i) top[i] = highest<V>(s + size_t(i) * stride, query[i].first, query[i].end, scale);
   for (int i = 0; i < queries * width; ++i) o[i] = 0.0f;
-  std::memset(weights, 0, kFastQueries * kFastWeightStride * 2);
   for (int c = begin / kAttentionChunk * kAttentionChunk; c < longest; c += kAttentionChunk) {
     const int from = c > begin ? c : begin, to = longest - c < kAttentionChunk ? longest : c + kAttentionChunk;
     const int pages = (to - from + kPageTokens - 1) / kPageTokens;

@@ -52,7 +52,7 @@ inline __attribute__((always_inline)) I centred(I codes) {
 template <BlockType T>
 void unpack(const uint8_t* block, int columns, uint8_t* panel) {
   constexpr Layout kL = layout(T);
-  constexpr int kSpan = T == BlockType::kQ6_K ? 16 : 32, kLines = kL.bits == 8 ? kSpan / 4 : kSpan / 8;
+  constexpr int kSpan = span_of(T), kLines = kL.bits == 8 ? kSpan / 4 : kSpan / 8;
   for (int k = 0; k < columns; block += kL.bytes)
     VAI_ROLLED for (int g = 0; g < kL.columns / kSpan && k < columns; ++g, k += kSpan) {
       I above = V::iset1(0);
