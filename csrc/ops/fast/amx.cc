@@ -1,5 +1,5 @@
 // The fast kind with AMX: weights are made bfloat16 tiles in the worker's scratch, two blocks of 16 outputs at a time, and stay
-// there while up to 512 rows pass by, 32 at a time. What is added in which order: portable.cc.
+// there while up to 512 rows pass by, 16 at a time. What is added in which order: portable.cc.
 //
 // A stretch of columns is done for some blocks before the next one begins, so that its activations stay in L2; the sums
 // are stored in between, which changes no bit. The weights of a stretch (32 KB) stay in L1: activations are loaded so
@@ -16,39 +16,30 @@ using V = Avx512Vec;
 using F = V::F;
 using I = V::I;
 
-constexpr int kRowsPerStep = 2 * kTileRows;
 constexpr size_t kSumBytes = kScratchWidth * sizeof(float);  // from one row of sums to the next
 
-// Up to 32 rows of sums of one or two blocks go on over `tiles` tiles of columns.
-template <int kRowTiles, int kBlocks>
+// Up to 16 rows of sums of one or two blocks go on over `tiles` tiles of columns. With four tiles, not eight: beside another
+// thread a core has so few registers for tiles that there would be none left for what comes next.
+template <int kBlocks>
 void multiply_tiles(const uint8_t* activations, size_t row_bytes, const uint8_t* const* weights, int tiles, bool first, float* sums) {
-  float* const below = sums + kTileRows * kScratchWidth;
-  auto each = [&](auto&& one, auto&& two, auto&& three, auto&& four) {
-    one();
-    if constexpr (kBlocks == 2) two();
-    if constexpr (kRowTiles == 2) three();
-    if constexpr (kRowTiles == 2 && kBlocks == 2) four();
-  };
-  if (first)
-    each(zero<0>, zero<1>, zero<2>, zero<3>);
-  else
-    each([&] { load<0>(sums, kSumBytes); }, [&] { load<1>(sums + 16, kSumBytes); }, [&] { load<2>(below, kSumBytes); },
-         [&] { load<3>(below + 16, kSumBytes); });
+  if (first) {
+    zero<0>();
+    if constexpr (kBlocks == 2) zero<1>();
+  } else {
+    load<0>(sums, kSumBytes);
+    if constexpr (kBlocks == 2) load<1>(sums + 16, kSumBytes);
+  }
   for (int t = 0; t < tiles; ++t) {
-    const uint8_t* a = activations + size_t(t) * 64;
-    load<6>(weights[0] + size_t(t) * kTileBytes, 64);
-    if constexpr (kBlocks == 2) load<7>(weights[1] + size_t(t) * kTileBytes, 64);
-    load_passing<4>(a, row_bytes);
-    multiply<0, 4, 6>();
-    if constexpr (kBlocks == 2) multiply<1, 4, 7>();
-    if constexpr (kRowTiles == 2) {
-      load_passing<5>(a + kTileRows * row_bytes, row_bytes);
-      multiply<2, 5, 6>();
-      if constexpr (kBlocks == 2) multiply<3, 5, 7>();
+    load<3>(weights[0] + size_t(t) * kTileBytes, 64);
+    load_passing<2>(activations + size_t(t) * 64, row_bytes);
+    multiply<0, 2, 3>();
+    if constexpr (kBlocks == 2) {
+      load<3>(weights[1] + size_t(t) * kTileBytes, 64);
+      multiply<1, 2, 3>();
     }
   }
-  each([&] { store<0>(sums, kSumBytes); }, [&] { store<1>(sums + 16, kSumBytes); }, [&] { store<2>(below, kSumBytes); },
-       [&] { store<3>(below + 16, kSumBytes); });
+  store<0>(sums, kSumBytes);
+  if constexpr (kBlocks == 2) store<1>(sums + 16, kSumBytes);
 }
 
 // ---- weights as tiles: [columns / 2][16 rows][2]
@@ -215,7 +206,7 @@ struct Layer {
   const LinearArgs& a;
   const Layout l;
   const size_t row_bytes, narrow_row;
-  int first_rows = 0, second_rows = 0;  // as the tiles are configured
+  int tile_rows = 0;  // as the tiles are configured
 
   explicit Layer(const LinearArgs& args)
       : a(args), l(layout(args.weight.type)), row_bytes(args.weight.row_bytes()), narrow_row(narrow_bytes(args.weight.columns)) {}
@@ -230,15 +221,12 @@ struct Layer {
             size_t((columns + l.columns - 1) / l.columns) * size_t(l.bytes)};
   }
 
-  // Rows [m, m + rows), at most 32, over one stretch of columns from k on.
+  // Rows [m, m + rows), at most 16, over one stretch of columns from k on.
   void multiply_rows(int m, int rows, int k, const uint8_t* const* weights, int blocks, float* sums) {
-    const int first = rows < kTileRows ? rows : kTileRows, second = rows > kTileRows ? rows - kTileRows : kTileRows;
-    if (first != first_rows || second != second_rows) configure(first_rows = first, second_rows = second);
+    if (rows != tile_rows) configure(tile_rows = rows);
     const uint8_t* activations = a.narrow + size_t(m) * narrow_row + size_t(k) * 2;
     const int tiles = (columns_from(k) + kTileColumns - 1) / kTileColumns;
-    const auto run = rows > kTileRows ? (blocks == 2 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
-                                      : (blocks == 2 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
-    run(activations, narrow_row, weights, tiles, k == 0, sums);
+    (blocks == 2 ? multiply_tiles<2> : multiply_tiles<1>)(activations, narrow_row, weights, tiles, k == 0, sums);
   }
 };
 
@@ -252,7 +240,7 @@ void linear_fast_amx(const LinearArgs& a, int begin, int end, uint8_t* scratch) 
   uint8_t* const panels[2] = {scratch, scratch + panel_bytes};
   float* const kept = reinterpret_cast<float*>(scratch + 2 * panel_bytes);
   for (int m0 = 0; m0 < a.rows; m0 += kMaxFastRows) {
-    const int m1 = a.rows - m0 < kMaxFastRows ? a.rows : m0 + kMaxFastRows, steps = (m1 - m0 + kRowsPerStep - 1) / kRowsPerStep;
+    const int m1 = a.rows - m0 < kMaxFastRows ? a.rows : m0 + kMaxFastRows, steps = (m1 - m0 + kTileRows - 1) / kTileRows;
     for (int i0 = begin; i0 < end; i0 += turn) {
       const int i1 = end - i0 < turn ? end : i0 + turn;
       for (int k = 0; k < columns; k += kFastColumns) {
@@ -267,8 +255,8 @@ void linear_fast_amx(const LinearArgs& a, int begin, int end, uint8_t* scratch) 
           const int next = turns ? (last ? i1 : i0) : i + outputs;
           const Stretch ahead = next < end ? layer.stretch(next, end, !turns ? k : last ? 0 : k + kFastColumns) : Stretch{};
           for (int step = 0; step < steps; ++step) {
-            const int m = m0 + step * kRowsPerStep, rows = m1 - m < kRowsPerStep ? m1 - m : kRowsPerStep;
-            float* const own = sums + step * kRowsPerStep * kScratchWidth;
+            const int m = m0 + step * kTileRows, rows = m1 - m < kTileRows ? m1 - m : kTileRows;
+            float* const own = sums + step * kTileRows * kScratchWidth;
             ahead.fetch(step, steps);
             layer.multiply_rows(m, rows, k, weights, stored.blocks, own);
             if (last && a.narrow_out)

@@ -1,4 +1,4 @@
-// Attention of the fast kind with AMX: 32 queries times 32 tokens, or elements, at a time.
+// Attention of the fast kind with AMX: 16 queries times 32 tokens, or elements, at a time.
 #include "vai/vec_avx512.h"
 
 #include "ops/fast/attention_impl.h"
@@ -10,19 +10,17 @@ namespace {
 struct AmxTiles {
   static void multiply(int rows, const uint16_t* a, size_t lda, const uint16_t* b, int groups, float* c, size_t ldc) {
     const size_t a_row = lda * 2, c_row = ldc * 4;
-    const bool both = rows > kTileRows;
-    zero<0>(), zero<1>(), zero<2>(), zero<3>();
-    for (int g = 0; g < groups; ++g, a += kTile, b += kPairElements) {
-      load<6>(b, 64), load<7>(b + kTileElements, 64);
-      load<4>(a, a_row);
-      vai::multiply<0, 4, 6>(), vai::multiply<1, 4, 7>();
-      if (both) {
-        load<5>(a + kTileRows * lda, a_row);
-        vai::multiply<2, 5, 6>(), vai::multiply<3, 5, 7>();
+    for (int m = 0; m < rows; m += kTileRows) {
+      zero<0>(), zero<1>();
+      for (int g = 0; g < groups; ++g) {
+        load<3>(b + g * kPairElements, 64);
+        load<2>(a + size_t(m) * lda + g * kTile, a_row);
+        vai::multiply<0, 2, 3>();
+        load<3>(b + g * kPairElements + kTileElements, 64);
+        vai::multiply<1, 2, 3>();
       }
+      store<0>(c + size_t(m) * ldc, c_row), store<1>(c + size_t(m) * ldc + 16, c_row);
     }
-    store<0>(c, c_row), store<1>(c + 16, c_row);
-    if (both) store<2>(c + kTileRows * ldc, c_row), store<3>(c + kTileRows * ldc + 16, c_row);
   }
 
   static void pair(const uint8_t* even, const uint8_t* odd, uint16_t* out) {
@@ -42,7 +40,7 @@ struct AmxTiles {
 
 // All tiles have 16 rows: there is room for what comes of those that are no queries.
 void attention_fast_amx(const AttentionArgs& a, int unit, uint8_t* scratch) {
-  configure(kTileRows, kTileRows);
+  configure(kTileRows);
   attention_fast<Avx512Vec, AmxTiles>(a, unit, scratch);
   release();
 }
