@@ -489,11 +489,12 @@ class _Fuser:
         if members is None:
             return False
         outputs = self._views[op.x].outputs
-        slot = _Slot(self._count(outputs) * stored.rows * 4)
-        for (_, member), part in zip(members, parts, strict=True):
-            self._views[member.output] = _View(slot, stored.rows, BLOCK_ROWS * part.first_block, part.rows, outputs)
-        out = _View(slot, stored.rows, 0, stored.rows, outputs)
         blocks = _blocks(stored.rows)
+        width = _width(blocks)
+        slot = _Slot(self._count(outputs) * width * 4)
+        for (_, member), part in zip(members, parts, strict=True):
+            self._views[member.output] = _View(slot, width, BLOCK_ROWS * part.first_block, part.rows, outputs)
+        out = _View(slot, width, 0, stored.rows, outputs)
         text = f"{_of(stored.name, stored, stored.rows)}{' + bias' if op.bias else ''}"
         weight = self._weight(stored, Part(stored.name, stored.rows, 0, 1))
         self._multiply(
@@ -899,7 +900,7 @@ class _Fuser:
 
     def _new(self, value: str, columns: int, *, outputs: bool, copies: int = 1) -> _View:
         """A slot of its own for a value; rows are padded to whole blocks, which linear operations write."""
-        width = _blocks(columns) * BLOCK_ROWS
+        width = _width(_blocks(columns))
         view = _View(_Slot(self._count(outputs) * copies * width * 4), width, 0, columns, outputs, copies)
         self._views[value] = view
         return view
@@ -976,6 +977,11 @@ def _sibling(op: Op, of: ExpertLinear, weight: str) -> bool:
 
 def _blocks(rows: int) -> int:
     return -(-rows // BLOCK_ROWS)
+
+
+def _width(blocks: int) -> int:
+    """Floats of a row of so many blocks: an odd number of lines, so that a column's values do not share a cache's sets."""
+    return (blocks | 1) * BLOCK_ROWS
 
 
 def _of(name: str, stored: StoredTensor, rows: int) -> str:

@@ -24,14 +24,14 @@ constexpr size_t kPanelBytes = size_t(kChunk) * 16;
 
 constexpr int span_of(BlockType t) { return t == BlockType::kQ6_K ? 16 : 32; }  // columns that share an integer or a float scale
 
-// Tiles 0 and 1 are sums of 16 rows, 2 and 3 those of the rows that are left, 4 and 5 the activations of either, 6 and 7 weights.
+// Tile 0 has sums of 16 rows, 1 their activations, 2 weights; 3 and 4 are sums and activations of the rows that are left. More of
+// them would be no faster (see multiply_tiles in ops/fast/amx.cc).
 void configure(int rest, int span) {
   alignas(64) uint8_t config[64] = {1};
-  for (int tile = 0; tile < 8; ++tile) {
-    const bool activations = tile == 4 || tile == 5, left = tile == 2 || tile == 3 || tile == 5;
-    if (left && rest == 0) continue;
-    config[16 + 2 * tile] = uint8_t(activations ? span : 64);
-    config[48 + tile] = uint8_t(tile >= 6 ? span / 4 : left ? rest : kTileRows);
+  for (int tile = 0; tile < 5; ++tile) {
+    if (tile > 2 && rest == 0) continue;
+    config[16 + 2 * tile] = uint8_t(tile == 1 || tile == 4 ? span : 64);
+    config[48 + tile] = uint8_t(tile == 2 ? span / 4 : tile > 2 ? rest : kTileRows);
   }
   load_config(config);
 }
@@ -72,13 +72,13 @@ void unpack(const uint8_t* block, int columns, uint8_t* panel) {
 // ---- rows
 
 // Starts the integer sums of one span.
-template <bool kWhole, int kTurn>
+template <bool kWhole>
 inline __attribute__((always_inline)) void start(const uint8_t* codes, const uint8_t* panel, int32_t* sums) {
-  constexpr int kSums = (kWhole ? 0 : 2) + kTurn, kCodes = kWhole ? 4 : 5, kPanel = 6 + kTurn;
+  constexpr int kSums = kWhole ? 0 : 3, kCodes = kWhole ? 1 : 4;
   zero<kSums>();
-  load<kPanel>(panel, 64);
+  load<2>(panel, 64);
   load<kCodes>(codes, 32);
-  dot<kSums, kCodes, kPanel>();
+  dot<kSums, kCodes, 2>();
   store<kSums>(sums, 64);
 }
 
@@ -98,13 +98,13 @@ template <bool kWhole, class Codes, class Part>
 inline __attribute__((always_inline)) void each_span(Codes&& codes_at, const uint8_t* panel, size_t panel_step, int spans, const Ahead& ahead,
                                                      Part&& part) {
   alignas(64) int32_t sums[2][kTileRows * 16];
-  start<kWhole, 0>(codes_at(0), panel, sums[0]);
+  start<kWhole>(codes_at(0), panel, sums[0]);
   for (int g = 0; g < spans; g += 2) {
-    if (g + 1 < spans) start<kWhole, 1>(codes_at(g + 1), panel + size_t(g + 1) * panel_step, sums[1]);
+    if (g + 1 < spans) start<kWhole>(codes_at(g + 1), panel + size_t(g + 1) * panel_step, sums[1]);
     ahead.fetch(g);
     part(g, sums[0]);
     if (g + 1 == spans) return;
-    if (g + 2 < spans) start<kWhole, 0>(codes_at(g + 2), panel + size_t(g + 2) * panel_step, sums[0]);
+    if (g + 2 < spans) start<kWhole>(codes_at(g + 2), panel + size_t(g + 2) * panel_step, sums[0]);
     ahead.fetch(g + 1);
     part(g + 1, sums[1]);
   }
