@@ -15,7 +15,7 @@
 namespace vai {
 namespace {
 
-constexpr int kRows = 3, kManyRows = 28, kColumns = 256, kBlocks = 2, kOutputs = 16 * kBlocks;
+constexpr int kRows = 3, kManyRows = 76, kColumns = 256, kBlocks = 2, kOutputs = 16 * kBlocks;
 constexpr int kHeads = 4, kHeadDim = 32, kTokens = 40;
 constexpr size_t kWeightBytes = kBlocks * 16384;  // F32: 256 columns of 16 rows
 constexpr size_t kPage = 2 * kPageTokens * kHeadDim * sizeof(float);

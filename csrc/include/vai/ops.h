@@ -75,6 +75,11 @@ constexpr int8_t kMxfp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4,
 
 // One row's group, as NormArgs says. 32: codes, scale, sum. 256: codes, scale, sums of 32 and of 16 columns.
 constexpr int record_bytes(int group) { return group == kWideGroup ? 256 + 4 + 8 * 2 + 16 * 2 : 32 + 4 + 4; }
+// Where codes [32 * part, 32 * part + 32) of row `lane` stand in a record of R rows: [8][R][32], of more than kFewRows [4][R][64].
+constexpr int kFewRows = 8;
+constexpr int wide_codes(int R, int lane, int part) {
+  return R > kFewRows ? (part / 2 * R + lane) * 64 + part % 2 * 32 : (part * R + lane) * 32;
+}
 constexpr size_t packed_row_bytes(int group, int columns) { return size_t(columns / group) * size_t(record_bytes(group)); }
 
 // A matrix of 16-row blocks in the ROM; block i of the operation is stored block first + i * step.
@@ -112,7 +117,7 @@ void embed(const EmbedArgs&, int begin, int end);
 
 // Quantized rows, packed for linear: rows in blocks of `row_block`, R = the block's rows.
 // packed32: per 32 columns R x 32 codes, R scales (binary32), R sums of the codes (int32).
-// packed256: per 256 columns 8 x R x 32 codes, R scales, 4 x R pairs of sums of 32 columns, 8 x R pairs of sums of 16
+// packed256: per 256 columns R x 256 codes as wide_codes says, R scales, 4 x R pairs of sums of 32 columns, 8 x R pairs of sums of 16
 // columns (pairs of int16, neighbours in column order). With a null `weight` the rows are quantized as they are.
 // Each of `heads` runs of `columns` is normalized on its own; one that is more than one is not quantized.
 struct NormArgs {

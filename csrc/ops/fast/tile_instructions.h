@@ -36,10 +36,13 @@ inline void multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(activations), "i"(weights));
 }
 
-// The same of signed bytes, to sums of 32 bits.
-template <int sums, int activations, int weights>
+// The same of bytes, of which weights may be unsigned, to sums of 32 bits.
+template <int sums, int activations, int weights, bool kUnsigned = false>
 inline void dot() {
-  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(activations), "i"(weights));
+  if constexpr (kUnsigned)
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(activations), "i"(weights));
+  else
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(activations), "i"(weights));
 }
 
 }  // namespace

@@ -18,20 +18,18 @@ using V = Avx512Vec;
 using F = V::F;
 using I = V::I;
 
-constexpr int kTileRows = 16, kFewRows = 8;  // of few rows AVX-512 has all sums in registers
-constexpr int kChunk = kWideGroup;           // columns that are unpacked at once
+constexpr int kTileRows = 16;
+constexpr int kChunk = kWideGroup;  // columns that are unpacked at once
 constexpr size_t kPanelBytes = size_t(kChunk) * 16;
 
-constexpr int span_of(BlockType t) { return t == BlockType::kQ6_K ? 16 : 32; }  // columns that share an integer or a float scale
-
-// Tile 0 has sums of 16 rows, 1 their activations, 2 weights; 3 and 4 are sums and activations of the rows that are left. More of
-// them would be no faster (see multiply_tiles in ops/fast/amx.cc).
-void configure(int rest, int span) {
+// Tiles 0 and 1 are sums of 16 rows, 2 their activations, 3 weights; 4, 5 and 6 are the first three of the rows that are left. More
+// of them would be no faster (see multiply_tiles in ops/fast/amx.cc). `columns`: over which they are multiplied.
+void configure(int rest, int columns) {
   alignas(64) uint8_t config[64] = {1};
-  for (int tile = 0; tile < 5; ++tile) {
-    if (tile > 2 && rest == 0) continue;
-    config[16 + 2 * tile] = uint8_t(tile == 1 || tile == 4 ? span : 64);
-    config[48 + tile] = uint8_t(tile == 2 ? span / 4 : tile > 2 ? rest : kTileRows);
+  for (int tile = 0; tile < 7; ++tile) {
+    if (tile > 3 && rest == 0) continue;
+    config[16 + 2 * tile] = uint8_t(tile == 2 || tile == 6 ? columns : 64);
+    config[48 + tile] = uint8_t(tile == 3 ? columns / 4 : tile > 3 ? rest : kTileRows);
   }
   load_config(config);
 }
@@ -52,9 +50,9 @@ inline __attribute__((always_inline)) I centred(I codes) {
 template <BlockType T>
 void unpack(const uint8_t* block, int columns, uint8_t* panel) {
   constexpr Layout kL = layout(T);
-  constexpr int kSpan = span_of(T), kLines = kL.bits == 8 ? kSpan / 4 : kSpan / 8;
+  constexpr int kLines = kL.bits == 8 ? 8 : 4;
   for (int k = 0; k < columns; block += kL.bytes)
-    VAI_ROLLED for (int g = 0; g < kL.columns / kSpan && k < columns; ++g, k += kSpan) {
+    VAI_ROLLED for (int g = 0; g < kL.columns / 32 && k < columns; ++g, k += 32) {
       I above = V::iset1(0);
       if constexpr (kL.high != 0) above = V::load_line(block + kL.high + g * 64);
       VAI_UNROLL for (int l = 0; l < kLines; ++l, panel += kL.bits == 8 ? 64 : 128) {
@@ -71,14 +69,14 @@ void unpack(const uint8_t* block, int columns, uint8_t* panel) {
 
 // ---- rows
 
-// Starts the integer sums of one span.
+// Starts the integer sums of one span, 32 columns. `stride`: bytes from the codes of a row to those of the next one.
 template <bool kWhole>
-inline __attribute__((always_inline)) void start(const uint8_t* codes, const uint8_t* panel, int32_t* sums) {
-  constexpr int kSums = kWhole ? 0 : 3, kCodes = kWhole ? 1 : 4;
+inline __attribute__((always_inline)) void start(const uint8_t* codes, size_t stride, const uint8_t* panel, int32_t* sums) {
+  constexpr int kSums = kWhole ? 0 : 4, kCodes = kWhole ? 2 : 6;
   zero<kSums>();
-  load<2>(panel, 64);
-  load<kCodes>(codes, 32);
-  dot<kSums, kCodes, 2>();
+  load<3>(panel, 64);
+  load<kCodes>(codes, stride);
+  dot<kSums, kCodes, 3>();
   store<kSums>(sums, 64);
 }
 
@@ -93,18 +91,19 @@ struct Ahead {
 };
 
 // Calls part(g, sums) for all spans, whose sums [rows][16] are ready then; that of the next span has been started.
-// `codes_at(g)`: where the codes of span g are, [rows][32].
+// `codes_at(g)`: where the codes of span g are.
 template <bool kWhole, class Codes, class Part>
-inline __attribute__((always_inline)) void each_span(Codes&& codes_at, const uint8_t* panel, size_t panel_step, int spans, const Ahead& ahead,
+inline __attribute__((always_inline)) void each_span(Codes&& codes_at, size_t stride, const uint8_t* panel, int spans, const Ahead& ahead,
                                                      Part&& part) {
   alignas(64) int32_t sums[2][kTileRows * 16];
-  start<kWhole>(codes_at(0), panel, sums[0]);
+  auto begin = [&](int g) __attribute__((always_inline)) { start<kWhole>(codes_at(g), stride, panel + size_t(g) * 512, sums[g % 2]); };
+  begin(0);
   for (int g = 0; g < spans; g += 2) {
-    if (g + 1 < spans) start<kWhole>(codes_at(g + 1), panel + size_t(g + 1) * panel_step, sums[1]);
+    if (g + 1 < spans) begin(g + 1);
     ahead.fetch(g);
     part(g, sums[0]);
     if (g + 1 == spans) return;
-    if (g + 2 < spans) start<kWhole>(codes_at(g + 2), panel + size_t(g + 2) * panel_step, sums[0]);
+    if (g + 2 < spans) begin(g + 2);
     ahead.fetch(g + 1);
     part(g + 1, sums[1]);
   }
@@ -141,51 +140,65 @@ __attribute__((noinline)) void quantized_rows(const uint8_t* block, const uint8_
     else
       for (int r = 0; r < n; ++r) V::store(out + r * kScratchWidth, row(r, V::load(out + r * kScratchWidth)));
   };
-  each_span<R != 0>([&](int g) { return record + size_t(g) * step; }, panel, kGroup * 16, columns / kGroup, ahead, part);
+  each_span<R != 0>([&](int g) { return record + size_t(g) * step; }, kGroup, panel, columns / kGroup, ahead, part);
   if constexpr (R != 0) VAI_UNROLL for (int r = 0; r < R; ++r) V::store(out + r * kScratchWidth, acc[r]);
 }
 
-// Types with integer scales: all 256 columns.
+// What is read of a block with integer scales before its codes.
+struct Head {
+  F scale, minimum;
+  I pairs[kWideGroup / 64];         // minimums of 32 columns
+  alignas(64) int8_t factors[256];  // [spans][16], and minimums behind them
+};
+
+constexpr bool has_minimum(BlockType t) { return t == BlockType::kQ4_K || t == BlockType::kQ5_K; }
+
+template <BlockType T>
+inline __attribute__((always_inline)) void read_head(const uint8_t* block, Head& head) {
+  head.scale = V::load_f16(block);
+  if constexpr (T == BlockType::kQ6_K)
+    VAI_UNROLL for (int i = 0; i < 256; i += 64) V::store_line(head.factors + i, V::load_line(block + 64 + i));
+  if constexpr (is_wide(T)) signed_six_bits(block, head.factors);
+  if constexpr (has_minimum(T)) {
+    const int8_t* const minimums = head.factors + 128;
+    six_bit_scales<V>(block, head.factors, head.factors + 128);
+    head.minimum = V::load_f16(block + 32);
+    VAI_UNROLL for (int i = 0; i < kWideGroup / 64; ++i) head.pairs[i] = V::pairs(minimums + 2 * i * 16, minimums + 2 * i * 16 + 16);
+  }
+}
+
+// What row r of a record of `rows` has of a block whose integer sums are `total`.
+template <BlockType T>
+inline __attribute__((always_inline)) F scaled(const Head& head, const uint8_t* record, int rows, int r, I total) {
+  const F own = V::set1(((const float*)(record + rows * 256))[r]);
+  const F product = V::mul(V::to_float(total), V::mul(head.scale, own));
+  if constexpr (!has_minimum(T)) return product;
+  const int32_t* const of32 = (const int32_t*)(record + rows * 260) + r;
+  I offset = V::iset1(0);
+  VAI_UNROLL for (int i = 0; i < kWideGroup / 64; ++i) offset = V::dot_pairs(offset, head.pairs[i], of32[i * rows]);
+  return V::sub(product, V::mul(V::to_float(offset), V::mul(head.minimum, own)));
+}
+
+// Types with integer scales of 32 columns: all 256 columns.
 template <BlockType T, int R>
 __attribute__((noinline)) void wide_rows(const uint8_t* block, const uint8_t* record, const uint8_t* panel, int rows, const Ahead& ahead,
                                          float* out) {
-  constexpr int kSpan = span_of(T), kSpans = kWideGroup / kSpan;
-  constexpr bool kMinimum = T == BlockType::kQ4_K || T == BlockType::kQ5_K;
   const int n = R ? R : rows;
-  alignas(64) int8_t unpacked[2][128];
-  const int8_t* factors = unpacked[0];
-  if constexpr (kMinimum) six_bit_scales<V>(block, unpacked[0], unpacked[1]);
-  if constexpr (is_wide(T)) signed_six_bits(block, unpacked[0]);
-  if constexpr (T == BlockType::kQ6_K) factors = (const int8_t*)block + 64;
+  Head head;
+  read_head<T>(block, head);
   I total[R ? R : kTileRows];
   VAI_UNROLL for (int r = 0; r < (R ? R : kTileRows); ++r) total[r] = V::iset1(0);
   auto part = [&](int g, const int32_t* sums) __attribute__((always_inline)) {
-    const I factor = V::factor(factors + g * 16);
+    const I factor = V::factor(head.factors + g * 16);
     if constexpr (R != 0)
       VAI_UNROLL for (int r = 0; r < R; ++r) total[r] = V::dot4_times(total[r], V::load_line(sums + r * 16), factor);
     else
       for (int r = 0; r < n; ++r) total[r] = V::dot4_times(total[r], V::load_line(sums + r * 16), factor);
   };
-  auto codes_at = [&](int g) { return record + size_t(g * kSpan / 32) * size_t(n) * 32 + g * kSpan % 32; };
-  each_span<R != 0>(codes_at, panel, kSpan * 16, kSpans, ahead, part);
-  const float* const scales = (const float*)(record + n * 256);
-  const int32_t* const sums = (const int32_t*)(record + n * 260);
-  const F scale = V::load_f16(block);
-  I pairs[kSpans / 2];
-  F minimum{};
-  if constexpr (kMinimum) {
-    VAI_UNROLL for (int i = 0; i < kSpans / 2; ++i) pairs[i] = V::pairs(unpacked[1] + 2 * i * 16, unpacked[1] + 2 * i * 16 + 16);
-    minimum = V::load_f16(block + 32);
-  }
+  each_span<R != 0>([&](int g) { return record + wide_codes(n, 0, g); }, 64, panel, kWideGroup / 32, ahead, part);
   auto row = [&](int r) __attribute__((always_inline)) {
-    const F own = V::set1(scales[r]);
-    F product = V::mul(V::to_float(total[r]), V::mul(scale, own));
-    if constexpr (kMinimum) {
-      I offset = V::iset1(0);
-      VAI_UNROLL for (int i = 0; i < kSpans / 2; ++i) offset = V::dot_pairs(offset, pairs[i], sums[i * n + r]);
-      product = V::sub(product, V::mul(V::to_float(offset), V::mul(minimum, own)));
-    }
-    V::store(out + r * kScratchWidth, V::add(V::load(out + r * kScratchWidth), product));
+    float* const own = out + r * kScratchWidth;
+    V::store(own, V::add(V::load(own), scaled<T>(head, record, n, r, total[r])));
   };
   if constexpr (R != 0)
     VAI_UNROLL for (int r = 0; r < R; ++r) row(r);
@@ -202,8 +215,6 @@ void multiply(const uint8_t* block, const uint8_t* record, const uint8_t* panel,
     (whole ? quantized_rows<T, kTileRows> : quantized_rows<T, 0>)(block, record, panel, rows, columns, ahead, out);
 }
 
-// ---- the layer
-
 // Rows [m0, m1) under one row of blocks.
 template <BlockType T>
 void tiled(const LinearArgs& a, int m0, int m1, const uint8_t* block, uint8_t* panel, float* sums) {
@@ -214,7 +225,7 @@ void tiled(const LinearArgs& a, int m0, int m1, const uint8_t* block, uint8_t* p
   for (int k = 0; k < a.weight.columns; k += kChunk, block += kChunkBytes) {
     const int columns = a.weight.columns - k < kChunk ? a.weight.columns - k : kChunk;
     const Ahead ahead{block + 2 * a.ahead,  // a chunk is unpacked at once: it has to be there as a whole
-                      kChunkBytes / (kChunk / span_of(T))};
+                      kChunkBytes / (kChunk / 32)};
     unpack<T>(block, columns, panel);
     for (int m = m0; m < m1; m += kTileRows) {
       const int rows = m1 - m < kTileRows ? m1 - m : kTileRows;
@@ -224,19 +235,138 @@ void tiled(const LinearArgs& a, int m0, int m1, const uint8_t* block, uint8_t* p
   }
 }
 
-void tiled_block(const LinearArgs& a, int m0, int m1, const uint8_t* block, uint8_t* panel, float* sums) {
+// ---- integer scales, folded into the codes
+
+// A code times its scale needs more bits than a byte has: it is (above << kFold) + below, bytes in two panels. So a block has all its
+// integer sums in two tiles, and nothing is left to be done for each scale. Unsigned codes of up to five bits are multiplied with the
+// upper and with the lower three bits of a scale that has six; of signed codes the product is cut in two.
+constexpr bool is_cut(BlockType t) { return t == BlockType::kQ6_K || t == BlockType::kIQ4_XS; }
+
+// Whether that pays: panels that are made for so many rows cost less than scales for each of them, and where there is a scale for
+// 16 columns of a tile's 64 they always do.
+constexpr int kFoldedRows = 64;
+constexpr bool is_folded(BlockType t, int rows) { return layout(t).group == kWideGroup && (t == BlockType::kQ6_K || rows >= kFoldedRows); }
+
+struct Panels {
+  alignas(64) uint8_t above[kPanelBytes], below[kPanelBytes];
+};
+
+template <BlockType T>
+__attribute__((noinline)) void fold(const uint8_t* block, Head& head, Panels& panels) {
+  constexpr Layout kL = layout(T);
+  constexpr int kSpan = T == BlockType::kQ6_K ? 16 : 32, kLines = kSpan / 8;
+  read_head<T>(block, head);
+  uint8_t *above = panels.above, *below = panels.below;
+  auto twice = [](I x) { return V::ior(V::iand(x, V::iset1(0xffff)), V::shifted<16>(x)); };
+  VAI_ROLLED for (int g = 0; g < kWideGroup / kSpan; ++g) {
+    const I factor = V::factor(head.factors + g * 16);
+    const I whole = twice(factor), upper = twice(V::shifted<-3>(factor)), lower = twice(V::iand(factor, V::iset1(7)));
+    auto put = [&](I codes) __attribute__((always_inline)) {
+      if constexpr (is_cut(T)) {
+        const I even = _mm512_mullo_epi16(_mm512_srai_epi16(_mm512_slli_epi16(codes, 8), 8), whole);
+        const I odd = _mm512_mullo_epi16(_mm512_srai_epi16(codes, 8), whole);
+        const I first = V::iset1(0x00ff00ff);  // the ternary function is first ? even : odd
+        V::store_line(above, _mm512_ternarylogic_epi32(first, _mm512_srai_epi16(even, 6), _mm512_slli_epi16(odd, 2), 0xca));
+        V::store_line(below, V::iand(_mm512_ternarylogic_epi32(first, even, _mm512_slli_epi16(odd, 8), 0xca), V::iset1(0x3f3f3f3f)));
+      } else {  // no product has more than eight bits: two bytes are multiplied as one number of sixteen
+        V::store_line(above, _mm512_mullo_epi16(codes, upper));
+        V::store_line(below, _mm512_mullo_epi16(codes, lower));
+      }
+      above += 64, below += 64;
+    };
+    I over = V::iset1(0);
+    if constexpr (kL.high != 0) over = V::load_line(block + kL.high + g * 64);
+    VAI_UNROLL for (int l = 0; l < kLines; ++l) {
+      const V::Nibbles codes = codes_of<V, kL.bits>(block + kL.lines + (g * kLines + l) * 64, over, l);
+      put(centred<T>(codes.low)), put(centred<T>(codes.high));
+    }
+  }
+}
+
+// Starts the integer sums of the rows of a record: [above, below][rows][16].
+template <BlockType T, bool kWhole>
+inline __attribute__((always_inline)) void start(const uint8_t* record, int rows, const Panels& panels, int32_t* sums) {
+  constexpr int kAbove = kWhole ? 0 : 4, kBelow = kAbove + 1, kCodes = kWhole ? 2 : 6;
+  zero<kAbove>(), zero<kBelow>();
+  VAI_UNROLL for (int k = 0; k < kWideGroup; k += 64) {
+    load<3>(panels.above + k * 16, 64);
+    load<kCodes>(record + k * rows, 64);
+    dot<kAbove, kCodes, 3, !is_cut(T)>();
+    load<3>(panels.below + k * 16, 64);
+    dot<kBelow, kCodes, 3, !is_cut(T)>();
+  }
+  store<kAbove>(sums, 64), store<kBelow>(sums + kTileRows * 16, 64);
+}
+
+// `out` goes on by what the sums stand for.
+template <BlockType T>
+__attribute__((noinline)) void finish(const Head& head, const uint8_t* record, int rows, const int32_t* sums, float* out) {
+  constexpr int kFold = is_cut(T) ? 6 : 3;
+  for (int r = 0; r < rows; ++r, sums += 16, out += kScratchWidth) {
+    const I total = V::iadd(V::shifted<kFold>(V::load_line(sums)), V::load_line(sums + kTileRows * 16));
+    V::store(out, V::add(V::load(out), scaled<T>(head, record, rows, r, total)));
+  }
+}
+
+// Rows [m0, m1) under one row of blocks. While tiles are multiplied, what was multiplied before them is finished, or the next
+// block is folded.
+template <BlockType T>
+void folded(const LinearArgs& a, int m0, int m1, const uint8_t* block, float* sums) {
+  constexpr Layout kL = layout(T);
+  const size_t row_bytes = packed_row_bytes(kWideGroup, a.weight.columns);
+  const int blocks = a.weight.columns / kWideGroup;
+  Panels panels[2];
+  Head heads[2];
+  alignas(64) int32_t integers[2][2 * kTileRows * 16];
+  auto rows_from = [&](int m) { return m1 - m < kTileRows ? m1 - m : kTileRows; };
+  auto record_of = [&](int m, int b) {
+    return a.packed + size_t(m) * row_bytes + size_t(b * rows_from(m)) * size_t(record_bytes(kWideGroup));
+  };
+  auto begin = [&](int m, int b) __attribute__((always_inline)) {
+    int32_t* const own = integers[(m - m0) / kTileRows % 2];
+    if (rows_from(m) == kTileRows)
+      start<T, true>(record_of(m, b), kTileRows, panels[b % 2], own);
+    else
+      start<T, false>(record_of(m, b), rows_from(m), panels[b % 2], own);
+  };
+  for (int m = 0; m < m1 - m0; ++m) V::store(sums + m * kScratchWidth, V::set1(0.0f));
+  fold<T>(block, heads[0], panels[0]);
+  for (int b = 0; b < blocks; ++b) {
+    block += kL.bytes;
+    for (int line = 0; line < kL.bytes; line += 64) V::prefetch(block + kL.bytes + a.ahead + line);
+    begin(m0, b);
+    for (int m = m0; m < m1; m += kTileRows) {
+      if (m + kTileRows < m1)
+        begin(m + kTileRows, b);
+      else if (b + 1 < blocks)
+        fold<T>(block, heads[1 - b % 2], panels[1 - b % 2]);
+      finish<T>(heads[b % 2], record_of(m, b), rows_from(m), integers[(m - m0) / kTileRows % 2], sums + (m - m0) * kScratchWidth);
+    }
+  }
+}
+
+// ---- the layer
+
+template <BlockType T>
+void multiply_block(const LinearArgs& a, int m0, int m1, const uint8_t* block, uint8_t* panel, float* sums) {
+  if constexpr (layout(T).group == kWideGroup)
+    if (is_folded(T, a.rows)) return folded<T>(a, m0, m1, block, sums);
+  if constexpr (T != BlockType::kQ6_K) tiled<T>(a, m0, m1, block, panel, sums);
+}
+
+void multiply_block(const LinearArgs& a, int m0, int m1, const uint8_t* block, uint8_t* panel, float* sums) {
   switch (a.weight.type) {
-    case BlockType::kQ4_0: return tiled<BlockType::kQ4_0>(a, m0, m1, block, panel, sums);
-    case BlockType::kQ8_0: return tiled<BlockType::kQ8_0>(a, m0, m1, block, panel, sums);
-    case BlockType::kQ4_K: return tiled<BlockType::kQ4_K>(a, m0, m1, block, panel, sums);
-    case BlockType::kQ5_K: return tiled<BlockType::kQ5_K>(a, m0, m1, block, panel, sums);
-    case BlockType::kQ6_K: return tiled<BlockType::kQ6_K>(a, m0, m1, block, panel, sums);
-    case BlockType::kQ4_1: return tiled<BlockType::kQ4_1>(a, m0, m1, block, panel, sums);
-    case BlockType::kQ5_0: return tiled<BlockType::kQ5_0>(a, m0, m1, block, panel, sums);
-    case BlockType::kQ5_1: return tiled<BlockType::kQ5_1>(a, m0, m1, block, panel, sums);
-    case BlockType::kIQ4_NL: return tiled<BlockType::kIQ4_NL>(a, m0, m1, block, panel, sums);
-    case BlockType::kIQ4_XS: return tiled<BlockType::kIQ4_XS>(a, m0, m1, block, panel, sums);
-    case BlockType::kMXFP4: return tiled<BlockType::kMXFP4>(a, m0, m1, block, panel, sums);
+    case BlockType::kQ4_0: return multiply_block<BlockType::kQ4_0>(a, m0, m1, block, panel, sums);
+    case BlockType::kQ8_0: return multiply_block<BlockType::kQ8_0>(a, m0, m1, block, panel, sums);
+    case BlockType::kQ4_K: return multiply_block<BlockType::kQ4_K>(a, m0, m1, block, panel, sums);
+    case BlockType::kQ5_K: return multiply_block<BlockType::kQ5_K>(a, m0, m1, block, panel, sums);
+    case BlockType::kQ6_K: return multiply_block<BlockType::kQ6_K>(a, m0, m1, block, panel, sums);
+    case BlockType::kQ4_1: return multiply_block<BlockType::kQ4_1>(a, m0, m1, block, panel, sums);
+    case BlockType::kQ5_0: return multiply_block<BlockType::kQ5_0>(a, m0, m1, block, panel, sums);
+    case BlockType::kQ5_1: return multiply_block<BlockType::kQ5_1>(a, m0, m1, block, panel, sums);
+    case BlockType::kIQ4_NL: return multiply_block<BlockType::kIQ4_NL>(a, m0, m1, block, panel, sums);
+    case BlockType::kIQ4_XS: return multiply_block<BlockType::kIQ4_XS>(a, m0, m1, block, panel, sums);
+    case BlockType::kMXFP4: return multiply_block<BlockType::kMXFP4>(a, m0, m1, block, panel, sums);
     default: return;
   }
 }
@@ -251,14 +381,14 @@ void linear_amx(const LinearArgs& a, int begin, int end) {
   alignas(64) float sums[kRowsPerPass * kScratchWidth];
   const int rest = a.rows % kTileRows, few = rest <= kFewRows ? rest : 0;
   const size_t row_bytes = packed_row_bytes(layout(a.weight.type).group, a.weight.columns);
-  configure(few ? 0 : rest, span_of(a.weight.type));
+  configure(few ? 0 : rest, is_folded(a.weight.type, a.rows) ? 64 : 32);
   for (int m0 = 0; m0 < a.rows; m0 += kRowsPerPass) {
     const int m1 = a.rows - m0 < kRowsPerPass ? a.rows : m0 + kRowsPerPass;
     const int tiled = m1 == a.rows ? m1 - few : m1;
     for (int i = begin; i < end; ++i) {
       for (int j = 0; j < (a.gated ? 2 : 1); ++j) {
         const uint8_t* const block = a.weight.block(i) + size_t(j) * a.weight.row_bytes();
-        if (tiled > m0) tiled_block(a, m0, tiled, block, panel, sums + j * 16);
+        if (tiled > m0) multiply_block(a, m0, tiled, block, panel, sums + j * 16);
         if (tiled == m1) continue;
         TileArgs t{};
         t.weight = block, t.columns = a.weight.columns, t.ahead = a.ahead;

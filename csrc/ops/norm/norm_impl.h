@@ -90,7 +90,7 @@ void quantize_wide_group(const float* y, uint8_t* record, int lane, int R) {
   int16_t* of32 = (int16_t*)(record + R * 260);
   int16_t* of16 = (int16_t*)(record + R * 276);
   for (int i = 0; i < 8; ++i) {
-    int8_t* codes = (int8_t*)record + (i * R + lane) * 32;
+    int8_t* codes = (int8_t*)record + wide_codes(R, lane, i);
     const int32_t first = quantize<V>(y + 32 * i, 16, q.inverse, codes);
     const int32_t second = quantize<V>(y + 32 * i + 16, 16, q.inverse, codes + 16);
     of32[(i / 2 * R + lane) * 2 + i % 2] = int16_t(first + second);

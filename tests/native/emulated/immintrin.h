@@ -195,6 +195,9 @@ EMULATED __m512i _mm512_slli_epi32(const __m512i& a, unsigned count) { return co
 EMULATED __m512i _mm512_srli_epi32(const __m512i& a, unsigned count) { return count > 31 ? __m512i{} : (__m512i)((emulated::U32)a >> count); }
 EMULATED __m512i _mm512_srai_epi32(const __m512i& a, unsigned count) { return (__m512i)((emulated::I32)a >> (count > 31 ? 31 : int(count))); }
 EMULATED __m512i _mm512_srli_epi16(const __m512i& a, unsigned count) { return count > 15 ? __m512i{} : (__m512i)((emulated::U16)a >> count); }
+EMULATED __m512i _mm512_slli_epi16(const __m512i& a, unsigned count) { return count > 15 ? __m512i{} : (__m512i)((emulated::U16)a << count); }
+EMULATED __m512i _mm512_srai_epi16(const __m512i& a, unsigned count) { return (__m512i)((emulated::I16)a >> (count > 15 ? 15 : count)); }
+EMULATED __m512i _mm512_mullo_epi16(const __m512i& a, const __m512i& b) { return (__m512i)((emulated::U16)a * (emulated::U16)b); }
 
 // Four products of an unsigned byte of `a` and a signed one of `b` join each sum, which does not saturate.
 EMULATED __m512i _mm512_dpbusd_epi32(const __m512i& sums, const __m512i& a, const __m512i& b) {

@@ -125,8 +125,8 @@ inline void multiply() {
   for (int m = c.rows; m < 16; ++m) std::memset(c.row[m], 0, 64);
 }
 
-// TDPBSSD
-template <int sums, int activations, int weights>
+// TDPBSSD, TDPBSUD
+template <int sums, int activations, int weights, bool kUnsigned = false>
 inline void dot() {
   emulated::Tile& c = emulated::tile(sums);
   const emulated::Tile &a = emulated::tile(activations), &b = emulated::tile(weights);
@@ -139,7 +139,8 @@ inline void dot() {
       std::memcpy(&sum, c.row[m] + 4 * n, sizeof sum);
       for (int k = 0; k < fours; ++k)
         for (int i = 0; i < 4; ++i)
-          sum += uint32_t(int32_t(int8_t(a.row[m][4 * k + i])) * int32_t(int8_t(b.row[k][4 * n + i])));
+          sum += uint32_t(int32_t(int8_t(a.row[m][4 * k + i])) *
+                          (kUnsigned ? int32_t(b.row[k][4 * n + i]) : int32_t(int8_t(b.row[k][4 * n + i]))));
       std::memcpy(c.row[m] + 4 * n, &sum, sizeof sum);
     }
   for (int m = 0; m < c.rows; ++m) std::memset(c.row[m] + 4 * columns, 0, size_t(64 - 4 * columns));
