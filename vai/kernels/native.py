@@ -980,7 +980,7 @@ def _blocks(rows: int) -> int:
 
 
 def _width(blocks: int) -> int:
-    """Floats of a row of so many blocks: an odd number of lines, so that a column's values do not share a cache's sets."""
+    """Floats of a row of so many blocks: an odd number of lines, so that columns do not share sets of a cache."""
     return (blocks | 1) * BLOCK_ROWS
 
 
