@@ -15,7 +15,9 @@
 namespace vai {
 namespace {
 
-constexpr int kRows = 3, kManyRows = 76, kColumns = 256, kBlocks = 2, kOutputs = 16 * kBlocks;
+// Rows for whole tiles and a rest, and of types with integer scales, which some fold into codes, as many as they do it for.
+constexpr int kManyRows = 28, kMostRows = 76;
+constexpr int kRows = 3, kColumns = 256, kBlocks = 2, kOutputs = 16 * kBlocks;
 constexpr int kHeads = 4, kHeadDim = 32, kTokens = 40;
 constexpr size_t kWeightBytes = kBlocks * 16384;  // F32: 256 columns of 16 rows
 constexpr size_t kPage = 2 * kPageTokens * kHeadDim * sizeof(float);
@@ -24,15 +26,15 @@ constexpr size_t kPage = 2 * kPageTokens * kHeadDim * sizeof(float);
 struct Outputs {
   uint8_t narrow[4096], wide[4096];
   float normal[kRows * kColumns], gated[kRows * kColumns], products[kBlockTypes][kRows * kOutputs];
-  float many[kBlockTypes][kManyRows * kOutputs];
+  float many[kBlockTypes][kMostRows * kOutputs];
   float mixed[3][kRows * kHeads * kHeadDim], probabilities[kColumns];
   double total;
 };
 Outputs found[2];
 // Records of many rows, which each implementation packs in its own way.
-uint8_t many_narrow[kManyRows * packed_row_bytes(kGroup, kColumns)], many_wide[kManyRows * packed_row_bytes(kWideGroup, kColumns)];
+uint8_t many_narrow[kManyRows * packed_row_bytes(kGroup, kColumns)], many_wide[kMostRows * packed_row_bytes(kWideGroup, kColumns)];
 struct Inputs {
-  float x[kManyRows * kColumns], y[kManyRows * kColumns];
+  float x[kMostRows * kColumns], y[kMostRows * kColumns];
   alignas(64) uint8_t weights[kWeightBytes], pages[2 * kPage];
   float scratch[attention_scratch(64, kHeadDim)];
 } in;
@@ -41,7 +43,7 @@ void fill() {
   uint32_t state = 1;
   auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 8; };
   for (float* each : {in.x, in.y})
-    for (int i = 0; i < kManyRows * kColumns; ++i) each[i] = (float(next() & 0xffff) - 32768.0f) * 0.0001f;
+    for (int i = 0; i < kMostRows * kColumns; ++i) each[i] = (float(next() & 0xffff) - 32768.0f) * 0.0001f;
   // Whatever these are read as, they are finite: a byte below 0x40 is the upper one of any float.
   for (auto& byte : in.weights) byte = uint8_t(next() & 0x3f);
   for (auto& byte : in.pages) byte = uint8_t(next() & 0x3f);
@@ -52,10 +54,13 @@ void run(const Isa& isa, Outputs& out) {
   norm.x = in.x, norm.ldx = kColumns, norm.rows = kRows, norm.columns = kColumns, norm.weight = in.y, norm.epsilon = 1e-6f;
   norm.out = out.normal, norm.ldo = kColumns, norm.packed32 = out.narrow, norm.packed256 = out.wide, norm.row_block = kRows;
   isa.norm(norm, 0, kRows);
-  NormArgs many = norm;
-  many.rows = kManyRows, many.out = nullptr, many.packed32 = many_narrow, many.packed256 = many_wide;
-  many.row_block = isa.row_block(kManyRows);
-  isa.norm(many, 0, kManyRows);
+  auto pack = [&](int rows, uint8_t* narrow, uint8_t* wide) {
+    NormArgs many = norm;
+    many.rows = rows, many.out = nullptr, many.packed32 = narrow, many.packed256 = wide, many.row_block = isa.row_block(rows);
+    isa.norm(many, 0, rows);
+  };
+  pack(kManyRows, many_narrow, nullptr);
+  pack(kMostRows, nullptr, many_wide);
   for (int type = 0; type < kBlockTypes; ++type) {
     const int group = layout(BlockType(type)).group;
     LinearArgs linear{};
@@ -65,7 +70,7 @@ void run(const Isa& isa, Outputs& out) {
     linear.out = out.products[type], linear.ldo = kOutputs;
     // As many rows to a record as this implementation reads at once.
     if (isa.row_block(kRows) == kRows) isa.linear(linear, 0, kBlocks);
-    linear.rows = kManyRows, linear.out = out.many[type];
+    linear.rows = group == kWideGroup ? kMostRows : kManyRows, linear.out = out.many[type];
     if (group) linear.packed = group == kWideGroup ? many_wide : many_narrow;
     isa.linear(linear, 0, kBlocks);
   }
